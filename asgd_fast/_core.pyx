@@ -1,0 +1,219 @@
+"""The CPU engine: runs the rows of a table, and advances the scalars that go with them.
+
+This module knows addresses, lengths and scalars; it does not know arrays, groups or optimizers. The
+loops themselves stand in _loops.pxi, compiled once for each SIMD level; the best level that this
+build has and this processor supports is chosen on import.
+"""
+
+import os
+from importlib import import_module
+
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.math cimport fmax, pow
+from libc.stdint cimport uint8_t
+from libc.string cimport memcpy
+
+from asgd_fast._loops cimport Loop, Loops
+from asgd_fast._table cimport Row, Table
+
+cdef extern from *:
+    """
+    #if defined(_MSC_VER) && defined(_M_X64)
+      #include <windows.h>
+      /* The processor feature numbers of AVX2 and AVX-512F; every AVX2 processor has FMA. */
+      #define ASGD_FAST_CPU_HAS_AVX2 IsProcessorFeaturePresent(40)
+      #define ASGD_FAST_CPU_HAS_AVX512 IsProcessorFeaturePresent(41)
+    #elif defined(__x86_64__) && defined(__GNUC__)
+      #define ASGD_FAST_CPU_HAS_AVX2 \\
+        (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      #define ASGD_FAST_CPU_HAS_AVX512 \\
+        (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && \\
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    #else
+      #define ASGD_FAST_CPU_HAS_AVX2 0
+      #define ASGD_FAST_CPU_HAS_AVX512 0
+    #endif
+
+    #define ASGD_FAST_TEXT_(x) #x
+    #define ASGD_FAST_TEXT(x) ASGD_FAST_TEXT_(x)
+    #if defined(__clang__)
+      #define ASGD_FAST_COMPILER "clang " __clang_version__
+    #elif defined(__GNUC__)
+      #define ASGD_FAST_COMPILER "gcc " __VERSION__
+    #elif defined(_MSC_VER)
+      #define ASGD_FAST_COMPILER "msvc " ASGD_FAST_TEXT(_MSC_FULL_VER)
+    #else
+      #define ASGD_FAST_COMPILER "unknown"
+    #endif
+    """
+    bint _cpu_has_avx2 "ASGD_FAST_CPU_HAS_AVX2"
+    bint _cpu_has_avx512 "ASGD_FAST_CPU_HAS_AVX512"
+    const char *_compiler "ASGD_FAST_COMPILER"
+    const char *_cython "ASGD_FAST_CYTHON"
+    const char *_flags "ASGD_FAST_FLAGS"
+    bint _has_openmp "ASGD_FAST_HAS_OPENMP"
+
+BUILD = {
+    "compiler": _compiler.decode(),
+    "cython": _cython.decode(),
+    "flags": _flags.decode(),
+    "openmp": bool(_has_openmp),
+}
+
+cdef Loops *_loops = NULL
+cdef str _level = ""
+
+
+def simd_levels():
+    """The SIMD levels that this build has and this processor supports, best first.
+
+    Returns
+    -------
+    list of str
+        Of "avx512", "avx2" and "baseline"; the last is always there.
+    """
+    return [level for level in _supported() if _loops_of(level) is not None]
+
+
+def simd_level():
+    """The SIMD level in use.
+
+    Returns
+    -------
+    str
+    """
+    return _level
+
+
+def use_simd_level(level):
+    """Use the loops of another SIMD level; the bits are the same at each.
+
+    Parameters
+    ----------
+    level : str
+        One of `simd_levels`.
+
+    Raises
+    ------
+    ValueError
+        This build or this processor does not have the level.
+    """
+    global _loops, _level
+    loops = _loops_of(level) if level in _supported() else None
+    if loops is None:
+        raise ValueError(f"SIMD level {level!r} is not to be had; expected one of {simd_levels()}")
+    _loops = <Loops *>PyCapsule_GetPointer(loops, b"asgd_fast.loops")
+    _level = level
+
+
+def _supported():
+    """The levels that this processor supports, best first."""
+    levels = {"avx512": _cpu_has_avx512, "avx2": _cpu_has_avx2, "baseline": True}
+    return [level for level, supported in levels.items() if supported]
+
+
+def _loops_of(level):
+    """The loops of a level that the processor supports, or None where the build lacks them."""
+    # Even the import of a level's module runs code of that level.
+    try:
+        return import_module(f"asgd_fast._loops_{level}").loops
+    except ModuleNotFoundError:
+        return None
+
+
+def update(Table table):
+    """Update every row of a checked table in place. Cannot fail; releases the GIL.
+
+    Parameters
+    ----------
+    table : Table
+        With a grad in every row.
+    """
+    cdef Py_ssize_t i
+    cdef Row *row
+    cdef Loops *loops = _loops
+    with nogil:
+        for i in range(table.n_rows):
+            row = &table.rows[i]
+            if row.dtype.bits == 32:
+                loops.float32(row, 0, row.n)
+            else:
+                loops.float64(row, 0, row.n)
+
+
+def copy(Table table):
+    """Copy each row's grad over its param. Cannot fail; releases the GIL.
+
+    Parameters
+    ----------
+    table : Table
+        With a grad, the source, in every row.
+    """
+    cdef Py_ssize_t i
+    cdef Row *row
+    with nogil:
+        for i in range(table.n_rows):
+            row = &table.rows[i]
+            memcpy(row.param, row.grad, row.n * (row.dtype.bits // 8))
+
+
+cdef struct Scalars:
+    double eta
+    double mu
+
+
+cdef inline Scalars _next(
+    double step, double lr, double lambd, double alpha, double t0,
+) noexcept nogil:
+    """eta and mu after `step` steps, in the order of operations of torch.optim.ASGD."""
+    cdef Scalars scalars
+    scalars.eta = lr / pow(1.0 + lambd * lr * step, alpha)
+    scalars.mu = 1.0 / fmax(1.0, step - t0)
+    return scalars
+
+
+def next_scalars(double step, double lr, double lambd, double alpha, double t0):
+    """eta and mu for the step that follows `step` steps.
+
+    Parameters
+    ----------
+    step : float
+        The number of steps made, at least 1.
+    lr, lambd, alpha, t0 : float
+
+    Returns
+    -------
+    eta, mu : float
+    """
+    cdef Scalars scalars = _next(step, lr, lambd, alpha, t0)
+    return scalars.eta, scalars.mu
+
+
+def advance(
+    double[::1] step, double[::1] eta, double[::1] mu, const uint8_t[::1] stepped, *,
+    double lr, double lambd, double alpha, double t0,
+):
+    """Advance the packed scalars of the params that were stepped, in place.
+
+    Parameters
+    ----------
+    step, eta, mu : float64 array of shape (n,)
+        The scalars of n params.
+    stepped : uint8 array of shape (n,)
+        0 for each param that was left out.
+    lr, lambd, alpha, t0 : float
+    """
+    cdef Py_ssize_t i
+    cdef Scalars scalars
+    for i in range(step.shape[0]):
+        if stepped[i]:
+            step[i] += 1
+            scalars = _next(step[i], lr, lambd, alpha, t0)
+            eta[i] = scalars.eta
+            mu[i] = scalars.mu
+
+
+use_simd_level(
+    os.environ.get("ASGD_FAST_SIMD")
+    or next(level for level in _supported() if _loops_of(level) is not None)
+)

@@ -1,0 +1,223 @@
+"""Arrays in: the memory of any DLPack exporter, without a copy.
+
+This module knows how arrays are lent and given back; it does not know what they are for.
+
+An exporter is asked, in this order, through its type's C exchange API (DLPack 1.2; no Python
+object is made), a versioned capsule (DLPack 1.0), a legacy capsule. The exchange API and the legacy
+capsule say nothing of read-only memory, autograd or lazily negated values, so these are checked
+here, on every path.
+"""
+
+from cpython.exc cimport PyErr_Occurred
+from cpython.object cimport PyObject
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_SetName
+
+
+cdef class _Exporter:
+    """How the arrays of one type are lent: what can be learnt from the type alone."""
+
+    cdef DLPackExchangeAPI *api
+    cdef bint has_dlpack      # has a __dlpack__ method
+    cdef bint takes_version   # its __dlpack__ takes max_version
+    cdef bint has_autograd    # its instances have .requires_grad (torch)
+    cdef bint has_lazy_sign   # its instances have .is_neg() (torch)
+    cdef bint in_place        # arrays of this type can change (JAX's cannot)
+
+    def __cinit__(self, cls):
+        self.api = _exchange_api(cls)
+        self.has_dlpack = hasattr(cls, "__dlpack__")
+        self.takes_version = True
+        self.has_autograd = hasattr(cls, "requires_grad")
+        self.has_lazy_sign = hasattr(cls, "is_neg")
+        self.in_place = hasattr(cls, "__iadd__")
+
+
+# Types live as long as the process in practice, and the DLPack specification lets consumers keep
+# the exchange API of each; so this only grows by one small entry a type.
+cdef dict _exporters = {}
+
+
+cdef _Exporter _exporter_of(object array):
+    cls = type(array)
+    cdef object found = _exporters.get(cls)
+    if found is None:
+        found = _exporters.setdefault(cls, _Exporter(cls))
+    return <_Exporter>found
+
+
+cdef DLPackExchangeAPI *_exchange_api(cls) except? NULL:
+    """The exchange API of a type in a version this module can read, or NULL."""
+    capsule = getattr(cls, "__dlpack_c_exchange_api__", None)
+    if not PyCapsule_IsValid(capsule, b"dlpack_exchange_api"):
+        return NULL
+    cdef DLPackExchangeAPI *api = <DLPackExchangeAPI *>PyCapsule_GetPointer(
+        capsule, b"dlpack_exchange_api")
+    while api != NULL and api.header.version.major != DLPACK_MAJOR_VERSION:
+        api = <DLPackExchangeAPI *>api.header.prev_api
+    return api
+
+
+cdef bint is_array(object candidate):
+    cdef _Exporter exporter = _exporter_of(candidate)
+    return exporter.api != NULL or exporter.has_dlpack
+
+
+cdef int borrow(object array, bint writing, Borrowed *out) except -1:
+    """Lend the memory of `array`; on an error nothing stays lent.
+
+    Raises TypeError for what is no array, BufferError for memory that may not be written, and
+    ValueError for an array whose memory does not hold its values or that its library will not lend.
+    """
+    cdef _Exporter exporter = _exporter_of(array)
+    out.versioned = NULL
+    out.legacy = NULL
+    if exporter.api == NULL and not exporter.has_dlpack:
+        raise TypeError(
+            f"{type(array).__name__} is not an array; "
+            "expected an array of a library that speaks DLPack, such as NumPy, torch or CuPy")
+    if exporter.has_autograd and array.requires_grad:
+        raise BufferError(
+            "it requires grad, and autograd would not see the change; pass its detach(), "
+            "which shares the memory")
+    if exporter.has_lazy_sign and array.is_neg():
+        raise ValueError(
+            "its memory holds the values before a pending negation; pass its resolve_neg()")
+    try:
+        if exporter.api != NULL:
+            _borrow_from_exchange_api(exporter.api, array, writing, out)
+        else:
+            _borrow_from_capsule(exporter, array, out)
+    except MemoryError:
+        give_back(out)
+        raise
+    except Exception as error:
+        give_back(out)
+        # The first line: torch adds a C++ backtrace, which the chained error keeps.
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{type(array).__name__} did not lend its memory through DLPack: {reason}") from error
+    if writing:
+        try:
+            _check_writable(exporter, array, out)
+        except BufferError:
+            give_back(out)
+            raise
+    return 0
+
+
+cdef void give_back(Borrowed *borrowed) noexcept:
+    """Call the deleter of a managed tensor, once; a second call does nothing."""
+    cdef DLManagedTensorVersioned *versioned = borrowed.versioned
+    cdef DLManagedTensor *legacy = borrowed.legacy
+    borrowed.versioned = NULL
+    borrowed.legacy = NULL
+    if versioned != NULL and versioned.deleter != NULL:
+        versioned.deleter(versioned)
+    if legacy != NULL and legacy.deleter != NULL:
+        legacy.deleter(legacy)
+
+
+cdef int _borrow_from_exchange_api(
+    DLPackExchangeAPI *api, object array, bint writing, Borrowed *out,
+) except -1:
+    # Only a managed tensor carries the read-only flag; the plain one is quicker for reading.
+    if api.dltensor_from_py_object_no_sync != NULL and not writing:
+        if api.dltensor_from_py_object_no_sync(<PyObject *>array, &out.tensor) != 0:
+            _raise_pending()
+    else:
+        if api.managed_tensor_from_py_object_no_sync(<PyObject *>array, &out.versioned) != 0:
+            out.versioned = NULL
+            _raise_pending()
+        _read_versioned(out)
+    return 0
+
+
+cdef int _borrow_from_capsule(_Exporter exporter, object array, Borrowed *out) except -1:
+    capsule = _capsule_of(exporter, array)
+    if PyCapsule_IsValid(capsule, b"dltensor_versioned"):
+        out.versioned = <DLManagedTensorVersioned *>PyCapsule_GetPointer(
+            capsule, b"dltensor_versioned")
+        # Renamed, the capsule is consumed: its own destructor leaves the tensor to us.
+        PyCapsule_SetName(capsule, b"used_dltensor_versioned")
+        _read_versioned(out)
+    elif PyCapsule_IsValid(capsule, b"dltensor"):
+        out.legacy = <DLManagedTensor *>PyCapsule_GetPointer(capsule, b"dltensor")
+        PyCapsule_SetName(capsule, b"used_dltensor")
+        out.tensor = out.legacy.dl_tensor
+    else:
+        raise TypeError(f"__dlpack__ returned {capsule!r}, no unused DLPack capsule")
+    return 0
+
+
+cdef object _capsule_of(_Exporter exporter, object array):
+    if exporter.takes_version:
+        try:
+            return array.__dlpack__(max_version=(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION))
+        except TypeError:
+            # Either an exporter older than DLPack 1.0, or a TypeError of its own: the call
+            # below tells them apart.
+            pass
+    capsule = array.__dlpack__()
+    exporter.takes_version = False
+    return capsule
+
+
+cdef int _raise_pending() except -1:
+    """Raise the exception that a C exporter has set, or one that says it set none."""
+    if PyErr_Occurred() == NULL:
+        raise BufferError("the exchange API failed and gave no reason")
+    return -1
+
+
+cdef int _read_versioned(Borrowed *out) except -1:
+    cdef DLPackVersion version = out.versioned.version
+    # Only the fields up to the deleter keep their place in another major version.
+    if version.major != DLPACK_MAJOR_VERSION:
+        raise BufferError(
+            f"its version is {version.major}.{version.minor}, expected {DLPACK_MAJOR_VERSION}.x")
+    out.tensor = out.versioned.dl_tensor
+    return 0
+
+
+cdef int _check_writable(_Exporter exporter, object array, Borrowed *borrowed) except -1:
+    if borrowed.versioned != NULL:
+        if borrowed.versioned.flags & DLPACK_FLAG_BITMASK_READ_ONLY:
+            raise BufferError("it is read-only; expected an array that may be written")
+        if borrowed.versioned.flags & DLPACK_FLAG_BITMASK_IS_COPIED:
+            raise BufferError(
+                f"{type(array).__name__} lent a copy; expected its own memory, to be written")
+    elif borrowed.legacy != NULL and not exporter.in_place:
+        # A legacy capsule cannot say that memory is read-only, but a type without in-place
+        # operators says that its arrays never change.
+        raise BufferError(
+            f"{type(array).__name__} arrays never change; expected an array that may be written")
+    return 0
+
+
+def path_of(array):
+    """How the memory of `array` is borrowed: what ``python -m asgd_fast`` reports.
+
+    Parameters
+    ----------
+    array : array
+        Of any library; only its memory's description is looked at.
+
+    Returns
+    -------
+    str
+        "exchange API 1.3", "versioned capsule 1.0" or "legacy capsule".
+    """
+    cdef _Exporter exporter = _exporter_of(array)
+    cdef Borrowed borrowed
+    cdef DLPackVersion version
+    if exporter.api != NULL:
+        version = exporter.api.header.version
+        return f"exchange API {version.major}.{version.minor}"
+    borrow(array, False, &borrowed)
+    try:
+        if borrowed.versioned == NULL:
+            return "legacy capsule"
+        version = borrowed.versioned.version
+        return f"versioned capsule {version.major}.{version.minor}"
+    finally:
+        give_back(&borrowed)

@@ -1,0 +1,12 @@
+# What the loops of one SIMD level offer to the engine.
+
+from libc.stdint cimport int64_t
+
+from asgd_fast._table cimport Row
+
+# Updates elements [start, stop) of one row.
+ctypedef void (*Loop)(const Row *row, int64_t start, int64_t stop) noexcept nogil
+
+cdef struct Loops:
+    Loop float32
+    Loop float64

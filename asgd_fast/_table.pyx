@@ -1,0 +1,411 @@
+"""The rows of one step: takes the arrays in and checks every one before the first byte is written.
+
+This module knows what makes arrays fit for one in-place pass; it does not know how the pass is made
+(the engines), nor what a sequence, a group or a schedule is (update and the faces above it).
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, malloc, qsort, realloc
+
+from asgd_fast._dlpack cimport (
+    Borrowed,
+    DLDataType,
+    DLTensor,
+    borrow,
+    give_back,
+    is_array as _is_array,
+    kDLBfloat,
+    kDLBool,
+    kDLComplex,
+    kDLCPU,
+    kDLCUDAHost,
+    kDLFloat,
+    kDLInt,
+    kDLROCMHost,
+    kDLUInt,
+)
+
+
+cdef enum:  # the three arrays of a row
+    PARAM = 0
+    GRAD = 1
+    AX = 2
+
+cdef dict _DTYPES = {
+    kDLInt: "int", kDLUInt: "uint", kDLFloat: "float", kDLBfloat: "bfloat", kDLComplex: "complex",
+}
+cdef dict _DEVICES = {
+    kDLCPU: "cpu", 2: "cuda", kDLCUDAHost: "cuda_host", 4: "opencl", 7: "vulkan", 8: "metal",
+    9: "vpi", 10: "rocm", kDLROCMHost: "rocm_host", 13: "cuda_managed", 14: "oneapi", 15: "webgpu",
+    16: "hexagon", 17: "maia", 18: "trn",
+}
+
+
+cdef struct Span:  # the bytes of one borrowed array
+    uintptr_t start
+    uintptr_t stop
+    Py_ssize_t row
+    int role
+
+
+def is_array(candidate):
+    """Whether `candidate` is an array: an object whose type speaks DLPack.
+
+    Parameters
+    ----------
+    candidate : object
+
+    Returns
+    -------
+    bool
+    """
+    return _is_array(candidate)
+
+
+cdef class Table:
+    """The rows of one step, each a param with its grad and, unless none is kept, its average.
+
+    The arrays stay borrowed until the table is gone. Rows are added by `extend`, then checked
+    against each other by `check_overlap`; only then may an engine write.
+
+    Parameters
+    ----------
+    names : tuple of str
+        What messages call the i-th param, grad and average, as format strings of i:
+        ``("params[{}]", "grads[{}]", "axs[{}]")``.
+    """
+
+    def __cinit__(self, tuple names):
+        self.rows = NULL
+        self.n_rows = 0
+        self._capacity = 0
+        self._borrowed = NULL
+        self._names = names
+        self._owners = []
+
+    def __dealloc__(self):
+        cdef Py_ssize_t row
+        cdef int role
+        for row in range(self.n_rows):
+            for role in range(3):
+                give_back(&self._borrowed[row][role])
+        free(self._borrowed)
+        free(self.rows)
+
+    def __len__(self):
+        return self.n_rows
+
+    def extend(
+        self,
+        list params,
+        list grads=None,
+        list axs=None,
+        *,
+        eta=0.0,
+        mu=1.0,
+        double lambd=0.0,
+        double weight_decay=0.0,
+        double grad_scale=1.0,
+        Py_ssize_t first=0,
+    ):
+        """Add a row for each param, leaving out those whose grad is None.
+
+        Parameters
+        ----------
+        params : list of array
+            float32 or float64, dense, writable, in CPU memory.
+        grads : list of (array or None), optional
+            Of the shape, dtype, device and memory layout of their params; may be read-only.
+            Without the list the rows are of params alone, and only good for checking them.
+        axs : list of array, optional
+            The averages, like their params. Without the list none is kept.
+        eta, mu : float or float64 array of shape (len(params),)
+            One for all rows, or one for each.
+        lambd, weight_decay : float
+        grad_scale : float
+            Multiplies each grad first; negative to maximize.
+        first : int
+            The number of params before these, for messages.
+
+        Raises
+        ------
+        TypeError
+            An argument is not an array.
+        ValueError
+            The dtype, device, shape or memory layout of an array is not what it must be.
+        BufferError
+            The memory of a param or an average may not be written.
+        """
+        cdef Py_ssize_t i, n = len(params)
+        cdef Row *row
+        cdef bint each_eta = not isinstance(eta, float), each_mu = not isinstance(mu, float)
+        cdef const double[::1] etas = eta if each_eta else None
+        cdef const double[::1] mus = mu if each_mu else None
+        self._reserve(n)
+        self._owners += (params, grads, axs)
+        for i in range(n):
+            grad = None
+            if grads is not None:
+                grad = grads[i]
+                if grad is None:
+                    continue
+            row = self._append(first + i, params[i], grad, None if axs is None else axs[i])
+            row.eta = etas[i] if each_eta else <double>eta
+            row.mu = mus[i] if each_mu else <double>mu
+            row.decay = 1.0 - lambd * row.eta
+            row.weight_decay = weight_decay
+            row.grad_scale = grad_scale
+
+    def check_overlap(self):
+        """Check that nothing which is written shares memory with anything else in the table.
+
+        Raises
+        ------
+        ValueError
+            Two arrays share memory and at least one of them is written, or a param is listed twice.
+        """
+        cdef Py_ssize_t n = 0, row
+        cdef int role
+        cdef DLTensor *tensor
+        cdef Span *spans = <Span *>malloc(max(1, 3 * self.n_rows) * sizeof(Span))
+        if spans == NULL:
+            raise MemoryError
+        try:
+            for row in range(self.n_rows):
+                if self.rows[row].n == 0:
+                    continue
+                for role in range(3):
+                    if _address(&self.rows[row], role) == NULL:
+                        continue
+                    tensor = &self._borrowed[row][role].tensor
+                    spans[n].start = <uintptr_t>_address(&self.rows[row], role)
+                    spans[n].stop = spans[n].start + self.rows[row].n * (tensor.dtype.bits // 8)
+                    spans[n].row = row
+                    spans[n].role = role
+                    n += 1
+            qsort(spans, n, sizeof(Span), _by_start)
+            _refuse_overlaps(self, spans, n)
+        finally:
+            free(spans)
+
+    cdef int _reserve(self, Py_ssize_t more) except -1:
+        cdef Py_ssize_t needed = self.n_rows + more
+        if needed <= self._capacity:
+            return 0
+        cdef void *rows = realloc(self.rows, needed * sizeof(Row))
+        if rows == NULL:
+            raise MemoryError
+        self.rows = <Row *>rows
+        cdef void *borrowed = realloc(self._borrowed, needed * sizeof(self._borrowed[0]))
+        if borrowed == NULL:
+            raise MemoryError
+        self._borrowed = <Borrowed (*)[3]>borrowed
+        self._capacity = needed
+        return 0
+
+    cdef Row *_append(self, Py_ssize_t index, param, grad, ax) except NULL:
+        cdef Row *row = &self.rows[self.n_rows]
+        cdef Borrowed *borrowed = &self._borrowed[self.n_rows][0]
+        cdef int role
+        for role in range(3):
+            borrowed[role].versioned = NULL
+            borrowed[role].legacy = NULL
+        row.index = index
+        row.grad = NULL
+        row.ax = NULL
+        self.n_rows += 1  # from here on __dealloc__ gives back what was borrowed
+
+        self._take(PARAM, param)
+        row.dtype = borrowed[PARAM].tensor.dtype
+        row.n = _size(&borrowed[PARAM].tensor)
+        row.param = _data(&borrowed[PARAM].tensor)
+        if grad is not None:
+            self._take(GRAD, grad)
+            row.grad = _data(&borrowed[GRAD].tensor)
+        if ax is not None:
+            self._take(AX, ax)
+            row.ax = _data(&borrowed[AX].tensor)
+        return row
+
+    cdef int _take(self, int role, object array) except -1:
+        """Borrow one array of the last row, and check it alone and against the row's param."""
+        cdef Py_ssize_t row = self.n_rows - 1
+        try:
+            borrow(array, role != GRAD, &self._borrowed[row][role])
+            self._check_alone(role)
+            if role != PARAM:
+                self._check_match(role)
+        except (TypeError, ValueError, BufferError) as error:
+            raise type(error)(f"{self._name(role, row)}: {error}") from error.__cause__
+        return 0
+
+    cdef int _check_alone(self, int role) except -1:
+        cdef DLTensor *tensor = &self._borrowed[self.n_rows - 1][role].tensor
+        cdef DLDataType dtype = tensor.dtype
+        if dtype.code != kDLFloat or dtype.lanes != 1 or dtype.bits not in (32, 64):
+            raise ValueError(
+                f"dtype {_dtype_name(dtype)} is not supported; expected float32 or float64")
+        if tensor.device.device_type not in (kDLCPU, kDLCUDAHost, kDLROCMHost):
+            raise ValueError(
+                f"device {_device_name(tensor)} is not supported; expected an array in CPU memory")
+        if not _is_dense(tensor):
+            raise ValueError(
+                f"strides {_strides(tensor)} of shape {_shape(tensor)} leave gaps or repeat "
+                "elements; expected a contiguous array, in C, Fortran or any other axis order")
+        if _size(tensor) and <uintptr_t>_data(tensor) % (dtype.bits // 8):
+            raise ValueError(
+                f"address {<uintptr_t>_data(tensor):#x} is not a multiple of its "
+                f"{dtype.bits // 8}-byte elements; expected aligned memory")
+        return 0
+
+    cdef int _check_match(self, int role) except -1:
+        cdef DLTensor *tensor = &self._borrowed[self.n_rows - 1][role].tensor
+        cdef DLTensor *param = &self._borrowed[self.n_rows - 1][PARAM].tensor
+        if tensor.dtype.bits != param.dtype.bits:
+            raise ValueError(self._mismatch(
+                "dtype", _dtype_name(tensor.dtype), _dtype_name(param.dtype)))
+        if not _same_shape(tensor, param):
+            raise ValueError(self._mismatch("shape", _shape(tensor), _shape(param)))
+        if not _same_layout(tensor, param):
+            raise ValueError(self._mismatch(
+                "strides", _strides(tensor), _strides(param)))
+        return 0
+
+    cdef str _mismatch(self, str what, got, wanted):
+        param = self._name(PARAM, self.n_rows - 1)
+        return f"{what} {got} does not match {param} of {what} {wanted}"
+
+    cdef str _name(self, int role, Py_ssize_t row):
+        return self._names[role].format(self.rows[row].index)
+
+
+cdef int _refuse_overlaps(Table table, Span *spans, Py_ssize_t n) except -1:
+    """Sweep over spans in the order of their starts, with those that reach furthest so far."""
+    cdef Py_ssize_t i
+    cdef Span *furthest = NULL          # of all spans
+    cdef Span *furthest_written = NULL  # of those that are written
+    cdef Span *span
+    cdef Span *other
+    for i in range(n):
+        span = &spans[i]
+        other = furthest_written if span.role == GRAD else furthest
+        if other != NULL and span.start < other.stop:
+            if (span.row, span.role) < (other.row, other.role):
+                span, other = other, span
+            late, early = table._name(span.role, span.row), table._name(other.role, other.row)
+            if span.role == PARAM and other.role == PARAM and span.start == other.start:
+                raise ValueError(f"{late}: is {early} again; expected each param once")
+            raise ValueError(
+                f"{late}: shares memory with {early}; "
+                "expected no overlap with an array that is written")
+        if furthest == NULL or span.stop > furthest.stop:
+            furthest = span
+        if span.role != GRAD and (furthest_written == NULL or span.stop > furthest_written.stop):
+            furthest_written = span
+    return 0
+
+
+cdef int _by_start(const void *one, const void *other) noexcept nogil:
+    cdef uintptr_t a = (<const Span *>one).start, b = (<const Span *>other).start
+    return (a > b) - (a < b)
+
+
+cdef const void *_address(const Row *row, int role) noexcept:
+    if role == PARAM:
+        return row.param
+    return row.grad if role == GRAD else row.ax
+
+
+cdef void *_data(const DLTensor *tensor) noexcept:
+    return <char *>tensor.data + tensor.byte_offset
+
+
+cdef int64_t _size(const DLTensor *tensor) noexcept:
+    cdef int64_t n = 1
+    cdef int32_t axis
+    for axis in range(tensor.ndim):
+        n *= tensor.shape[axis]
+    return n
+
+
+cdef bint _is_dense(const DLTensor *tensor) noexcept:
+    """Whether the elements fill one block of memory, each once, in some order of the axes."""
+    cdef int64_t n = _size(tensor), filled = 1
+    cdef int32_t axis, step
+    if n <= 1 or _is_c_contiguous(tensor):
+        return True
+    # From the innermost axis outward, the next stride must be the size of what is filled so far.
+    for step in range(tensor.ndim):
+        for axis in range(tensor.ndim):
+            if tensor.shape[axis] > 1 and tensor.strides[axis] == filled:
+                filled *= tensor.shape[axis]
+                break
+        else:
+            break
+    return filled == n
+
+
+cdef bint _is_c_contiguous(const DLTensor *tensor) noexcept:
+    cdef int64_t filled = 1
+    cdef int32_t axis
+    if tensor.strides == NULL:
+        return True
+    for axis in range(tensor.ndim - 1, -1, -1):
+        if tensor.shape[axis] != 1:
+            if tensor.strides[axis] != filled:
+                return False
+            filled *= tensor.shape[axis]
+    return True
+
+
+cdef bint _same_shape(const DLTensor *one, const DLTensor *other) noexcept:
+    cdef int32_t axis
+    if one.ndim != other.ndim:
+        return False
+    for axis in range(one.ndim):
+        if one.shape[axis] != other.shape[axis]:
+            return False
+    return True
+
+
+cdef bint _same_layout(const DLTensor *one, const DLTensor *other) noexcept:
+    """Whether two dense arrays of one shape hold the same element at each offset."""
+    cdef int32_t axis
+    if _size(one) <= 1 or (_is_c_contiguous(one) and _is_c_contiguous(other)):
+        return True
+    if one.strides == NULL or other.strides == NULL:
+        return False
+    for axis in range(one.ndim):
+        if one.shape[axis] != 1 and one.strides[axis] != other.strides[axis]:
+            return False
+    return True
+
+
+cdef tuple _shape(const DLTensor *tensor):
+    return tuple([tensor.shape[axis] for axis in range(tensor.ndim)])
+
+
+cdef tuple _strides(const DLTensor *tensor):
+    """The strides in elements, those that a NULL stands for included."""
+    cdef int64_t stride = 1
+    cdef int32_t axis
+    if tensor.strides != NULL:
+        return tuple([tensor.strides[axis] for axis in range(tensor.ndim)])
+    strides = []
+    for axis in range(tensor.ndim - 1, -1, -1):
+        strides.insert(0, stride)
+        stride *= tensor.shape[axis]
+    return tuple(strides)
+
+
+cdef str _dtype_name(DLDataType dtype):
+    if dtype.code == kDLBool:
+        name = "bool"
+    else:
+        name = f"{_DTYPES.get(dtype.code, f'type code {dtype.code} of bits ')}{dtype.bits}"
+    return name if dtype.lanes == 1 else f"{name}x{dtype.lanes}"
+
+
+cdef str _device_name(const DLTensor *tensor):
+    kind = tensor.device.device_type
+    return f"{_DEVICES.get(kind, f'type {kind}')}:{tensor.device.device_id}"

@@ -1,0 +1,182 @@
+"""eta and mu over the steps: the scalars that go with one param, and their ranges.
+
+This module knows no arrays. The recurrence itself is `next_scalars` in the CPU engine, which also
+advances the packed scalars of many params with it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from asgd_fast._core import next_scalars
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Schedule", "check_scalar"]
+
+# What torch calls them in its messages, where it has a message.
+_TITLES = {"lr": "learning rate", "weight_decay": "weight_decay value"}
+
+
+def check_scalar(
+    name: str,
+    value: Any,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+) -> float:
+    """Check that a hyperparameter is a finite number of its range.
+
+    Parameters
+    ----------
+    name : str
+        What the message calls it.
+    value : float
+        Any real number, or an array of one element.
+    low, high : float
+        The range, ends included where finite.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    TypeError
+        `value` is no real number.
+    ValueError
+        `value` is not finite or out of range.
+    """
+    try:
+        finite = math.isfinite(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(
+            f"{name}: expected a real number, got {value!r} of type {type(value).__name__}"
+        ) from error
+    if not (finite and low <= value <= high):
+        bounds = f" <= {high:g}" if math.isfinite(high) else ""
+        bounds = (f"{low:g} <= {name}" if math.isfinite(low) else name) + bounds
+        raise ValueError(
+            f"Invalid {_TITLES.get(name, name)}: {value} (expected a finite {bounds})"
+        )
+    return float(value)
+
+
+class Schedule:
+    """The scalars of one param over its steps: the step size eta and the averaging weight mu.
+
+    Before the first step, eta = lr and mu = 1. After step number k::
+
+        eta = lr / (1 + lambd * lr * k) ** alpha
+        mu = 1 / max(1, k - t0)
+
+    Parameters
+    ----------
+    lr : float, default=1e-2
+        Learning rate, >= 0. May be changed between steps; because eta is stored, a change acts one
+        step late, as it does in torch.
+    lambd : float, default=1e-4
+        Decay term, >= 0.
+    alpha : float, default=0.75
+        Power of the decay of eta, >= 0.
+    t0 : float, default=1e6
+        The number of steps after which averaging starts. The first iterate that is averaged with
+        another, rather than copied, is number t0 + 3 (of a whole t0 >= 0).
+
+    Attributes
+    ----------
+    step : int
+        The number of steps made.
+    eta, mu : float
+        The scalars of the next step.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A hyperparameter is no real number, not finite, or out of its range.
+
+    Notes
+    -----
+    The recurrence is that of ``torch.optim.ASGD``, in double precision: Polyak and Juditsky,
+    "Acceleration of stochastic approximation by averaging" (1992), with the step sizes of Bottou's
+    and Xu's averaged SGD.
+
+    Examples
+    --------
+    >>> from asgd_fast import Schedule
+    >>> schedule = Schedule(lr=0.5, lambd=0.0, t0=1)
+    >>> for _ in range(3):
+    ...     schedule.advance()
+    >>> schedule.step, schedule.eta, schedule.mu
+    (3, 0.5, 0.5)
+    """
+
+    def __init__(
+        self, lr: float = 1e-2, lambd: float = 1e-4, alpha: float = 0.75, t0: float = 1e6
+    ) -> None:
+        self.lr = check_scalar("lr", lr)
+        self.lambd = check_scalar("lambd", lambd)
+        self.alpha = check_scalar("alpha", alpha)
+        self.t0 = check_scalar("t0", t0, low=-math.inf)
+        self.step = 0
+        self.eta = self.lr
+        self.mu = 1.0
+
+    def __repr__(self) -> str:
+        """Name the hyperparameters and where the schedule stands."""
+        return (
+            f"Schedule(lr={self.lr}, lambd={self.lambd}, alpha={self.alpha}, t0={self.t0}; "
+            f"step={self.step}, eta={self.eta}, mu={self.mu})"
+        )
+
+    def advance(self) -> None:
+        """Count one step, and set eta and mu for the next.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A hyperparameter was changed to what the constructor refuses. Nothing is changed.
+        """
+        eta, mu = next_scalars(
+            self.step + 1,
+            check_scalar("lr", self.lr),
+            check_scalar("lambd", self.lambd),
+            check_scalar("alpha", self.alpha),
+            check_scalar("t0", self.t0, low=-math.inf),
+        )
+        self.step, self.eta, self.mu = self.step + 1, eta, mu
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the hyperparameters and the scalars, by name.
+
+        Returns
+        -------
+        dict of str to float
+            Seven plain numbers; ``np.savez(file, **state)`` keeps their bits.
+        """
+        return dict(vars(self))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where another schedule stood.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to float
+            What `state_dict` returned; numbers or arrays of one element.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A name is missing or unknown, or a value is not what it must be. Nothing is changed.
+        """
+        if set(state_dict) != set(vars(self)):
+            raise ValueError(
+                f"state_dict: expected the names {sorted(vars(self))}, got {sorted(state_dict)}"
+            )
+        other = Schedule(*(float(state_dict[name]) for name in ("lr", "lambd", "alpha", "t0")))
+        other.step = int(check_scalar("step", state_dict["step"]))
+        other.eta = check_scalar("eta", state_dict["eta"])
+        other.mu = check_scalar("mu", state_dict["mu"], high=1.0)
+        vars(self).update(vars(other))

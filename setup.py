@@ -1,0 +1,116 @@
+"""Builds the Cython modules, with compiler flags that are tried before they are used.
+
+A flag that the compiler does not know costs speed, never the build: without the flags of a SIMD
+level that level is left out, and ``_core`` runs the best one that is both built and supported by
+the processor. Everything else about the package stands in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from Cython import __version__ as cython_version
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Line tracing for `make coverage`: slow loops, so never in a build that people use.
+TRACE = bool(os.environ.get("ASGD_FAST_TRACE"))
+
+# The bits of the result are part of the contract (DESIGN: Numerics), so the compiler may neither
+# contract a product and a sum into one rounding, nor reorder sums, whatever CFLAGS says.
+EXACT = {"msvc": ["/fp:precise"], "unix": ["-ffp-contract=off", "-fno-fast-math"]}
+OPTIMISE = {"msvc": ["/O2"], "unix": ["-O3", "-fno-math-errno", "-fno-trapping-math"]}
+OPENMP = {"msvc": ["/openmp"], "unix": ["-fopenmp"]}
+
+# The loops are compiled once for each level; a level without flags here is built everywhere.
+LEVELS: dict[str, dict[str, list[str]]] = {
+    "baseline": {"msvc": [], "unix": []},
+    "avx2": {"msvc": ["/arch:AVX2"], "unix": ["-mavx2", "-mfma"]},
+    "avx512": {
+        "msvc": ["/arch:AVX512"],
+        "unix": ["-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw"],
+    },
+}
+
+
+class ProbingBuildExt(build_ext):
+    """A build_ext that adds the flags the compiler accepts and drops the levels it cannot build."""
+
+    def build_extensions(self) -> None:
+        """Settle each extension's flags, then build those that can be built."""
+        kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
+        exact = [flag for flag in EXACT[kind] if self.accepts([flag])]
+        common = [flag for flag in OPTIMISE[kind] if self.accepts([flag])] + exact
+        openmp = self.accepts(OPENMP[kind], "#include <omp.h>\nint main(void) { return !_OPENMP; }")
+
+        buildable = []
+        for ext in self.extensions:
+            level = ext.name.partition("_loops_")[2]
+            flags = LEVELS[level][kind] if level else []
+            # With fused multiply-add in the instruction set, contraction must be switched off.
+            if flags and not (exact and self.accepts(flags)):
+                self.announce(f"{ext.name}: left out, the compiler lacks {' '.join(flags)}", 2)
+                continue
+            ext.extra_compile_args += common + flags
+            buildable.append(ext)
+            if ext.name == "asgd_fast._core":
+                ext.define_macros += [
+                    ("ASGD_FAST_CYTHON", f'"{cython_version}"'),
+                    ("ASGD_FAST_FLAGS", f'"{" ".join(common)}"'),
+                    ("ASGD_FAST_HAS_OPENMP", str(int(openmp))),
+                ]
+        self.extensions = buildable
+        super().build_extensions()
+
+    def accepts(self, flags: Sequence[str], source: str = "int main(void) { return 0; }") -> bool:
+        """Whether a program compiles and links with `flags` and without a warning."""
+        strict = [] if self.compiler.compiler_type == "msvc" else ["-Werror"]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "probe.c")
+            path.write_text(source + "\n")
+            try:
+                objects = self.compiler.compile(
+                    [str(path)], output_dir=folder, extra_postargs=[*strict, *flags]
+                )
+                self.compiler.link_executable(
+                    objects, "probe", output_dir=folder, extra_postargs=list(flags)
+                )
+            except (CompileError, LinkError):
+                return False
+        return True
+
+
+names = ["_dlpack", "_table", "_core", *(f"_loops_{level}" for level in LEVELS)]
+extensions = [
+    Extension(
+        f"asgd_fast.{name}",
+        [f"asgd_fast/{name}.pyx"],
+        depends=["asgd_fast/_loops.pxi"] if name.startswith("_loops") else [],
+        define_macros=[("CYTHON_TRACE_NOGIL", "1")] if TRACE else [],
+    )
+    for name in names
+]
+
+setup(
+    ext_modules=cythonize(
+        extensions,
+        compiler_directives={
+            "language_level": "3",
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": False,
+            "embedsignature": True,
+            "linetrace": TRACE,
+        },
+    ),
+    cmdclass={"build_ext": ProbingBuildExt},
+)
