@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from Cython import __version__ as cython_version
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -63,7 +63,7 @@ class ProbingBuildExt(build_ext):
             buildable.append(ext)
             if ext.name == "asgd_fast._core":
                 ext.define_macros += [
-                    ("ASGD_FAST_CYTHON", f'"{cython_version}"'),
+                    ("ASGD_FAST_CYTHON", f'"{version("cython")}"'),
                     ("ASGD_FAST_FLAGS", f'"{" ".join(common)}"'),
                     ("ASGD_FAST_HAS_OPENMP", str(int(openmp))),
                 ]

@@ -13,7 +13,7 @@ from libc.math cimport fmax, pow
 from libc.stdint cimport uint8_t
 from libc.string cimport memcpy
 
-from asgd_fast._loops cimport Loop, Loops
+from asgd_fast._loops cimport Loops
 from asgd_fast._table cimport Row, Table
 
 cdef extern from *:

@@ -28,7 +28,7 @@ cdef class Table:
     cdef list _owners               # keeps the arrays alive for as long as they are borrowed
 
     cdef int _reserve(self, Py_ssize_t more) except -1
-    cdef Row *_append(self, Py_ssize_t index, param, grad, ax) except NULL
+    cdef Row *_append(self, Py_ssize_t index, param) except NULL
     cdef int _take(self, int role, object array) except -1
     cdef int _check_alone(self, int role) except -1
     cdef int _check_match(self, int role) except -1

@@ -4,7 +4,7 @@ This module knows what makes arrays fit for one in-place pass; it does not know 
 (the engines), nor what a sequence, a group or a schedule is (update and the faces above it).
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.stdlib cimport free, malloc, qsort, realloc
 
 from asgd_fast._dlpack cimport (
@@ -107,14 +107,15 @@ cdef class Table:
         double weight_decay=0.0,
         double grad_scale=1.0,
         Py_ssize_t first=0,
+        bint partial=False,
     ):
-        """Add a row for each param, leaving out those whose grad is None.
+        """Add a row for each param.
 
         Parameters
         ----------
         params : list of array
             float32 or float64, dense, writable, in CPU memory.
-        grads : list of (array or None), optional
+        grads : list of array, optional
             Of the shape, dtype, device and memory layout of their params; may be read-only.
             Without the list the rows are of params alone, and only good for checking them.
         axs : list of array, optional
@@ -126,6 +127,8 @@ cdef class Table:
             Multiplies each grad first; negative to maximize.
         first : int
             The number of params before these, for messages.
+        partial : bool
+            Leave out the params whose grad is None.
 
         Raises
         ------
@@ -144,12 +147,15 @@ cdef class Table:
         self._reserve(n)
         self._owners += (params, grads, axs)
         for i in range(n):
-            grad = None
+            if partial and grads[i] is None:
+                continue
+            row = self._append(first + i, params[i])
             if grads is not None:
-                grad = grads[i]
-                if grad is None:
-                    continue
-            row = self._append(first + i, params[i], grad, None if axs is None else axs[i])
+                self._take(GRAD, grads[i])
+                row.grad = _data(&self._borrowed[self.n_rows - 1][GRAD].tensor)
+            if axs is not None:
+                self._take(AX, axs[i])
+                row.ax = _data(&self._borrowed[self.n_rows - 1][AX].tensor)
             row.eta = etas[i] if each_eta else <double>eta
             row.mu = mus[i] if each_mu else <double>mu
             row.decay = 1.0 - lambd * row.eta
@@ -203,7 +209,7 @@ cdef class Table:
         self._capacity = needed
         return 0
 
-    cdef Row *_append(self, Py_ssize_t index, param, grad, ax) except NULL:
+    cdef Row *_append(self, Py_ssize_t index, param) except NULL:
         cdef Row *row = &self.rows[self.n_rows]
         cdef Borrowed *borrowed = &self._borrowed[self.n_rows][0]
         cdef int role
@@ -214,17 +220,10 @@ cdef class Table:
         row.grad = NULL
         row.ax = NULL
         self.n_rows += 1  # from here on __dealloc__ gives back what was borrowed
-
         self._take(PARAM, param)
-        row.dtype = borrowed[PARAM].tensor.dtype
-        row.n = _size(&borrowed[PARAM].tensor)
         row.param = _data(&borrowed[PARAM].tensor)
-        if grad is not None:
-            self._take(GRAD, grad)
-            row.grad = _data(&borrowed[GRAD].tensor)
-        if ax is not None:
-            self._take(AX, ax)
-            row.ax = _data(&borrowed[AX].tensor)
+        row.n = _size(&borrowed[PARAM].tensor)
+        row.dtype = borrowed[PARAM].tensor.dtype
         return row
 
     cdef int _take(self, int role, object array) except -1:
@@ -331,11 +330,11 @@ cdef int64_t _size(const DLTensor *tensor) noexcept:
 cdef bint _is_dense(const DLTensor *tensor) noexcept:
     """Whether the elements fill one block of memory, each once, in some order of the axes."""
     cdef int64_t n = _size(tensor), filled = 1
-    cdef int32_t axis, step
+    cdef int32_t axis, _step
     if n <= 1 or _is_c_contiguous(tensor):
         return True
     # From the innermost axis outward, the next stride must be the size of what is filled so far.
-    for step in range(tensor.ndim):
+    for _step in range(tensor.ndim):
         for axis in range(tensor.ndim):
             if tensor.shape[axis] > 1 and tensor.strides[axis] == filled:
                 filled *= tensor.shape[axis]

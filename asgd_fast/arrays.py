@@ -7,7 +7,8 @@ pass over the memory is made.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from asgd_fast.schedule import check_scalar
 from asgd_fast.update import as_arrays, copy, template, update
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     import numpy.typing as npt
 
@@ -291,7 +292,7 @@ class ArrayASGD:
         slices = self._slices()
         for own, group, part in zip(hyperparameters, self.param_groups, slices, strict=True):
             table.extend(
-                group["params"],
+                list(group["params"]),
                 grad_list[part],
                 self._averages[part],
                 # A param's first step takes the group's lr as of now.
@@ -301,6 +302,7 @@ class ArrayASGD:
                 weight_decay=own["weight_decay"],
                 grad_scale=-1.0 if own["maximize"] else 1.0,
                 first=part.start,
+                partial=True,
             )
         stepped = np.array([grad is not None for grad in grad_list], dtype=np.uint8)
         update(table)
@@ -370,7 +372,8 @@ class ArrayASGD:
                     f"state_dict[{name!r}]: shape {value.shape} does not match the "
                     f"optimizer's {wanted.shape}"
                 )
-            if not np.can_cast(value.dtype, wanted.dtype, "no" if name[:3] == "ax." else "same_kind"):
+            casting: Literal["no", "same_kind"] = "no" if name.startswith("ax.") else "same_kind"
+            if not np.can_cast(value.dtype, wanted.dtype, casting):
                 raise ValueError(
                     f"state_dict[{name!r}]: dtype {value.dtype} does not match the "
                     f"optimizer's {wanted.dtype}"
@@ -388,10 +391,11 @@ class ArrayASGD:
             for k in range(len(self.param_groups))
         ]
         # A saved average may come back in another order of the axes.
-        for i, ax in enumerate(self._averages):
-            expected[f"ax.{i}"][...] = state[f"ax.{i}"]
+        loaded = [expected[f"ax.{i}"] for i in range(len(self._averages))]
+        for i, ax in enumerate(loaded):
+            ax[...] = state[f"ax.{i}"]
         table = Table(("averages[{}]", "state_dict['ax.{}']", ""))
-        table.extend(self._averages, [expected[f"ax.{i}"] for i in range(len(self._averages))])
+        table.extend(self._averages, loaded)
         copy(table)
         self._step[:], self._eta[:], self._mu[:] = state["step"], state["eta"], state["mu"]
         for group, own in zip(self.param_groups, hyperparameters, strict=True):
@@ -408,7 +412,7 @@ class ArrayASGD:
                 f"param_groups: holds {stops[-1]} params, but the optimizer was given "
                 f"{len(self._averages)}; add params with add_param_group"
             )
-        return [slice(start, stop) for start, stop in zip(stops, stops[1:], strict=False)]
+        return [slice(start, stop) for start, stop in pairwise(stops)]
 
     def _group_of_each(self) -> npt.NDArray[np.int64]:
         return np.repeat(

@@ -88,7 +88,7 @@ def _version(package: str) -> str:
 
 
 def _path_of(library: str) -> str:
-    """The library's version, and the way its arrays are borrowed."""
+    """Return the library's version, and the way its arrays are borrowed."""
     found = _version(library)
     if found == "not installed":
         return found
@@ -100,7 +100,7 @@ def _path_of(library: str) -> str:
 
 
 def _cuda_driver() -> str:
-    """The CUDA version that the installed driver supports."""
+    """Return the CUDA version that the installed driver supports."""
     number = ctypes.c_int()
     try:
         driver = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")

@@ -14,7 +14,7 @@ from asgd_fast._core import next_scalars
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Schedule", "check_scalar"]
+__all__ = ["Schedule", "check_scalar", "check_step"]
 
 # What torch calls them in its messages, where it has a message.
 _TITLES = {"lr": "learning rate", "weight_decay": "weight_decay value"}
@@ -58,10 +58,35 @@ def check_scalar(
     if not (finite and low <= value <= high):
         bounds = f" <= {high:g}" if math.isfinite(high) else ""
         bounds = (f"{low:g} <= {name}" if math.isfinite(low) else name) + bounds
-        raise ValueError(
-            f"Invalid {_TITLES.get(name, name)}: {value} (expected a finite {bounds})"
-        )
+        raise ValueError(f"Invalid {_TITLES.get(name, name)}: {value} (expected a finite {bounds})")
     return float(value)
+
+
+def check_step(name: str, value: Any) -> int:
+    """Check that a step count is a whole number >= 0.
+
+    Parameters
+    ----------
+    name : str
+        What the message calls it.
+    value : int or float
+        Any real number, or an array of one element.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    TypeError
+        `value` is no real number.
+    ValueError
+        `value` is negative or not whole.
+    """
+    step = check_scalar(name, value)
+    if not step.is_integer():
+        raise ValueError(f"Invalid {name}: {value} (expected a whole number)")
+    return int(step)
 
 
 class Schedule:
@@ -175,8 +200,8 @@ class Schedule:
             raise ValueError(
                 f"state_dict: expected the names {sorted(vars(self))}, got {sorted(state_dict)}"
             )
-        other = Schedule(*(float(state_dict[name]) for name in ("lr", "lambd", "alpha", "t0")))
-        other.step = int(check_scalar("step", state_dict["step"]))
+        other = Schedule(*(state_dict[name] for name in ("lr", "lambd", "alpha", "t0")))
+        other.step = check_step("step", state_dict["step"])
         other.eta = check_scalar("eta", state_dict["eta"])
         other.mu = check_scalar("mu", state_dict["mu"], high=1.0)
         vars(self).update(vars(other))

@@ -1,0 +1,57 @@
+# The two commands of the README are `make demo` and `make test`; each makes what it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard asgd_fast/*.p*)
+
+.PHONY: demo test lint dist coverage clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/digits.py $(DEMO)
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest $(TEST)
+
+lint: $(VENV)/test $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint asgd_fast
+	$(BIN)/mypy
+	$(BIN)/stubtest --ignore-missing-stub asgd_fast._core asgd_fast._dlpack asgd_fast._table
+
+# Builds the sdist, the wheel from the sdist, and uses the wheel in an environment of its own, away
+# from the source tree.
+dist: $(VENV)/dev
+	rm -rf dist build/wheel-env
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv build/wheel-env
+	build/wheel-env/bin/python -m pip install --quiet dist/*.whl
+	cd build/wheel-env && bin/python -m asgd_fast
+
+# Traces the Cython lines too, in a copy of the tree that is compiled for it.
+coverage: $(VENV)/test $(VENV)/dev
+	rm -rf build/coverage && mkdir -p build/coverage
+	cp -r asgd_fast examples tests README.md LICENSE pyproject.toml setup.py build/coverage
+	rm -f build/coverage/asgd_fast/*.c build/coverage/asgd_fast/*.so
+	cd build/coverage && ASGD_FAST_TRACE=1 ../../$(BIN)/python setup.py --quiet build_ext --inplace
+	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet
+	cd build/coverage && ../../$(BIN)/python -m coverage report
+
+clean:
+	rm -rf build dist *.egg-info asgd_fast/*.c asgd_fast/*.so $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+$(VENV)/test: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	touch $@

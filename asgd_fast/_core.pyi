@@ -1,0 +1,34 @@
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from asgd_fast._table import Table
+
+class _Build(TypedDict):
+    compiler: str
+    cython: str
+    flags: str
+    openmp: bool
+
+BUILD: _Build
+
+def simd_levels() -> list[str]: ...
+def simd_level() -> str: ...
+def use_simd_level(level: str) -> None: ...
+def update(table: Table) -> None: ...
+def copy(table: Table) -> None: ...
+def next_scalars(
+    step: float, lr: float, lambd: float, alpha: float, t0: float
+) -> tuple[float, float]: ...
+def advance(
+    step: npt.NDArray[np.float64],
+    eta: npt.NDArray[np.float64],
+    mu: npt.NDArray[np.float64],
+    stepped: npt.NDArray[np.uint8],
+    *,
+    lr: float,
+    lambd: float,
+    alpha: float,
+    t0: float,
+) -> None: ...

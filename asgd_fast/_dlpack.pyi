@@ -1,0 +1,3 @@
+from typing import Any
+
+def path_of(array: Any) -> str: ...

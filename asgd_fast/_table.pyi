@@ -1,0 +1,27 @@
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Self
+
+def is_array(candidate: object) -> bool: ...
+
+@final
+class Table:
+    def __new__(cls, names: tuple[str, str, str]) -> Self: ...
+    def __len__(self) -> int: ...
+    def extend(
+        self,
+        params: list[Any],
+        grads: list[Any] | None = None,
+        axs: list[Any] | None = None,
+        *,
+        eta: float | npt.NDArray[np.float64] = 0.0,
+        mu: float | npt.NDArray[np.float64] = 1.0,
+        lambd: float = 0.0,
+        weight_decay: float = 0.0,
+        grad_scale: float = 1.0,
+        first: int = 0,
+        partial: bool = False,
+    ) -> None: ...
+    def check_overlap(self) -> None: ...

@@ -1,0 +1,73 @@
+"""What the right result is, written independently of the library under test.
+
+`Reference` is the algorithm as the paper and torch's first listing have it, in torch operations.
+`exact_step` follows the numerics contract in rational arithmetic, with one rounding a line.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+
+class Reference:
+    """ASGD of one tensor with scalars in double, operation by operation."""
+
+    def __init__(self, param, lr=1e-2, lambd=1e-4, alpha=0.75, t0=1e6, weight_decay=0.0):
+        self.param = param
+        self.ax = torch.zeros_like(param)
+        self.lr, self.lambd, self.alpha, self.t0 = lr, lambd, alpha, t0
+        self.weight_decay = weight_decay
+        self.step_count, self.eta, self.mu = 0, lr, 1
+
+    def step(self, grad):
+        self.step_count += 1
+        if self.weight_decay != 0:
+            grad = grad.add(self.param, alpha=self.weight_decay)
+        self.param.mul_(1 - self.lambd * self.eta)
+        self.param.add_(grad, alpha=-self.eta)
+        if self.mu != 1:
+            self.ax.add_(self.param.sub(self.ax).mul(self.mu))
+        else:
+            self.ax.copy_(self.param)
+        self.eta = self.lr / math.pow(1 + self.lambd * self.lr * self.step_count, self.alpha)
+        self.mu = 1 / max(1, self.step_count - self.t0)
+
+
+def rounded(value: Fraction, dtype) -> Fraction:
+    """Round to the nearest normal number of a float dtype, ties to even."""
+    if value == 0:
+        return value
+    digits = np.finfo(dtype).nmant + 1
+    numerator, denominator = abs(value).as_integer_ratio()
+    exponent = numerator.bit_length() - denominator.bit_length() - digits
+    unit = Fraction(2) ** exponent
+    if abs(value) / unit >= 2**digits:
+        unit *= 2
+    return round(value / unit) * unit
+
+
+def exact_step(p, g, ax, dtype, *, eta, mu, lambd, weight_decay, maximize, grad_scale):
+    """One step of scalars of `dtype`; returns the new p and ax, of that dtype."""
+
+    def scalar(x):
+        return rounded(Fraction(x), dtype)
+
+    def fma(x, y, z):
+        return rounded(x * y + z, dtype)
+
+    p, g, ax = Fraction(float(p)), Fraction(float(g)), Fraction(float(ax))
+    decay = scalar(1 - lambd * eta)
+    if grad_scale is not None:
+        g = rounded(g * scalar(grad_scale), dtype)
+    if maximize:
+        g = -g
+    if weight_decay != 0:
+        g = fma(scalar(weight_decay), p, g)
+    p = fma(-scalar(eta), g, rounded(p * decay, dtype))
+    moved = rounded(rounded(p - ax, dtype) * scalar(mu), dtype)
+    ax = p if mu == 1 else rounded(ax + moved, dtype)
+    return dtype(float(p)), dtype(float(ax))
