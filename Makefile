@@ -35,7 +35,7 @@ coverage: $(VENV)/test $(VENV)/dev
 	cp -r asgd_fast examples tests README.md LICENSE pyproject.toml setup.py build/coverage
 	rm -f build/coverage/asgd_fast/*.c build/coverage/asgd_fast/*.so
 	cd build/coverage && ASGD_FAST_TRACE=1 ../../$(BIN)/python setup.py --quiet build_ext --inplace
-	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet
+	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet -m 'not heavy'
 	cd build/coverage && ../../$(BIN)/python -m coverage report
 
 clean:

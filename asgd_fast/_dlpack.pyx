@@ -29,7 +29,7 @@ cdef class _Exporter:
         self.takes_version = True
         self.has_autograd = hasattr(cls, "requires_grad")
         self.has_lazy_sign = hasattr(cls, "is_neg")
-        self.in_place = hasattr(cls, "__iadd__")
+        self.in_place = getattr(cls, "__iadd__", None) is not None
 
 
 # Types live as long as the process in practice, and the DLPack specification lets consumers keep
@@ -77,21 +77,25 @@ cdef int borrow(object array, bint writing, Borrowed *out) except -1:
             "expected an array of a library that speaks DLPack, such as NumPy, torch or CuPy")
     if exporter.has_autograd and array.requires_grad:
         raise BufferError(
-            "it requires grad, and autograd would not see the change; pass its detach(), "
+            "it requires grad, and autograd does not see this update; pass its detach(), "
             "which shares the memory")
     if exporter.has_lazy_sign and array.is_neg():
         raise ValueError(
             "its memory holds the values before a pending negation; pass its resolve_neg()")
+    capsule = None
     try:
         if exporter.api != NULL:
             _borrow_from_exchange_api(exporter.api, array, writing, out)
         else:
-            _borrow_from_capsule(exporter, array, out)
+            capsule = _capsule_of(exporter, array)
+            _borrow_from_capsule(capsule, out)
     except MemoryError:
         give_back(out)
         raise
     except Exception as error:
+        # Both may run Python code, which must not find an exception on its way.
         give_back(out)
+        capsule = None
         # The first line: torch adds a C++ backtrace, which the chained error keeps.
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -132,8 +136,7 @@ cdef int _borrow_from_exchange_api(
     return 0
 
 
-cdef int _borrow_from_capsule(_Exporter exporter, object array, Borrowed *out) except -1:
-    capsule = _capsule_of(exporter, array)
+cdef int _borrow_from_capsule(object capsule, Borrowed *out) except -1:
     if PyCapsule_IsValid(capsule, b"dltensor_versioned"):
         out.versioned = <DLManagedTensorVersioned *>PyCapsule_GetPointer(
             capsule, b"dltensor_versioned")

@@ -27,6 +27,7 @@ cdef class Table:
     cdef tuple _names
     cdef list _owners               # keeps the arrays alive for as long as they are borrowed
 
+    cdef void _clear(self) noexcept
     cdef int _reserve(self, Py_ssize_t more) except -1
     cdef Row *_append(self, Py_ssize_t index, param) except NULL
     cdef int _take(self, int role, object array) except -1

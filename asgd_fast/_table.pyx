@@ -65,8 +65,9 @@ def is_array(candidate):
 cdef class Table:
     """The rows of one step, each a param with its grad and, unless none is kept, its average.
 
-    The arrays stay borrowed until the table is gone. Rows are added by `extend`, then checked
-    against each other by `check_overlap`; only then may an engine write.
+    Rows are added by `extend`, then checked against each other by `check_overlap`; only then may an
+    engine write. The arrays stay borrowed until the table is gone; a table that has raised has
+    given them back and is empty.
 
     Parameters
     ----------
@@ -84,16 +85,20 @@ cdef class Table:
         self._owners = []
 
     def __dealloc__(self):
-        cdef Py_ssize_t row
-        cdef int role
-        for row in range(self.n_rows):
-            for role in range(3):
-                give_back(&self._borrowed[row][role])
+        self._clear()
         free(self._borrowed)
         free(self.rows)
 
     def __len__(self):
         return self.n_rows
+
+    cdef void _clear(self) noexcept:
+        """Give every array back."""
+        cdef int role
+        while self.n_rows > 0:
+            self.n_rows -= 1
+            for role in range(3):
+                give_back(&self._borrowed[self.n_rows][role])
 
     def extend(
         self,
@@ -146,21 +151,25 @@ cdef class Table:
         cdef const double[::1] mus = mu if each_mu else None
         self._reserve(n)
         self._owners += (params, grads, axs)
-        for i in range(n):
-            if partial and grads[i] is None:
-                continue
-            row = self._append(first + i, params[i])
-            if grads is not None:
-                self._take(GRAD, grads[i])
-                row.grad = _data(&self._borrowed[self.n_rows - 1][GRAD].tensor)
-            if axs is not None:
-                self._take(AX, axs[i])
-                row.ax = _data(&self._borrowed[self.n_rows - 1][AX].tensor)
-            row.eta = etas[i] if each_eta else <double>eta
-            row.mu = mus[i] if each_mu else <double>mu
-            row.decay = 1.0 - lambd * row.eta
-            row.weight_decay = weight_decay
-            row.grad_scale = grad_scale
+        try:
+            for i in range(n):
+                if partial and grads[i] is None:
+                    continue
+                row = self._append(first + i, params[i])
+                if grads is not None:
+                    self._take(GRAD, grads[i])
+                    row.grad = _data(&self._borrowed[self.n_rows - 1][GRAD].tensor)
+                if axs is not None:
+                    self._take(AX, axs[i])
+                    row.ax = _data(&self._borrowed[self.n_rows - 1][AX].tensor)
+                row.eta = etas[i] if each_eta else <double>eta
+                row.mu = mus[i] if each_mu else <double>mu
+                row.decay = 1.0 - lambd * row.eta
+                row.weight_decay = weight_decay
+                row.grad_scale = grad_scale
+        except BaseException:
+            self._clear()
+            raise
 
     def check_overlap(self):
         """Check that nothing which is written shares memory with anything else in the table.
@@ -191,6 +200,9 @@ cdef class Table:
                     n += 1
             qsort(spans, n, sizeof(Span), _by_start)
             _refuse_overlaps(self, spans, n)
+        except ValueError:
+            self._clear()
+            raise
         finally:
             free(spans)
 
@@ -247,6 +259,8 @@ cdef class Table:
         if tensor.device.device_type not in (kDLCPU, kDLCUDAHost, kDLROCMHost):
             raise ValueError(
                 f"device {_device_name(tensor)} is not supported; expected an array in CPU memory")
+        if _size(tensor) and tensor.data == NULL:
+            raise ValueError("its elements have no memory (the address is NULL)")
         if not _is_dense(tensor):
             raise ValueError(
                 f"strides {_strides(tensor)} of shape {_shape(tensor)} leave gaps or repeat "

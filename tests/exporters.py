@@ -64,11 +64,19 @@ class DLPackExchangeAPI(Structure):
 
 
 # Prototypes of our own: the attributes of ctypes.pythonapi are shared by the whole process.
-_new_capsule = PYFUNCTYPE(py_object, c_void_p, c_char_p, c_void_p)(
+_capsule_new = PYFUNCTYPE(py_object, c_void_p, c_char_p, c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
 )
 _pointer_of = PYFUNCTYPE(c_void_p, c_void_p, c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
 _name_of = PYFUNCTYPE(c_char_p, c_void_p)(("PyCapsule_GetName", ctypes.pythonapi))
+
+
+_pointed_to = []  # by capsules, which keep nothing alive
+
+
+def _new_capsule(pointer, name, destructor=None):
+    _pointed_to.append(name)
+    return _capsule_new(pointer, name, destructor and _address(destructor))
 
 
 def name_of(capsule):
@@ -194,10 +202,7 @@ class Exporter:
     def capsule(self, kind, name):
         if self.error is not None:
             raise self.error
-        # Kept: a capsule that dies while an error is on its way would run Python code then.
-        self.capsules.append(
-            _new_capsule(self.lend(kind()).address, self.name or name, _address(_destroy))
-        )
+        self.capsules.append(_new_capsule(self.lend(kind()).address, self.name or name, _destroy))
         return self.capsules[-1]
 
 
@@ -205,7 +210,7 @@ class Immutable(Exporter):
     """Lends legacy capsules, has no in-place operators, and never heard of max_version."""
 
     def __dlpack__(self, *, stream=None):
-        self.asked.append("legacy")
+        self.asked.append("no version")
         return self.capsule(DLManagedTensor, b"dltensor")
 
 
@@ -216,13 +221,13 @@ class Legacy(Immutable):
 
 class IgnoresVersion(Legacy):
     def __dlpack__(self, *, stream=None, max_version=None):
-        self.asked.append(max_version)
+        self.asked.append(max_version or "no version")
         return self.capsule(DLManagedTensor, b"dltensor")
 
 
 class Versioned(Exporter):
     def __dlpack__(self, *, stream=None, max_version=None):
-        self.asked.append(max_version)
+        self.asked.append(max_version or "no version")
         return self.capsule(DLManagedTensorVersioned, b"dltensor_versioned")
 
 
@@ -249,8 +254,6 @@ def _fail_without_a_reason(array, out):
 # no C calling convention minds the second.
 _FAIL = ctypes.pythonapi.PyObject_IsTrue
 
-_APIS = []  # the capsules only point to them
-
 
 def exchange_api(*versions, plain=True, fails=None, name=b"dlpack_exchange_api"):
     """Make a capsule for ``__dlpack_c_exchange_api__``.
@@ -271,7 +274,7 @@ def exchange_api(*versions, plain=True, fails=None, name=b"dlpack_exchange_api")
         managed_tensor, plain_tensor = _managed_tensor, _plain_tensor
         if fails or major != 1:
             managed_tensor = plain_tensor = failures[fails or "without a reason"]
-        _APIS.append(
+        _pointed_to.append(
             DLPackExchangeAPI(
                 version=DLPackVersion(major, minor),
                 prev_api=previous,
@@ -279,15 +282,17 @@ def exchange_api(*versions, plain=True, fails=None, name=b"dlpack_exchange_api")
                 dltensor_from_py_object_no_sync=_address(plain_tensor) if plain else None,
             )
         )
-        previous = ctypes.addressof(_APIS[-1])
-    return _new_capsule(previous, name, None)
+        previous = ctypes.addressof(_pointed_to[-1])
+    return _new_capsule(previous, name)
 
 
 class Exchange(Versioned):
     __dlpack_c_exchange_api__ = exchange_api((1, 3))
 
 
-class ExchangeManagedOnly(Versioned):
+class ExchangeManagedOnly(Exporter):
+    """Has no __dlpack__ either: the exchange API must do."""
+
     __dlpack_c_exchange_api__ = exchange_api((1, 3), plain=False)
 
 
@@ -297,3 +302,26 @@ class ExchangeChained(Versioned):
 
 class ExchangeNewerOnly(Versioned):
     __dlpack_c_exchange_api__ = exchange_api((2, 5), (2, 0))
+
+
+class ExchangeFails(Versioned):
+    __dlpack_c_exchange_api__ = exchange_api((1, 3), fails="with a reason")
+
+
+class ExchangeFailsSilently(Versioned):
+    __dlpack_c_exchange_api__ = exchange_api((1, 3), fails="without a reason")
+
+
+# The kinds that can say what may be written, all that lend what may, and those that take an error.
+VERSIONED_KINDS = [Versioned, Exchange, ExchangeManagedOnly, ExchangeChained, ExchangeNewerOnly]
+KINDS = [Legacy, IgnoresVersion, *VERSIONED_KINDS]
+FAILING_KINDS = [Legacy, Versioned, ExchangeFails]
+
+
+def assert_given_back(arrays):
+    """Assert that every tensor was given back once, and every capsule consumed."""
+    for array in arrays:
+        assert array.n_deleted == [1] * len(array.loans)
+        assert all(name_of(capsule).startswith(b"used_dltensor") for capsule in array.capsules)
+        array.capsules.clear()
+        assert array.n_deleted == [1] * len(array.loans), "freed by the capsule too"

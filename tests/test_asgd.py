@@ -149,7 +149,7 @@ REFUSED = {
     "tensor that requires grad": (
         lambda: ([torch.ones(3, requires_grad=True)], [torch.ones(3)], None, {}),
         BufferError,
-        r"^params\[0\]: it requires grad, and autograd would not see the change; pass its detach",
+        r"^params\[0\]: it requires grad, and autograd does not see this update; pass its detach",
     ),
     "param listed twice": (
         lambda: ([p := f32(3), f32(2), p], [f32(3), f32(2), f32(3)], None, {}),
@@ -371,6 +371,7 @@ def test_only_the_view_is_written():
     assert buffer.tolist() == [1.0] * 3 + [0.0] * 3 + [1.0] * 4
 
 
+@pytest.mark.heavy
 def test_allocates_nothing_that_grows_with_the_arrays():
     arrays = [np.ones(2_000_000) for _ in range(3)]
     asgd_(*arrays, eta=0.1, mu=0.5)
@@ -383,6 +384,7 @@ def test_allocates_nothing_that_grows_with_the_arrays():
     assert peak < 10_000
 
 
+@pytest.mark.heavy
 def test_other_threads_run_during_the_pass():
     arrays = [np.ones(4_000_000) for _ in range(3)]
     entered, finished = threading.Event(), threading.Event()

@@ -48,6 +48,7 @@ def equal(array, tensor):
     return np.array_equal(array, tensor.detach().numpy(), equal_nan=True)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -76,7 +77,9 @@ def test_array_asgd_has_the_bits_of_torch(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("n", [*SIZES, 17, 31, 32, 63, 64, 65, 127, 100_003])
+@pytest.mark.parametrize(
+    "n", [*SIZES, 17, 31, 32, 63, 64, 65, 127, pytest.param(100_003, marks=pytest.mark.heavy)]
+)
 def test_each_simd_level_has_the_bits_of_torch_at_every_step(simd_level, dtype, weight_decay, n):
     """With torch's own eta and mu, which it keeps in float32 by default."""
     rng = np.random.default_rng(n)
