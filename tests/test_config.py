@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import asgd_fast
-from asgd_fast import _core
+from asgd_fast import _core, config
 
 
 def run(*arguments, **environment):
@@ -26,12 +26,12 @@ def run(*arguments, **environment):
 
 
 def test_the_facts_are_those_of_this_process():
-    config = asgd_fast.show_config("dicts")
-    assert config["cpu"]["simd"] == _core.simd_level()
-    assert config["cpu"]["simd available"][-1] == "baseline"
-    assert config["arrays"]["numpy"] == f"{np.__version__}, through its versioned capsule 1.0"
-    assert config["arrays"]["torch"] == f"{version('torch')}, through its exchange API 1.3"
-    assert config["build"]["compiler"]
+    facts = asgd_fast.show_config("dicts")
+    assert facts["cpu"]["simd"] == _core.simd_level()
+    assert facts["cpu"]["simd available"][-1] == "baseline"
+    assert facts["arrays"]["numpy"] == f"{np.__version__}, through its versioned capsule 1.0"
+    assert facts["arrays"]["torch"] == f"{version('torch')}, through its exchange API 1.3"
+    assert facts["build"]["compiler"].startswith(("gcc ", "clang ", "msvc "))
 
 
 def test_text_and_json_say_the_same():
@@ -47,14 +47,32 @@ def test_text_and_json_say_the_same():
 
 @pytest.mark.parametrize("level", _core.simd_levels())
 def test_the_simd_level_can_be_lowered(level):
-    config = json.loads(run("--json", ASGD_FAST_SIMD=level).stdout)
-    assert config["cpu"]["simd"] == level
+    facts = json.loads(run("--json", ASGD_FAST_SIMD=level).stdout)
+    assert facts["cpu"]["simd"] == level
 
 
 def test_an_unknown_simd_level_is_refused():
     result = run(ASGD_FAST_SIMD="mmx")
     assert result.returncode != 0
     assert "SIMD level 'mmx' is not to be had; expected one of [" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("installed", "raises", "shown"),
+    [
+        (None, None, "not installed"),
+        ("9.9", ImportError("no libcuda"), "9.9, unusable: ImportError: no libcuda"),
+        ("9.9", RuntimeError("two runtimes"), "9.9, unusable: RuntimeError: two runtimes"),
+    ],
+)
+def test_a_library_that_is_missing_or_broken_is_a_finding(monkeypatch, installed, raises, shown):
+    def broken(name):
+        raise raises
+
+    monkeypatch.setattr(config, "_LIBRARIES", {"cupy": "cupy"})
+    monkeypatch.setattr(config, "_version", lambda name: installed or "not installed")
+    monkeypatch.setattr(config, "import_module", broken)
+    assert config.show_config("dicts")["arrays"] == {"cupy": shown}
 
 
 def test_an_unknown_mode_is_refused():
