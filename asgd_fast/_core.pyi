@@ -1,8 +1,5 @@
 from typing import TypedDict
 
-import numpy as np
-import numpy.typing as npt
-
 from asgd_fast._table import Table
 
 class _Build(TypedDict):
@@ -21,14 +18,3 @@ def copy(table: Table) -> None: ...
 def next_scalars(
     step: float, lr: float, lambd: float, alpha: float, t0: float
 ) -> tuple[float, float]: ...
-def advance(
-    step: npt.NDArray[np.float64],
-    eta: npt.NDArray[np.float64],
-    mu: npt.NDArray[np.float64],
-    stepped: npt.NDArray[np.uint8],
-    *,
-    lr: float,
-    lambd: float,
-    alpha: float,
-    t0: float,
-) -> None: ...

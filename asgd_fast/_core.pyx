@@ -1,4 +1,4 @@
-"""The CPU engine: runs the rows of a table, and advances the scalars that go with them.
+"""The CPU engine: runs the rows of a table and advances the scalars that go with them.
 
 This module knows addresses, lengths and scalars; it does not know arrays, groups or optimizers. The
 loops themselves stand in _loops.pxi, compiled once for each SIMD level; the best level that this
@@ -10,11 +10,10 @@ from importlib import import_module
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport fmax, pow
-from libc.stdint cimport uint8_t
 from libc.string cimport memcpy
 
 from asgd_fast._loops cimport Loops
-from asgd_fast._table cimport Row, Table
+from asgd_fast._table cimport Row, Scalars, Table
 
 cdef extern from *:
     """
@@ -122,7 +121,9 @@ def _loops_of(level):
 
 
 def update(Table table):
-    """Update every row of a checked table in place. Cannot fail; releases the GIL.
+    """Update every row of a checked table in place, and advance its scalars.
+
+    Cannot fail. Releases the GIL, and is one call so that no interrupt comes between the two.
 
     Parameters
     ----------
@@ -139,6 +140,11 @@ def update(Table table):
                 loops.float32(row, 0, row.n)
             else:
                 loops.float64(row, 0, row.n)
+        for i in range(table.n_rows):
+            row = &table.rows[i]
+            if row.scalars != NULL:
+                row.scalars[0] = _next(
+                    row.scalars.step + 1, row.lr, row.lambd, row.alpha, row.t0)
 
 
 def copy(Table table):
@@ -157,16 +163,12 @@ def copy(Table table):
             memcpy(row.param, row.grad, row.n * (row.dtype.bits // 8))
 
 
-cdef struct Scalars:
-    double eta
-    double mu
-
-
 cdef inline Scalars _next(
     double step, double lr, double lambd, double alpha, double t0,
 ) noexcept nogil:
-    """eta and mu after `step` steps, in the order of operations of torch.optim.ASGD."""
+    """The scalars after `step` steps, in the order of operations of torch.optim.ASGD."""
     cdef Scalars scalars
+    scalars.step = step
     scalars.eta = lr / pow(1.0 + lambd * lr * step, alpha)
     scalars.mu = 1.0 / fmax(1.0, step - t0)
     return scalars
@@ -187,30 +189,6 @@ def next_scalars(double step, double lr, double lambd, double alpha, double t0):
     """
     cdef Scalars scalars = _next(step, lr, lambd, alpha, t0)
     return scalars.eta, scalars.mu
-
-
-def advance(
-    double[::1] step, double[::1] eta, double[::1] mu, const uint8_t[::1] stepped, *,
-    double lr, double lambd, double alpha, double t0,
-):
-    """Advance the packed scalars of the params that were stepped, in place.
-
-    Parameters
-    ----------
-    step, eta, mu : float64 array of shape (n,)
-        The scalars of n params.
-    stepped : uint8 array of shape (n,)
-        0 for each param that was left out.
-    lr, lambd, alpha, t0 : float
-    """
-    cdef Py_ssize_t i
-    cdef Scalars scalars
-    for i in range(step.shape[0]):
-        if stepped[i]:
-            step[i] += 1
-            scalars = _next(step[i], lr, lambd, alpha, t0)
-            eta[i] = scalars.eta
-            mu[i] = scalars.mu
 
 
 use_simd_level(

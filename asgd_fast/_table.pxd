@@ -4,6 +4,12 @@ from libc.stdint cimport int64_t
 
 from asgd_fast._dlpack cimport Borrowed, DLDataType
 
+# The scalars of one param, as the optimizer packs them: they are advanced with the step.
+cdef struct Scalars:
+    double step
+    double eta
+    double mu
+
 # One array's update. The scalars are double here; a loop rounds each once to its compute dtype.
 cdef struct Row:
     void *param
@@ -16,6 +22,11 @@ cdef struct Row:
     double decay            # 1 - lambd * eta
     double weight_decay
     double grad_scale       # negative to maximize
+    Scalars *scalars        # NULL: the caller keeps the schedule
+    double lr
+    double lambd
+    double alpha
+    double t0
     Py_ssize_t index        # the param's place among the caller's, for messages
 
 

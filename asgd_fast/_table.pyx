@@ -106,9 +106,13 @@ cdef class Table:
         list grads=None,
         list axs=None,
         *,
-        eta=0.0,
-        mu=1.0,
+        double eta=0.0,
+        double mu=1.0,
+        double[:, ::1] scalars=None,
+        double lr=0.0,
         double lambd=0.0,
+        double alpha=0.0,
+        double t0=0.0,
         double weight_decay=0.0,
         double grad_scale=1.0,
         Py_ssize_t first=0,
@@ -125,8 +129,13 @@ cdef class Table:
             Without the list the rows are of params alone, and only good for checking them.
         axs : list of array, optional
             The averages, like their params. Without the list none is kept.
-        eta, mu : float or float64 array of shape (len(params),)
-            One for all rows, or one for each.
+        eta, mu : float
+            For all rows, where there are no scalars.
+        scalars : float64 array of shape (len(params), 3), optional
+            The step, eta and mu of each param, which the engine advances with the step. The eta of
+            step 0 is not read: it is lr.
+        lr, alpha, t0 : float
+            What scalars are advanced with.
         lambd, weight_decay : float
         grad_scale : float
             Multiplies each grad first; negative to maximize.
@@ -146,11 +155,8 @@ cdef class Table:
         """
         cdef Py_ssize_t i, n = len(params)
         cdef Row *row
-        cdef bint each_eta = not isinstance(eta, float), each_mu = not isinstance(mu, float)
-        cdef const double[::1] etas = eta if each_eta else None
-        cdef const double[::1] mus = mu if each_mu else None
         self._reserve(n)
-        self._owners += (params, grads, axs)
+        self._owners += (params, grads, axs, scalars)
         try:
             for i in range(n):
                 if partial and grads[i] is None:
@@ -162,11 +168,20 @@ cdef class Table:
                 if axs is not None:
                     self._take(AX, axs[i])
                     row.ax = _data(&self._borrowed[self.n_rows - 1][AX].tensor)
-                row.eta = etas[i] if each_eta else <double>eta
-                row.mu = mus[i] if each_mu else <double>mu
+                row.eta = eta
+                row.mu = mu
+                row.scalars = NULL
+                if scalars is not None:
+                    row.scalars = <Scalars *>&scalars[i, 0]
+                    row.eta = lr if row.scalars.step == 0 else row.scalars.eta
+                    row.mu = row.scalars.mu
                 row.decay = 1.0 - lambd * row.eta
                 row.weight_decay = weight_decay
                 row.grad_scale = grad_scale
+                row.lr = lr
+                row.lambd = lambd
+                row.alpha = alpha
+                row.t0 = t0
         except BaseException:
             self._clear()
             raise

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from asgd_fast import _core
 from asgd_fast._table import Table
 from asgd_fast.schedule import check_scalar
 from asgd_fast.update import as_arrays, copy, template, update
@@ -204,11 +203,9 @@ class ArrayASGD:
             }
         )
         self.param_groups: list[dict[str, Any]] = []
-        # One entry for each param, in the order of the groups. eta is set by the first step.
+        # One entry for each param, in the order of the groups. The columns are step, eta and mu.
         self._averages: list[Array] = []
-        self._step = np.zeros(0)
-        self._eta = np.zeros(0)
-        self._mu = np.zeros(0)
+        self._scalars = np.zeros((0, 3))
 
         groups = as_arrays("params", params)
         if not groups:
@@ -267,9 +264,8 @@ class ArrayASGD:
         table.check_overlap()
         self._averages += [_clone(param) for param in params]
         self.param_groups.append({"params": params, **hyperparameters})
-        self._step = np.append(self._step, np.zeros(len(params)))
-        self._eta = np.append(self._eta, np.full(len(params), hyperparameters["lr"]))
-        self._mu = np.append(self._mu, np.ones(len(params)))
+        fresh = np.tile([0.0, hyperparameters["lr"], 1.0], (len(params), 1))
+        self._scalars = np.concatenate([self._scalars, fresh])
 
     def step(self, grads: Array | Iterable[Array | None]) -> None:
         """Make one step: update every param that has a grad, and its average, in place.
@@ -288,35 +284,23 @@ class ArrayASGD:
         """
         grad_list = _one_for_each("grads", grads, len(self._averages))
         table = Table(("params[{}]", template("grads", grads), "averages[{}]"))
-        hyperparameters = [_checked_hyperparameters(group) for group in self.param_groups]
-        slices = self._slices()
-        for own, group, part in zip(hyperparameters, self.param_groups, slices, strict=True):
+        for group, part in zip(self.param_groups, self._slices(), strict=True):
+            own = _checked_hyperparameters(group)
             table.extend(
                 list(group["params"]),
                 grad_list[part],
                 self._averages[part],
-                # A param's first step takes the group's lr as of now.
-                eta=np.where(self._step[part] == 0, own["lr"], self._eta[part]),
-                mu=self._mu[part],
+                scalars=self._scalars[part],
+                lr=own["lr"],
                 lambd=own["lambd"],
+                alpha=own["alpha"],
+                t0=own["t0"],
                 weight_decay=own["weight_decay"],
                 grad_scale=-1.0 if own["maximize"] else 1.0,
                 first=part.start,
                 partial=True,
             )
-        stepped = np.array([grad is not None for grad in grad_list], dtype=np.uint8)
         update(table)
-        for own, part in zip(hyperparameters, slices, strict=True):
-            _core.advance(
-                self._step[part],
-                self._eta[part],
-                self._mu[part],
-                stepped[part],
-                lr=own["lr"],
-                lambd=own["lambd"],
-                alpha=own["alpha"],
-                t0=own["t0"],
-            )
 
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """Return a snapshot of everything but the params: a flat dict of NumPy arrays.
@@ -329,9 +313,9 @@ class ArrayASGD:
             through ``np.savez(file, **state)`` and ``np.load(file)``, pickle and ``copy.deepcopy``.
         """
         state: dict[str, npt.NDArray[Any]] = {
-            "step": self._step.astype(np.int64),
-            "eta": self._eta.copy(),
-            "mu": self._mu.copy(),
+            "step": self._scalars[:, 0].astype(np.int64),
+            "eta": self._scalars[:, 1].copy(),
+            "mu": self._scalars[:, 2].copy(),
             "group": self._group_of_each(),
         }
         for name in self.defaults:
@@ -397,7 +381,7 @@ class ArrayASGD:
         table = Table(("averages[{}]", "state_dict['ax.{}']", ""))
         table.extend(self._averages, loaded)
         copy(table)
-        self._step[:], self._eta[:], self._mu[:] = state["step"], state["eta"], state["mu"]
+        self._scalars[:] = np.column_stack([state["step"], state["eta"], state["mu"]])
         for group, own in zip(self.param_groups, hyperparameters, strict=True):
             group.update(own)
 

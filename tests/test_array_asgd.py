@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -409,6 +412,33 @@ def test_a_param_may_be_replaced_by_another_array():
     optimizer.step(np.ones(3))
     assert param.tolist() == [0.5] * 3
     assert moved.tolist() == [0.0] * 3
+
+
+@pytest.mark.heavy
+def test_an_interrupt_finds_arrays_and_scalars_of_one_step():
+    params = np.ones(4_000_000), np.ones(4_000_000)
+    optimizer = ArrayASGD(params, lr=0.5, lambd=0.0)
+    grads = [np.ones_like(param) for param in params]
+    started = threading.Event()
+
+    def interrupt():
+        started.wait()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    interval = sys.getswitchinterval()
+    # With so long an interval, the other thread only runs where the pass itself lets go.
+    sys.setswitchinterval(100)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            started.set()
+            optimizer.step(grads)
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert optimizer.state_dict()["step"].tolist() == [1, 1]
+    assert all((array == 0.5).all() for array in (*params, *optimizer.averages))
 
 
 def test_repr_lists_the_groups():
