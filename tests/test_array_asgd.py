@@ -431,8 +431,8 @@ def test_an_interrupt_finds_arrays_and_scalars_of_one_step():
     # With so long an interval, the other thread only runs where the pass itself lets go.
     sys.setswitchinterval(100)
     try:
+        started.set()
         with pytest.raises(KeyboardInterrupt):
-            started.set()
             optimizer.step(grads)
     finally:
         sys.setswitchinterval(interval)
