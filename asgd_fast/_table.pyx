@@ -4,7 +4,7 @@ This module knows what makes arrays fit for one in-place pass; it does not know 
 (the engines), nor what a sequence, a group or a schedule is (update and the faces above it).
 """
 
-from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc, qsort, realloc
 
 from asgd_fast._dlpack cimport (
@@ -14,15 +14,21 @@ from asgd_fast._dlpack cimport (
     borrow,
     give_back,
     is_array as _is_array,
-    kDLBfloat,
-    kDLBool,
-    kDLComplex,
     kDLCPU,
     kDLCUDAHost,
     kDLFloat,
-    kDLInt,
     kDLROCMHost,
-    kDLUInt,
+)
+from asgd_fast._tensor cimport (
+    data_of,
+    device_name,
+    dtype_name,
+    is_dense,
+    same_layout,
+    same_shape,
+    shape_of,
+    size_of,
+    strides_of,
 )
 
 
@@ -30,15 +36,6 @@ cdef enum:  # the three arrays of a row
     PARAM = 0
     GRAD = 1
     AX = 2
-
-cdef dict _DTYPES = {
-    kDLInt: "int", kDLUInt: "uint", kDLFloat: "float", kDLBfloat: "bfloat", kDLComplex: "complex",
-}
-cdef dict _DEVICES = {
-    kDLCPU: "cpu", 2: "cuda", kDLCUDAHost: "cuda_host", 4: "opencl", 7: "vulkan", 8: "metal",
-    9: "vpi", 10: "rocm", kDLROCMHost: "rocm_host", 13: "cuda_managed", 14: "oneapi", 15: "webgpu",
-    16: "hexagon", 17: "maia", 18: "trn",
-}
 
 
 cdef struct Span:  # the bytes of one borrowed array
@@ -164,10 +161,10 @@ cdef class Table:
                 row = self._append(first + i, params[i])
                 if grads is not None:
                     self._take(GRAD, grads[i])
-                    row.grad = _data(&self._borrowed[self.n_rows - 1][GRAD].tensor)
+                    row.grad = data_of(&self._borrowed[self.n_rows - 1][GRAD].tensor)
                 if axs is not None:
                     self._take(AX, axs[i])
-                    row.ax = _data(&self._borrowed[self.n_rows - 1][AX].tensor)
+                    row.ax = data_of(&self._borrowed[self.n_rows - 1][AX].tensor)
                 row.eta = eta
                 row.mu = mu
                 row.scalars = NULL
@@ -248,8 +245,8 @@ cdef class Table:
         row.ax = NULL
         self.n_rows += 1  # from here on __dealloc__ gives back what was borrowed
         self._take(PARAM, param)
-        row.param = _data(&borrowed[PARAM].tensor)
-        row.n = _size(&borrowed[PARAM].tensor)
+        row.param = data_of(&borrowed[PARAM].tensor)
+        row.n = size_of(&borrowed[PARAM].tensor)
         row.dtype = borrowed[PARAM].tensor.dtype
         return row
 
@@ -270,19 +267,19 @@ cdef class Table:
         cdef DLDataType dtype = tensor.dtype
         if dtype.code != kDLFloat or dtype.lanes != 1 or dtype.bits not in (32, 64):
             raise ValueError(
-                f"dtype {_dtype_name(dtype)} is not supported; expected float32 or float64")
+                f"dtype {dtype_name(dtype)} is not supported; expected float32 or float64")
         if tensor.device.device_type not in (kDLCPU, kDLCUDAHost, kDLROCMHost):
             raise ValueError(
-                f"device {_device_name(tensor)} is not supported; expected an array in CPU memory")
-        if _size(tensor) and tensor.data == NULL:
+                f"device {device_name(tensor)} is not supported; expected an array in CPU memory")
+        if size_of(tensor) and tensor.data == NULL:
             raise ValueError("its elements have no memory (the address is NULL)")
-        if not _is_dense(tensor):
+        if not is_dense(tensor):
             raise ValueError(
-                f"strides {_strides(tensor)} of shape {_shape(tensor)} leave gaps or repeat "
+                f"strides {strides_of(tensor)} of shape {shape_of(tensor)} leave gaps or repeat "
                 "elements; expected a contiguous array, in C, Fortran or any other axis order")
-        if _size(tensor) and <uintptr_t>_data(tensor) % (dtype.bits // 8):
+        if size_of(tensor) and <uintptr_t>data_of(tensor) % (dtype.bits // 8):
             raise ValueError(
-                f"address {<uintptr_t>_data(tensor):#x} is not a multiple of its "
+                f"address {<uintptr_t>data_of(tensor):#x} is not a multiple of its "
                 f"{dtype.bits // 8}-byte elements; expected aligned memory")
         return 0
 
@@ -291,12 +288,12 @@ cdef class Table:
         cdef DLTensor *param = &self._borrowed[self.n_rows - 1][PARAM].tensor
         if tensor.dtype.bits != param.dtype.bits:
             raise ValueError(self._mismatch(
-                "dtype", _dtype_name(tensor.dtype), _dtype_name(param.dtype)))
-        if not _same_shape(tensor, param):
-            raise ValueError(self._mismatch("shape", _shape(tensor), _shape(param)))
-        if not _same_layout(tensor, param):
+                "dtype", dtype_name(tensor.dtype), dtype_name(param.dtype)))
+        if not same_shape(tensor, param):
+            raise ValueError(self._mismatch("shape", shape_of(tensor), shape_of(param)))
+        if not same_layout(tensor, param):
             raise ValueError(self._mismatch(
-                "strides", _strides(tensor), _strides(param)))
+                "strides", strides_of(tensor), strides_of(param)))
         return 0
 
     cdef str _mismatch(self, str what, got, wanted):
@@ -342,98 +339,3 @@ cdef const void *_address(const Row *row, int role) noexcept:
     if role == PARAM:
         return row.param
     return row.grad if role == GRAD else row.ax
-
-
-cdef void *_data(const DLTensor *tensor) noexcept:
-    return <char *>tensor.data + tensor.byte_offset
-
-
-cdef int64_t _size(const DLTensor *tensor) noexcept:
-    cdef int64_t n = 1
-    cdef int32_t axis
-    for axis in range(tensor.ndim):
-        n *= tensor.shape[axis]
-    return n
-
-
-cdef bint _is_dense(const DLTensor *tensor) noexcept:
-    """Whether the elements fill one block of memory, each once, in some order of the axes."""
-    cdef int64_t n = _size(tensor), filled = 1
-    cdef int32_t axis, _step
-    if n <= 1 or _is_c_contiguous(tensor):
-        return True
-    # From the innermost axis outward, the next stride must be the size of what is filled so far.
-    for _step in range(tensor.ndim):
-        for axis in range(tensor.ndim):
-            if tensor.shape[axis] > 1 and tensor.strides[axis] == filled:
-                filled *= tensor.shape[axis]
-                break
-        else:
-            break
-    return filled == n
-
-
-cdef bint _is_c_contiguous(const DLTensor *tensor) noexcept:
-    cdef int64_t filled = 1
-    cdef int32_t axis
-    if tensor.strides == NULL:
-        return True
-    for axis in range(tensor.ndim - 1, -1, -1):
-        if tensor.shape[axis] != 1:
-            if tensor.strides[axis] != filled:
-                return False
-            filled *= tensor.shape[axis]
-    return True
-
-
-cdef bint _same_shape(const DLTensor *one, const DLTensor *other) noexcept:
-    cdef int32_t axis
-    if one.ndim != other.ndim:
-        return False
-    for axis in range(one.ndim):
-        if one.shape[axis] != other.shape[axis]:
-            return False
-    return True
-
-
-cdef bint _same_layout(const DLTensor *one, const DLTensor *other) noexcept:
-    """Whether two dense arrays of one shape hold the same element at each offset."""
-    cdef int32_t axis
-    if _size(one) <= 1 or (_is_c_contiguous(one) and _is_c_contiguous(other)):
-        return True
-    if one.strides == NULL or other.strides == NULL:
-        return False
-    for axis in range(one.ndim):
-        if one.shape[axis] != 1 and one.strides[axis] != other.strides[axis]:
-            return False
-    return True
-
-
-cdef tuple _shape(const DLTensor *tensor):
-    return tuple([tensor.shape[axis] for axis in range(tensor.ndim)])
-
-
-cdef tuple _strides(const DLTensor *tensor):
-    """The strides in elements, those that a NULL stands for included."""
-    cdef int64_t stride = 1
-    cdef int32_t axis
-    if tensor.strides != NULL:
-        return tuple([tensor.strides[axis] for axis in range(tensor.ndim)])
-    strides = []
-    for axis in range(tensor.ndim - 1, -1, -1):
-        strides.insert(0, stride)
-        stride *= tensor.shape[axis]
-    return tuple(strides)
-
-
-cdef str _dtype_name(DLDataType dtype):
-    if dtype.code == kDLBool:
-        name = "bool"
-    else:
-        name = f"{_DTYPES.get(dtype.code, f'type code {dtype.code} of bits ')}{dtype.bits}"
-    return name if dtype.lanes == 1 else f"{name}x{dtype.lanes}"
-
-
-cdef str _device_name(const DLTensor *tensor):
-    kind = tensor.device.device_type
-    return f"{_DEVICES.get(kind, f'type {kind}')}:{tensor.device.device_id}"

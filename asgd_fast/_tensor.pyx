@@ -1,0 +1,124 @@
+"""What a DLTensor says of its array: where, how large and in which order, and the words for it.
+
+This module reads descriptions; it borrows nothing and refuses nothing.
+"""
+
+from libc.stdint cimport int32_t, int64_t
+
+from asgd_fast._dlpack cimport (
+    DLDataType,
+    DLTensor,
+    kDLBfloat,
+    kDLBool,
+    kDLComplex,
+    kDLCPU,
+    kDLCUDAHost,
+    kDLFloat,
+    kDLInt,
+    kDLROCMHost,
+    kDLUInt,
+)
+
+cdef dict _DTYPES = {
+    kDLInt: "int", kDLUInt: "uint", kDLFloat: "float", kDLBfloat: "bfloat", kDLComplex: "complex",
+}
+cdef dict _DEVICES = {
+    kDLCPU: "cpu", 2: "cuda", kDLCUDAHost: "cuda_host", 4: "opencl", 7: "vulkan", 8: "metal",
+    9: "vpi", 10: "rocm", kDLROCMHost: "rocm_host", 13: "cuda_managed", 14: "oneapi", 15: "webgpu",
+    16: "hexagon", 17: "maia", 18: "trn",
+}
+
+
+cdef void *data_of(const DLTensor *tensor) noexcept:
+    return <char *>tensor.data + tensor.byte_offset
+
+
+cdef int64_t size_of(const DLTensor *tensor) noexcept:
+    cdef int64_t n = 1
+    cdef int32_t axis
+    for axis in range(tensor.ndim):
+        n *= tensor.shape[axis]
+    return n
+
+
+cdef bint is_dense(const DLTensor *tensor) noexcept:
+    """Whether the elements fill one block of memory, each once, in some order of the axes."""
+    cdef int64_t n = size_of(tensor), filled = 1
+    cdef int32_t axis, _step
+    if n <= 1 or _is_c_contiguous(tensor):
+        return True
+    # From the innermost axis outward, the next stride must be the size of what is filled so far.
+    for _step in range(tensor.ndim):
+        for axis in range(tensor.ndim):
+            if tensor.shape[axis] > 1 and tensor.strides[axis] == filled:
+                filled *= tensor.shape[axis]
+                break
+        else:
+            break
+    return filled == n
+
+
+cdef bint _is_c_contiguous(const DLTensor *tensor) noexcept:
+    cdef int64_t filled = 1
+    cdef int32_t axis
+    if tensor.strides == NULL:
+        return True
+    for axis in range(tensor.ndim - 1, -1, -1):
+        if tensor.shape[axis] != 1:
+            if tensor.strides[axis] != filled:
+                return False
+            filled *= tensor.shape[axis]
+    return True
+
+
+cdef bint same_shape(const DLTensor *one, const DLTensor *other) noexcept:
+    cdef int32_t axis
+    if one.ndim != other.ndim:
+        return False
+    for axis in range(one.ndim):
+        if one.shape[axis] != other.shape[axis]:
+            return False
+    return True
+
+
+cdef bint same_layout(const DLTensor *one, const DLTensor *other) noexcept:
+    """Whether two dense arrays of one shape hold the same element at each offset."""
+    cdef int32_t axis
+    if size_of(one) <= 1 or (_is_c_contiguous(one) and _is_c_contiguous(other)):
+        return True
+    if one.strides == NULL or other.strides == NULL:
+        return False
+    for axis in range(one.ndim):
+        if one.shape[axis] != 1 and one.strides[axis] != other.strides[axis]:
+            return False
+    return True
+
+
+cdef tuple shape_of(const DLTensor *tensor):
+    return tuple([tensor.shape[axis] for axis in range(tensor.ndim)])
+
+
+cdef tuple strides_of(const DLTensor *tensor):
+    """The strides in elements, those that a NULL stands for included."""
+    cdef int64_t stride = 1
+    cdef int32_t axis
+    if tensor.strides != NULL:
+        return tuple([tensor.strides[axis] for axis in range(tensor.ndim)])
+    strides = []
+    for axis in range(tensor.ndim - 1, -1, -1):
+        strides.insert(0, stride)
+        stride *= tensor.shape[axis]
+    return tuple(strides)
+
+
+cdef str dtype_name(DLDataType dtype):
+    if dtype.code == kDLBool:
+        name = "bool"
+    else:
+        name = f"{_DTYPES.get(dtype.code, f'type code {dtype.code} of bits ')}{dtype.bits}"
+    return name if dtype.lanes == 1 else f"{name}x{dtype.lanes}"
+
+
+cdef str device_name(const DLTensor *tensor):
+    kind = tensor.device.device_type
+    return f"{_DEVICES.get(kind, f'type {kind}')}:{tensor.device.device_id}"
