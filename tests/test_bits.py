@@ -138,6 +138,30 @@ def test_special_values_flow_as_in_torch(simd_level, dtype, weight_decay, mu):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("eta", "lambd", "weight_decay", "mu"),
+    [
+        (0.1, 1e-4, 0.0, 0.5),
+        (3.0, 1.0, 0.1, 1 - 2.0**-53),
+        (1e-30, 0.0, 1e-10, 1 - 1e-9),
+        (1e30, 1e5, 1e30, 1e-20),
+    ],
+)
+def test_any_bit_pattern_is_treated_as_in_torch(simd_level, dtype, eta, lambd, weight_decay, mu):
+    """Subnormal and huge numbers, infinities and nans, with scalars as unlikely."""
+    unsigned = {np.float32: np.uint32, np.float64: np.uint64}[dtype]
+    rng = np.random.default_rng(3)
+    largest = np.iinfo(unsigned).max
+    param, grad, ax = rng.integers(largest, size=(3, 20_000), dtype=unsigned).view(dtype)
+    reference = Reference(torch.tensor(param), lambd=lambd, weight_decay=weight_decay)
+    reference.ax, reference.eta, reference.mu = torch.tensor(ax), eta, mu
+    reference.step(torch.tensor(grad))
+    asgd_(param, grad, ax, eta=eta, mu=mu, lambd=lambd, weight_decay=weight_decay)
+    assert equal(param, reference.param)
+    assert equal(ax, reference.ax)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_each_line_of_the_contract_rounds_once(dtype, data):
