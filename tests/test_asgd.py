@@ -176,6 +176,16 @@ REFUSED = {
         ValueError,
         r"^params\[1\]: shares memory with grads\[0\]",
     ),
+    "param inside a grad that another grad is inside too": (
+        lambda: (
+            [f32(9), f32(1), (b := f32(9))[6:8]],
+            [b, b[4:5], f32(2)],
+            None,
+            {},
+        ),
+        ValueError,
+        r"^params\[2\]: shares memory with grads\[0\]",
+    ),
     "average that is its param": (
         lambda: (p := f32(3), f32(3), p, {}),
         ValueError,
@@ -363,6 +373,13 @@ def test_many_arrays_are_updated_as_each_alone(sizes, cut):
     for ours, expected in zip(together, alone, strict=True):
         for array, right in zip(ours, expected, strict=True):
             assert np.array_equal(array, right)
+
+
+def test_the_stride_of_an_axis_of_one_element_does_not_matter():
+    param, grad = np.ones((6, 1, 4)).T, np.ones((6, 1, 4))[:, ::-1].T
+    assert param.strides != grad.strides
+    asgd_(param, grad, eta=0.5, lambd=0.0)
+    assert (param == 0.5).all()
 
 
 def test_only_the_view_is_written():

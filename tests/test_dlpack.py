@@ -362,6 +362,26 @@ def test_every_dense_layout_is_taken(kind, layout):
     assert_given_back(arrays)
 
 
+@each([exporters.Legacy, exporters.Versioned, exporters.ExchangeManagedOnly])
+def test_an_array_without_strides_does_not_match_another_axis_order(kind):
+    param, grad = kind(numbers(6).reshape(2, 3), strides=False), kind(numbers(6).reshape(3, 2).T)
+    message = r"^grads: strides \(1, 2\) does not match params of strides \(3, 1\)$"
+    with pytest.raises(ValueError, match=message):
+        minus(param, grad)
+    assert_given_back([param, grad])
+
+
+@each(exporters.KINDS)
+def test_arrays_that_only_the_call_knows_live_until_it_is_done(kind):
+    class Mortal(kind):
+        def __del__(self):
+            self.array[:] = np.nan
+
+    param = numbers()
+    minus([param], (Mortal(array) for array in [numbers()]))
+    assert param.tolist() == [0.0] * 4
+
+
 NOT_LENT = "did not lend its memory through DLPack: "
 CONJUGATED = torch.ones(4, dtype=torch.cfloat).conj()
 EMPTIED = torch.ones(4)
