@@ -44,9 +44,13 @@ LEVELS: dict[str, dict[str, list[str]]] = {
 class ProbingBuildExt(build_ext):
     """A build_ext that adds the flags the compiler accepts and drops the levels it cannot build."""
 
+    strict = False
+
     def build_extensions(self) -> None:
         """Settle each extension's flags, then build those that can be built."""
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
+        # Where the user's own CFLAGS warn, a warning says nothing about the flag that is tried.
+        self.strict = kind == "unix" and self.accepts(["-Werror"])
         exact = [flag for flag in EXACT[kind] if self.accepts([flag])]
         common = [flag for flag in OPTIMISE[kind] if self.accepts([flag])] + exact
         openmp = self.accepts(OPENMP[kind], "#include <omp.h>\nint main(void) { return !_OPENMP; }")
@@ -56,7 +60,7 @@ class ProbingBuildExt(build_ext):
             level = ext.name.partition("_loops_")[2]
             flags = LEVELS[level][kind] if level else []
             # With fused multiply-add in the instruction set, contraction must be switched off.
-            if flags and not (exact and self.accepts(flags)):
+            if flags and not (EXACT[kind][0] in exact and self.accepts(flags)):
                 self.announce(f"{ext.name}: left out, the compiler lacks {' '.join(flags)}", 2)
                 continue
             ext.extra_compile_args += common + flags
@@ -71,8 +75,8 @@ class ProbingBuildExt(build_ext):
         super().build_extensions()
 
     def accepts(self, flags: Sequence[str], source: str = "int main(void) { return 0; }") -> bool:
-        """Whether a program compiles and links with `flags` and without a warning."""
-        strict = [] if self.compiler.compiler_type == "msvc" else ["-Werror"]
+        """Whether a program compiles and links with `flags`, and without a warning if strict."""
+        strict = ["-Werror"] if self.strict else []
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "probe.c")
             path.write_text(source + "\n")

@@ -100,7 +100,7 @@ def use_simd_level(level):
     global _loops, _level
     loops = _loops_of(level) if level in _supported() else None
     if loops is None:
-        raise ValueError(f"SIMD level {level!r} is not to be had; expected one of {simd_levels()}")
+        raise ValueError(f"SIMD level {level!r} is not available; expected one of {simd_levels()}")
     _loops = <Loops *>PyCapsule_GetPointer(loops, b"asgd_fast.loops")
     _level = level
 

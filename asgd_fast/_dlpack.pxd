@@ -81,8 +81,8 @@ cdef struct Borrowed:
     DLManagedTensorVersioned *versioned
     DLManagedTensor *legacy
 
-# Fills `out` with the memory of `array`, for reading, or for writing too. The caller holds a
-# reference to `array` for as long as it uses the memory, then calls give_back once.
+# Fills `out` with the memory of `array`, for reading, or for writing too. The caller holds
+# a reference to `array` for as long as it uses the memory, then calls give_back once.
 cdef int borrow(object array, bint writing, Borrowed *out) except -1
 cdef void give_back(Borrowed *borrowed) noexcept
 cdef bint is_array(object candidate)

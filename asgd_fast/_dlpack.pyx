@@ -32,8 +32,8 @@ cdef class _Exporter:
         self.in_place = getattr(cls, "__iadd__", None) is not None
 
 
-# Types live as long as the process in practice, and the DLPack specification lets consumers keep
-# the exchange API of each; so this only grows by one small entry a type.
+# One small entry for each type of array. The DLPack specification lets consumers keep the exchange
+# API of a type.
 cdef dict _exporters = {}
 
 
@@ -41,7 +41,9 @@ cdef _Exporter _exporter_of(object array):
     cls = type(array)
     cdef object found = _exporters.get(cls)
     if found is None:
-        found = _exporters.setdefault(cls, _Exporter(cls))
+        found = _Exporter(cls)
+        if (<_Exporter>found).api != NULL or (<_Exporter>found).has_dlpack:
+            _exporters[cls] = found
     return <_Exporter>found
 
 
@@ -124,7 +126,8 @@ cdef void give_back(Borrowed *borrowed) noexcept:
 cdef int _borrow_from_exchange_api(
     DLPackExchangeAPI *api, object array, bint writing, Borrowed *out,
 ) except -1:
-    # Only a managed tensor carries the read-only flag; the plain one is quicker for reading.
+    # Only a managed tensor carries the read-only flag; the plain one is quicker for reading. In
+    # torch, neither keeps memory that another thread replaces meanwhile (tensor.data = other).
     if api.dltensor_from_py_object_no_sync != NULL and not writing:
         if api.dltensor_from_py_object_no_sync(<PyObject *>array, &out.tensor) != 0:
             _raise_pending()

@@ -40,30 +40,33 @@ cdef inline void _update(
     cdef real decay = <real>row.decay
     cdef real weight_decay = <real>row.weight_decay
     cdef real grad_scale = <real>row.grad_scale
-    cdef real p, g
+    # As given: the rounded one may be 0, and fma(0, p, g) is not always g.
+    cdef bint has_weight_decay = row.weight_decay != 0
+    cdef real p
     cdef int64_t i
     if ax == NULL:
         for i in range(start, stop):
-            param[i] = _step(param[i], grad[i], neg_eta, decay, weight_decay, grad_scale)
+            param[i] = _step(
+                param[i], grad[i], neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
     elif row.mu == 1:
         for i in range(start, stop):
-            p = _step(param[i], grad[i], neg_eta, decay, weight_decay, grad_scale)
+            p = _step(param[i], grad[i], neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
             param[i] = p
             ax[i] = p
     else:
         for i in range(start, stop):
-            p = _step(param[i], grad[i], neg_eta, decay, weight_decay, grad_scale)
+            p = _step(param[i], grad[i], neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
             param[i] = p
             ax[i] = ax[i] + (p - ax[i]) * mu
 
 
 cdef inline real _step(
-    real p, real g, real neg_eta, real decay, real weight_decay, real grad_scale,
+    real p, real g, real neg_eta, real decay, bint has_weight_decay, real weight_decay,
+    real grad_scale,
 ) noexcept nogil:
     # Exact where there is nothing to scale: the factor is then 1, or -1 to maximize.
     g = g * grad_scale
-    # Not for 0: 0 * inf is nan, and adding 0 loses the sign of -0.
-    if weight_decay != 0:
+    if has_weight_decay:
         g = _fma(weight_decay, p, g)
     return _fma(neg_eta, g, p * decay)
 

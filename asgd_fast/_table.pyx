@@ -86,9 +86,6 @@ cdef class Table:
         free(self._borrowed)
         free(self.rows)
 
-    def __len__(self):
-        return self.n_rows
-
     cdef void _clear(self) noexcept:
         """Give every array back."""
         cdef int role
@@ -152,6 +149,9 @@ cdef class Table:
         """
         cdef Py_ssize_t i, n = len(params)
         cdef Row *row
+        for each in (grads, axs, scalars):
+            if each is not None and len(each) != n:
+                raise ValueError(f"got {len(each)} for {n} params; expected one for each")
         self._reserve(n)
         self._owners += (params, grads, axs, scalars)
         try:
@@ -259,7 +259,8 @@ cdef class Table:
             if role != PARAM:
                 self._check_match(role)
         except (TypeError, ValueError, BufferError) as error:
-            raise type(error)(f"{self._name(role, row)}: {error}") from error.__cause__
+            kind = next(k for k in (BufferError, TypeError, ValueError) if isinstance(error, k))
+            raise kind(f"{self._name(role, row)}: {error}") from error.__cause__
         return 0
 
     cdef int _check_alone(self, int role) except -1:
@@ -325,7 +326,7 @@ cdef int _refuse_overlaps(Table table, Span *spans, Py_ssize_t n) except -1:
                 "expected no overlap with an array that is written")
         if furthest == NULL or span.stop > furthest.stop:
             furthest = span
-        if span.role != GRAD and (furthest_written == NULL or span.stop > furthest_written.stop):
+        if span.role != GRAD:  # written spans do not overlap, so the last one reaches furthest
             furthest_written = span
     return 0
 

@@ -7,7 +7,8 @@ pass over the memory is made.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from collections.abc import Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -17,7 +18,7 @@ from asgd_fast.schedule import check_scalar
 from asgd_fast.update import as_arrays, copy, template, update
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     import numpy.typing as npt
 
@@ -93,7 +94,8 @@ def asgd_(
     Everything is checked before the first byte is written: a refused call changes nothing. The GIL
     is released during the pass. float32 and float64 results have the bits of
     ``torch.optim.ASGD(foreach=False)`` on the CPU for the same eta and mu. Autograd is not told of
-    the change, so tensors that require grad are refused: pass ``p.detach()``.
+    the change, so tensors that require grad are refused: pass ``p.detach()``. As in torch's own
+    operations, the memory of an array must not be replaced or resized meanwhile by another thread.
 
     Examples
     --------
@@ -166,6 +168,8 @@ class ArrayASGD:
     -----
     Polyak and Juditsky, "Acceleration of stochastic approximation by averaging" (1992). Each param
     has its own step count, so that leaving one out of a step delays its schedule, not the others'.
+    eta and mu are kept in double; torch rounds its own to its default dtype, so that a whole run
+    has its bits where that is float64 (``torch.set_default_dtype``), and each update always has.
 
     Examples
     --------
@@ -233,7 +237,7 @@ class ArrayASGD:
         """
         return list(self._averages)
 
-    def add_param_group(self, group: Mapping[str, Any]) -> None:
+    def add_param_group(self, group: dict[str, Any]) -> None:
         """Add a group of params, for instance to train further arrays from now on.
 
         Parameters
@@ -257,7 +261,7 @@ class ArrayASGD:
                 f"{sorted(self.defaults)}"
             )
         params = as_arrays(f"{where}['params']", group["params"])
-        hyperparameters = _checked_hyperparameters({**self.defaults, **group})
+        hyperparameters = _checked_hyperparameters({**self.defaults, **group}, f"{where}: ")
 
         table = Table(("params[{}]", "", ""))
         table.extend([*self._params(), *params])
@@ -284,10 +288,19 @@ class ArrayASGD:
         """
         grad_list = _one_for_each("grads", grads, len(self._averages))
         table = Table(("params[{}]", template("grads", grads), "averages[{}]"))
-        for group, part in zip(self.param_groups, self._slices(), strict=True):
-            own = _checked_hyperparameters(group)
+        # Taken down before any library is asked for memory, which may run anything.
+        groups = [list(group["params"]) for group in self.param_groups]
+        hyperparameters = self._hyperparameters()
+        stops = list(accumulate(map(len, groups), initial=0))
+        if stops[-1] != len(self._averages):
+            raise RuntimeError(
+                f"param_groups: holds {stops[-1]} params, but the optimizer was given "
+                f"{len(self._averages)}; add params with add_param_group"
+            )
+        parts = map(slice, stops, stops[1:])
+        for params, own, part in zip(groups, hyperparameters, parts, strict=True):
             table.extend(
-                list(group["params"]),
+                params,
                 grad_list[part],
                 self._averages[part],
                 scalars=self._scalars[part],
@@ -312,6 +325,7 @@ class ArrayASGD:
             shape (len(param_groups),); and the averages, copied, as "ax.0" to "ax.{n - 1}". It goes
             through ``np.savez(file, **state)`` and ``np.load(file)``, pickle and ``copy.deepcopy``.
         """
+        hyperparameters = self._hyperparameters()
         state: dict[str, npt.NDArray[Any]] = {
             "step": self._scalars[:, 0].astype(np.int64),
             "eta": self._scalars[:, 1].copy(),
@@ -319,7 +333,7 @@ class ArrayASGD:
             "group": self._group_of_each(),
         }
         for name in self.defaults:
-            state[name] = np.array([group[name] for group in self.param_groups])
+            state[name] = np.array([own[name] for own in hyperparameters])
         for i, ax in enumerate(self._averages):
             state[f"ax.{i}"] = np.from_dlpack(ax).copy(order="K")
         return state
@@ -340,13 +354,15 @@ class ArrayASGD:
             A name is missing or unknown; the number of params or groups, or the shape or dtype of
             an average is another; a value is out of range. Nothing is changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
         expected = self.state_dict()
         missing, unknown = expected.keys() - set(state_dict), set(state_dict) - expected.keys()
         if missing or unknown:
             raise ValueError(
                 f"state_dict: does not fit {len(self._averages)} params in "
                 f"{len(self.param_groups)} groups: missing {sorted(missing)}, "
-                f"unknown {sorted(unknown)}"
+                f"unknown {sorted(unknown, key=str)}"
             )
         state = {name: np.asarray(state_dict[name]) for name in expected}
         for name, value in state.items():
@@ -371,7 +387,10 @@ class ArrayASGD:
             for i, value in enumerate(state[name]):
                 check_scalar(f"state_dict[{name!r}][{i}]", value, low=low, high=high)
         hyperparameters = [
-            _checked_hyperparameters({name: state[name][k].item() for name in self.defaults})
+            _checked_hyperparameters(
+                {name: state[name][k].item() for name in self.defaults},
+                f"state_dict of param_groups[{k}]: ",
+            )
             for k in range(len(self.param_groups))
         ]
         # A saved average may come back in another order of the axes.
@@ -388,15 +407,11 @@ class ArrayASGD:
     def _params(self) -> list[Array]:
         return [param for group in self.param_groups for param in group["params"]]
 
-    def _slices(self) -> list[slice]:
-        """Where each group's params stand among all of them."""
-        stops = np.cumsum([0] + [len(group["params"]) for group in self.param_groups]).tolist()
-        if stops[-1] != len(self._averages):
-            raise RuntimeError(
-                f"param_groups: holds {stops[-1]} params, but the optimizer was given "
-                f"{len(self._averages)}; add params with add_param_group"
-            )
-        return [slice(start, stop) for start, stop in pairwise(stops)]
+    def _hyperparameters(self) -> list[dict[str, Any]]:
+        return [
+            _checked_hyperparameters(group, f"param_groups[{k}]: ")
+            for k, group in enumerate(self.param_groups)
+        ]
 
     def _group_of_each(self) -> npt.NDArray[np.int64]:
         return np.repeat(
@@ -405,11 +420,17 @@ class ArrayASGD:
         )
 
 
-def _checked_hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+def _checked_hyperparameters(group: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Return a group's hyperparameters alone, each a float in its range or a bool."""
-    checked: dict[str, Any] = {
-        name: check_scalar(name, group[name], low=low) for name, low in _LEAST.items()
-    }
+    missing = {*_LEAST, "maximize"} - group.keys()
+    if missing:
+        raise ValueError(f"{where}missing {sorted(missing)}")
+    try:
+        checked: dict[str, Any] = {
+            name: check_scalar(name, group[name], low=low) for name, low in _LEAST.items()
+        }
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}{error}") from None
     checked["maximize"] = bool(group["maximize"])
     return checked
 
@@ -422,7 +443,9 @@ def _one_for_each(name: str, arrays: Any, n: int) -> list[Array | None]:
 
 
 def _clone(array: Array) -> Array:
-    """Return a copy of an array in its library, dtype, device and memory layout."""
+    """Return a copy of an array in its dtype and layout, and its library if that can copy."""
     if hasattr(array, "clone"):  # torch
         return array.clone()
-    return array.copy(order="K")  # NumPy, CuPy
+    if hasattr(array, "copy"):  # NumPy, CuPy
+        return array.copy(order="K")
+    return np.from_dlpack(array).copy(order="K")

@@ -34,7 +34,7 @@ def check_scalar(
     name : str
         What the message calls it.
     value : float
-        Any real number, or an array of one element.
+        Any real number, or a 0-dimensional array.
     low, high : float
         The range, ends included where finite.
 
@@ -70,7 +70,7 @@ def check_step(name: str, value: Any) -> int:
     name : str
         What the message calls it.
     value : int or float
-        Any real number, or an array of one element.
+        Any real number, or a 0-dimensional array.
 
     Returns
     -------
@@ -189,7 +189,7 @@ class Schedule:
         Parameters
         ----------
         state_dict : mapping of str to float
-            What `state_dict` returned; numbers or arrays of one element.
+            What `state_dict` returned; numbers or 0-dimensional arrays.
 
         Raises
         ------

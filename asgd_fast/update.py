@@ -38,11 +38,12 @@ def as_arrays(name: str, arrays: Any) -> list[Any]:
     try:
         if isinstance(arrays, (str, bytes, set, frozenset)) or hasattr(arrays, "keys"):
             raise TypeError
-        return list(arrays)
+        elements = iter(arrays)
     except TypeError:
         raise TypeError(
             f"{name}: expected an array or a sequence of arrays, got {type(arrays).__name__}"
         ) from None
+    return list(elements)
 
 
 def template(name: str, arrays: Any) -> str:

@@ -7,6 +7,7 @@ import pickle
 import signal
 import sys
 import threading
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -344,11 +345,68 @@ def test_hyperparameters_are_checked_whenever_they_may_have_changed(name, value,
     with pytest.raises(ValueError, match=message):
         ArrayASGD([{"params": make_params(), name: value}])
     optimizer = ArrayASGD([{"params": make_params()}, {"params": np.ones(2)}])
-    optimizer.param_groups[1][name] = value
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=message):
+    sound = optimizer.param_groups[1][name]
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=r"^param_groups\[1\]: " + message):
         optimizer.step([*make_grads(0), np.ones(2)])
+    optimizer.param_groups[1][name] = sound
     assert_unchanged(optimizer, before)
+
+
+def test_a_missing_hyperparameter_is_named():
+    optimizer = ArrayASGD(np.ones(2))
+    del optimizer.param_groups[0]["t0"]
+    with pytest.raises(ValueError, match=r"^param_groups\[0\]: missing \['t0'\]$"):
+        optimizer.step(np.ones(2))
+
+
+def test_hyperparameters_of_other_types_are_saved_as_what_they_stand_for():
+    optimizer = ArrayASGD(np.ones(2), lr=0.5)
+    good = optimizer.state_dict()
+    optimizer.param_groups[0].update(lr=Fraction(1, 4), maximize=1, t0=3)
+    state = optimizer.state_dict()
+    assert (state["lr"], state["maximize"], state["t0"]) == (0.25, True, 3.0)
+    assert {state[name].dtype for name in good} == {good[name].dtype for name in good}
+    optimizer.load_state_dict(good)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_library_without_copies_gets_averages_of_numpy():
+    class Bare:
+        def __init__(self, array):
+            self.array = array
+
+        def __dlpack__(self, **options):
+            return self.array.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+    param = np.ones((2, 3)).T
+    optimizer = ArrayASGD(Bare(param), lr=0.5, lambd=0.0)
+    optimizer.step(np.ones((2, 3)).T)
+    assert (param == 0.5).all()
+    assert np.array_equal(optimizer.averages[0], param)
+
+
+def test_a_group_that_grows_while_memory_is_lent_is_not_read_again():
+    optimizer = ArrayASGD([{"params": np.ones(2)}, {"params": np.ones(2)}], lr=0.5, lambd=0.0)
+
+    class Grows:
+        def __dlpack__(self, **options):
+            optimizer.param_groups[1]["params"].extend(np.ones(2) for _ in range(50))
+            return np.ones(2).__dlpack__(**options)
+
+    optimizer.step([Grows(), np.ones(2)])
+    assert optimizer.state_dict()["step"].tolist() == [1, 1]
+    with pytest.raises(RuntimeError, match="holds 52 params, but the optimizer was given 2"):
+        optimizer.step([np.ones(2), np.ones(2)])
+
+
+def test_a_state_that_is_no_mapping_is_refused():
+    with pytest.raises(TypeError, match=r"^state_dict: expected a mapping, got NoneType$"):
+        ArrayASGD(np.ones(2)).load_state_dict(None)
 
 
 @pytest.mark.parametrize(

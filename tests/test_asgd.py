@@ -340,6 +340,15 @@ def test_takes_tuples_iterators_and_numpy_scalars():
     assert [p.tolist() for p in params] == [[0.5] * 2, [0.5] * 3]
 
 
+def test_an_error_of_the_callers_own_iterator_comes_through():
+    def broken():
+        yield f32(2)
+        raise TypeError("the caller's own")
+
+    with pytest.raises(TypeError, match=r"^the caller's own$"):
+        asgd_(broken(), [f32(2)], eta=0.1)
+
+
 def test_an_empty_sequence_is_no_step():
     assert asgd_([], [], [], eta=0.1) is None
 

@@ -145,6 +145,7 @@ def test_special_values_flow_as_in_torch(simd_level, dtype, weight_decay, mu):
         (3.0, 1.0, 0.1, 1 - 2.0**-53),
         (1e-30, 0.0, 1e-10, 1 - 1e-9),
         (1e30, 1e5, 1e30, 1e-20),
+        (0.5, 0.0, 1e-50, 0.25),
     ],
 )
 def test_any_bit_pattern_is_treated_as_in_torch(simd_level, dtype, eta, lambd, weight_decay, mu):

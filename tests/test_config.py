@@ -54,7 +54,7 @@ def test_the_simd_level_can_be_lowered(level):
 def test_an_unknown_simd_level_is_refused():
     result = run(ASGD_FAST_SIMD="mmx")
     assert result.returncode != 0
-    assert "SIMD level 'mmx' is not to be had; expected one of [" in result.stderr
+    assert "SIMD level 'mmx' is not available; expected one of [" in result.stderr
 
 
 @pytest.mark.parametrize(
