@@ -285,6 +285,8 @@ class ArrayASGD:
         TypeError, ValueError, BufferError
             As `asgd_`, and for a hyperparameter of a group changed to what the constructor refuses.
             Nothing is changed.
+        RuntimeError
+            Params were put into a group, or taken out, by hand. Nothing is changed.
         """
         grad_list = _one_for_each("grads", grads, len(self._averages))
         table = Table(("params[{}]", template("grads", grads), "averages[{}]"))
