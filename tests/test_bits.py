@@ -27,14 +27,6 @@ def simd_level(request):
     _core.use_simd_level(best)
 
 
-@pytest.fixture
-def double_scalars():
-    """Let torch keep eta and mu in double, as the arrays' API does."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def shifted(rng, n, dtype, shift):
     """Random numbers at an address that is `shift` elements past an aligned one."""
     base = np.zeros(n + 64, dtype)

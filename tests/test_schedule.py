@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 from decimal import Decimal, localcontext
 
 import numpy as np
@@ -111,26 +109,12 @@ def test_takes_any_real_number(value):
     assert Schedule(lr=value).eta == float(value)
 
 
-def savez(state, folder):
-    np.savez(folder / "state.npz", **state)
-    return np.load(folder / "state.npz")
-
-
-@pytest.mark.parametrize(
-    "through",
-    [
-        lambda state, _: state,
-        lambda state, _: copy.deepcopy(state),
-        lambda state, _: pickle.loads(pickle.dumps(state)),
-        savez,
-    ],
-    ids=["dict", "deepcopy", "pickle", "savez"],
-)
-def test_goes_on_from_a_saved_state(through, tmp_path):
+def test_goes_on_from_a_saved_state(through):
     straight = run(Schedule(0.3, 1e-2, 0.6, 4.5), 20)
     halfway = run(Schedule(0.3, 1e-2, 0.6, 4.5), 9)
     resumed = Schedule()
-    resumed.load_state_dict(through(halfway.state_dict(), tmp_path))
+    resumed.load_state_dict(through(halfway.state_dict()))
+    assert resumed.state_dict() == halfway.state_dict()
     assert run(resumed, 11).state_dict() == straight.state_dict()
     assert type(resumed.step) is int
 

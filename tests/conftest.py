@@ -1,0 +1,37 @@
+"""Fixtures of more than one test module."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture
+def double_scalars():
+    """Let torch keep eta and mu in double, as the arrays' API does."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def _savez(state, folder):
+    np.savez(folder / "state.npz", **state)
+    return np.load(folder / "state.npz")
+
+
+@pytest.fixture(
+    params=[
+        lambda state, _: state,
+        lambda state, _: copy.deepcopy(state),
+        lambda state, _: pickle.loads(pickle.dumps(state)),
+        _savez,
+    ],
+    ids=["dict", "deepcopy", "pickle", "savez"],
+)
+def through(request, tmp_path):
+    """Pass a state through one of the ways in which it may be saved."""
+    return lambda state: request.param(state, tmp_path)
