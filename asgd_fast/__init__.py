@@ -9,11 +9,16 @@ from asgd_fast.schedule import Schedule
 
 if TYPE_CHECKING:
     from asgd_fast.config import show_config
+    from asgd_fast.optim import ASGD
 
-__all__ = ["ArrayASGD", "Schedule", "asgd_", "show_config"]
+__all__ = ["ASGD", "ArrayASGD", "Schedule", "asgd_", "show_config"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ASGD":
+        from asgd_fast.optim import ASGD
+
+        return ASGD
     # What reads the installation's metadata takes three times as long as all the rest.
     if name == "show_config":
         from asgd_fast.config import show_config
@@ -27,4 +32,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "__version__", "show_config"])
+    return sorted([*globals(), "ASGD", "__version__", "show_config"])

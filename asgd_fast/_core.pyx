@@ -9,11 +9,11 @@ import os
 from importlib import import_module
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.math cimport fmax, pow
 from libc.string cimport memcpy
 
-from asgd_fast._loops cimport Loops
-from asgd_fast._table cimport Row, Scalars, Table
+from asgd_fast._dlpack cimport kDLBfloat
+from asgd_fast._loops cimport Loop, Loops
+from asgd_fast._table cimport Row, Table
 
 cdef extern from *:
     """
@@ -136,15 +136,32 @@ def update(Table table):
     with nogil:
         for i in range(table.n_rows):
             row = &table.rows[i]
-            if row.dtype.bits == 32:
-                loops.float32(row, 0, row.n)
-            else:
-                loops.float64(row, 0, row.n)
+            _loop_for(row, loops)(row, 0, row.n)
         for i in range(table.n_rows):
             row = &table.rows[i]
             if row.scalars != NULL:
-                row.scalars[0] = _next(
-                    row.scalars.step + 1, row.lr, row.lambd, row.alpha, row.t0)
+                _store_next(row)
+
+
+cdef inline Loop _loop_for(const Row *row, const Loops *loops) noexcept nogil:
+    if row.dtype.bits == 32:
+        return loops.float32
+    if row.dtype.bits == 64:
+        return loops.float64
+    return loops.bfloat16 if row.dtype.code == kDLBfloat else loops.float16
+
+
+cdef inline void _store_next(const Row *row) noexcept nogil:
+    cdef double *doubles = <double *>row.scalars
+    cdef float *floats = <float *>row.scalars
+    if row.double_scalars:
+        doubles[0] = row.next.step
+        doubles[1] = row.next.eta
+        doubles[2] = row.next.mu
+    else:
+        floats[0] = <float>row.next.step
+        floats[1] = <float>row.next.eta
+        floats[2] = <float>row.next.mu
 
 
 def copy(Table table):
@@ -161,34 +178,6 @@ def copy(Table table):
         for i in range(table.n_rows):
             row = &table.rows[i]
             memcpy(row.param, row.grad, row.n * (row.dtype.bits // 8))
-
-
-cdef inline Scalars _next(
-    double step, double lr, double lambd, double alpha, double t0,
-) noexcept nogil:
-    """The scalars after `step` steps, in the order of operations of torch.optim.ASGD."""
-    cdef Scalars scalars
-    scalars.step = step
-    scalars.eta = lr / pow(1.0 + lambd * lr * step, alpha)
-    scalars.mu = 1.0 / fmax(1.0, step - t0)
-    return scalars
-
-
-def next_scalars(double step, double lr, double lambd, double alpha, double t0):
-    """eta and mu for the step that follows `step` steps.
-
-    Parameters
-    ----------
-    step : float
-        The number of steps made, at least 1.
-    lr, lambd, alpha, t0 : float
-
-    Returns
-    -------
-    eta, mu : float
-    """
-    cdef Scalars scalars = _next(step, lr, lambd, alpha, t0)
-    return scalars.eta, scalars.mu
 
 
 use_simd_level(

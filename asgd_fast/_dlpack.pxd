@@ -86,3 +86,6 @@ cdef struct Borrowed:
 cdef int borrow(object array, bint writing, Borrowed *out) except -1
 cdef void give_back(Borrowed *borrowed) noexcept
 cdef bint is_array(object candidate)
+
+# The exchange API of a type, or NULL; it checks nothing of what `borrow` checks.
+cdef DLPackExchangeAPI *exchange_api_of(cls) except? NULL

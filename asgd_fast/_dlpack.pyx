@@ -20,11 +20,11 @@ cdef class _Exporter:
     cdef bint has_dlpack      # has a __dlpack__ method
     cdef bint takes_version   # its __dlpack__ takes max_version
     cdef bint has_autograd    # its instances have .requires_grad (torch)
-    cdef bint has_lazy_sign   # its instances have .is_neg() (torch)
+    cdef bint has_lazy_sign   # its instances have .is_neg() and .is_conj() (torch)
     cdef bint in_place        # arrays of this type can change (JAX's cannot)
 
     def __cinit__(self, cls):
-        self.api = _exchange_api(cls)
+        self.api = exchange_api_of(cls)
         self.has_dlpack = hasattr(cls, "__dlpack__")
         self.takes_version = True
         self.has_autograd = hasattr(cls, "requires_grad")
@@ -47,7 +47,7 @@ cdef _Exporter _exporter_of(object array):
     return <_Exporter>found
 
 
-cdef DLPackExchangeAPI *_exchange_api(cls) except? NULL:
+cdef DLPackExchangeAPI *exchange_api_of(cls) except? NULL:
     """The exchange API of a type in a version this module can read, or NULL."""
     capsule = getattr(cls, "__dlpack_c_exchange_api__", None)
     if not PyCapsule_IsValid(capsule, b"dlpack_exchange_api"):
@@ -102,12 +102,15 @@ cdef int borrow(object array, bint writing, Borrowed *out) except -1:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{type(array).__name__} did not lend its memory through DLPack: {reason}") from error
-    if writing:
-        try:
+    try:
+        if out.tensor.dtype.code == kDLComplex and exporter.has_lazy_sign and array.is_conj():
+            raise ValueError(
+                "its memory holds the values before a pending conjugation; pass its resolve_conj()")
+        if writing:
             _check_writable(exporter, array, out)
-        except BufferError:
-            give_back(out)
-            raise
+    except (BufferError, ValueError):
+        give_back(out)
+        raise
     return 0
 
 

@@ -10,3 +10,5 @@ ctypedef void (*Loop)(const Row *row, int64_t start, int64_t stop) noexcept nogi
 cdef struct Loops:
     Loop float32
     Loop float64
+    Loop float16
+    Loop bfloat16

@@ -6,7 +6,7 @@
 
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport fma, fmaf
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t
 
 from asgd_fast._loops cimport Loops
 from asgd_fast._table cimport Row
@@ -71,6 +71,95 @@ cdef inline real _step(
     return _fma(neg_eta, g, p * decay)
 
 
+# float16 and bfloat16 are computed in float32, in blocks that stay in the nearest cache.
+cdef enum:
+    BLOCK = 256
+
+# float32 values beside their bits.
+cdef union Block:
+    float values[BLOCK]
+    uint32_t bits[BLOCK]
+
+ctypedef void (*Widen)(const uint16_t *halves, Block *block, int64_t n) noexcept nogil
+ctypedef void (*Narrow)(Block *block, uint16_t *halves, int64_t n) noexcept nogil
+
+
+cdef inline void _update_halves(
+    const Row *row, Widen widen, Narrow narrow, int64_t start, int64_t stop,
+) noexcept nogil:
+    cdef uint16_t *param = <uint16_t *>row.param
+    cdef const uint16_t *grad = <const uint16_t *>row.grad
+    cdef uint16_t *ax = <uint16_t *>row.ax
+    cdef Block p, g, average
+    cdef float *averages = NULL if ax == NULL else average.values
+    cdef int64_t n
+    while start < stop:
+        n = min(stop - start, <int64_t>BLOCK)
+        widen(param + start, &p, n)
+        widen(grad + start, &g, n)
+        if ax != NULL and row.mu != 1:
+            widen(ax + start, &average, n)
+        _update(row, p.values, <const float *>g.values, averages, 0, n)
+        narrow(&p, param + start, n)
+        if ax != NULL:
+            narrow(&average, ax + start, n)
+        start += n
+
+
+cdef inline void _widen_bfloat16(const uint16_t *halves, Block *block, int64_t n) noexcept nogil:
+    cdef int64_t i
+    for i in range(n):
+        block.bits[i] = <uint32_t>halves[i] << 16
+
+
+cdef inline void _narrow_bfloat16(Block *block, uint16_t *halves, int64_t n) noexcept nogil:
+    """Round to nearest, ties to even; a nan stays one."""
+    cdef int64_t i
+    cdef uint32_t bits, rounded
+    for i in range(n):
+        bits = block.bits[i]
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        halves[i] = <uint16_t>(
+            (bits >> 16) | 0x40 if (bits & 0x7FFFFFFF) > 0x7F800000 else rounded)
+
+
+cdef inline void _widen_float16(const uint16_t *halves, Block *block, int64_t n) noexcept nogil:
+    """Move the exponent's bias from 15 to 127; a subnormal, too small for that, becomes normal."""
+    cdef Block subnormal
+    cdef int64_t i
+    cdef uint32_t magnitude, normal, bits
+    for i in range(n):
+        # 2**-14 with the subnormal's digits behind it, minus 2**-14 below: exact.
+        subnormal.bits[i] = ((<uint32_t>halves[i] & 0x03FF) << 13) + (113 << 23)
+    for i in range(n):
+        subnormal.values[i] = subnormal.values[i] - <float>6.103515625e-05
+    for i in range(n):
+        magnitude = (<uint32_t>halves[i] & 0x7FFF) << 13
+        normal = magnitude + (112 << 23)
+        bits = subnormal.bits[i] if magnitude < (1 << 23) else normal
+        bits = magnitude + (224 << 23) if magnitude >= (31 << 23) else bits  # infinities, nans
+        block.bits[i] = bits | ((<uint32_t>halves[i] & 0x8000) << 16)
+
+
+cdef inline void _narrow_float16(Block *block, uint16_t *halves, int64_t n) noexcept nogil:
+    """Round to nearest, ties to even; what is too large becomes infinite, and a nan stays one."""
+    cdef Block subnormal
+    cdef int64_t i
+    cdef uint32_t magnitude, normal, special, bits
+    for i in range(n):
+        subnormal.bits[i] = block.bits[i] & 0x7FFFFFFF
+    for i in range(n):
+        # The last digit of 0.5 is the last of a float16 subnormal, so the sum rounds to it.
+        subnormal.values[i] = subnormal.values[i] + <float>0.5
+    for i in range(n):
+        magnitude = block.bits[i] & 0x7FFFFFFF
+        normal = (magnitude - (112 << 23) + 0x0FFF + ((magnitude >> 13) & 1)) >> 13
+        special = 0x7E00 if magnitude > 0x7F800000 else 0x7C00
+        bits = normal if magnitude < (143 << 23) else special
+        bits = subnormal.bits[i] - (126 << 23) if magnitude < (113 << 23) else bits
+        halves[i] = <uint16_t>(bits | ((block.bits[i] >> 16) & 0x8000))
+
+
 cdef void _update_float32(const Row *row, int64_t start, int64_t stop) noexcept nogil:
     _update(row, <float *>row.param, <const float *>row.grad, <float *>row.ax, start, stop)
 
@@ -79,8 +168,18 @@ cdef void _update_float64(const Row *row, int64_t start, int64_t stop) noexcept 
     _update(row, <double *>row.param, <const double *>row.grad, <double *>row.ax, start, stop)
 
 
+cdef void _update_float16(const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    _update_halves(row, _widen_float16, _narrow_float16, start, stop)
+
+
+cdef void _update_bfloat16(const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    _update_halves(row, _widen_bfloat16, _narrow_bfloat16, start, stop)
+
+
 cdef Loops _loops
 _loops.float32 = _update_float32
 _loops.float64 = _update_float64
+_loops.float16 = _update_float16
+_loops.bfloat16 = _update_bfloat16
 
 loops = PyCapsule_New(&_loops, b"asgd_fast.loops", NULL)

@@ -1,48 +1,65 @@
 # The work of one step as the engines take it: rows of addresses, lengths and scalars.
 
-from libc.stdint cimport int64_t
+from cpython.object cimport PyObject
+from libc.stdint cimport int64_t, uintptr_t
 
 from asgd_fast._dlpack cimport Borrowed, DLDataType
+from asgd_fast._schedule cimport Scalars
 
-# The scalars of one param, as the optimizer packs them: they are advanced with the step.
-cdef struct Scalars:
-    double step
-    double eta
-    double mu
+cdef enum:  # the roles of the three arrays of a row
+    PARAM = 0
+    GRAD = 1
+    AX = 2
 
 # One array's update. The scalars are double here; a loop rounds each once to its compute dtype.
 cdef struct Row:
     void *param
     const void *grad
     void *ax                # NULL: no average is kept
-    int64_t n               # elements
-    DLDataType dtype        # of param, grad and ax
+    int64_t n               # real numbers: two for each element of a complex array
+    DLDataType dtype        # of the real numbers of param, grad and ax
     double eta
     double mu               # 1: the average is the param itself
     double decay            # 1 - lambd * eta
     double weight_decay
     double grad_scale       # negative to maximize
-    Scalars *scalars        # NULL: the caller keeps the schedule
-    double lr
-    double lambd
-    double alpha
-    double t0
+    void *scalars           # step, eta and mu, to become `next`; NULL: the caller keeps them
+    bint double_scalars     # whether they are double rather than float
+    Scalars next
     Py_ssize_t index        # the param's place among the caller's, for messages
+
+
+cdef struct Span:  # the bytes of one array
+    uintptr_t start
+    uintptr_t stop
+    Py_ssize_t row
+    Py_ssize_t role
 
 
 cdef class Table:
     cdef Row *rows
     cdef Py_ssize_t n_rows
     cdef Py_ssize_t _capacity
-    cdef Borrowed (*_borrowed)[3]   # param, grad and ax of each row
+    cdef Borrowed _arrays[3]        # param, grad and ax of the row that is being made
+    cdef Borrowed *_lent            # what must be given back, of all rows
+    cdef Py_ssize_t _n_lent
+    cdef Py_ssize_t _n_lent_before  # the row that is being made
+    cdef Span *_spans               # room for those of all rows, three times
+    cdef Py_ssize_t _n_checked      # how many the last part holds, found free of overlap; or -1
     cdef tuple _names
-    cdef list _owners               # keeps the arrays alive for as long as they are borrowed
+    cdef PyObject **_owners         # what keeps the arrays alive for as long as they are borrowed
+    cdef Py_ssize_t _n_owners
+    cdef Py_ssize_t _owner_capacity
 
-    cdef void _clear(self) noexcept
-    cdef int _reserve(self, Py_ssize_t more) except -1
-    cdef Row *_append(self, Py_ssize_t index, param) except NULL
+    cdef int reserve(self, Py_ssize_t more) except -1
+    cdef Row *begin(self, Py_ssize_t index) noexcept
+    cdef Borrowed *array(self, int role) noexcept
+    cdef str settle(self, int role)
+    cdef int commit(self, owner) except -1
+    cdef int _own(self, owner) except -1
+    cdef void abandon(self) noexcept
+    cdef void _give_back(self, Py_ssize_t keep) noexcept
     cdef int _take(self, int role, object array) except -1
-    cdef int _check_alone(self, int role) except -1
-    cdef int _check_match(self, int role) except -1
-    cdef str _mismatch(self, str what, got, wanted)
+    cdef str _fault(self, int role)
+    cdef str _mismatch(self, int role)
     cdef str _name(self, int role, Py_ssize_t row)

@@ -4,8 +4,11 @@ This module knows what makes arrays fit for one in-place pass; it does not know 
 (the engines), nor what a sequence, a group or a schedule is (update and the faces above it).
 """
 
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uintptr_t
-from libc.stdlib cimport free, malloc, qsort, realloc
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcmp, memcpy
 
 from asgd_fast._dlpack cimport (
     Borrowed,
@@ -14,35 +17,26 @@ from asgd_fast._dlpack cimport (
     borrow,
     give_back,
     is_array as _is_array,
+    kDLBfloat,
+    kDLComplex,
     kDLCPU,
     kDLCUDAHost,
     kDLFloat,
     kDLROCMHost,
 )
+from asgd_fast._schedule cimport Scalars, scalars_after
 from asgd_fast._tensor cimport (
     data_of,
     device_name,
     dtype_name,
     is_dense,
+    same_description,
     same_layout,
     same_shape,
     shape_of,
     size_of,
     strides_of,
 )
-
-
-cdef enum:  # the three arrays of a row
-    PARAM = 0
-    GRAD = 1
-    AX = 2
-
-
-cdef struct Span:  # the bytes of one borrowed array
-    uintptr_t start
-    uintptr_t stop
-    Py_ssize_t row
-    int role
 
 
 def is_array(candidate):
@@ -62,8 +56,8 @@ def is_array(candidate):
 cdef class Table:
     """The rows of one step, each a param with its grad and, unless none is kept, its average.
 
-    Rows are added by `extend`, then checked against each other by `check_overlap`; only then may an
-    engine write. The arrays stay borrowed until the table is gone; a table that has raised has
+    Rows are added, then checked against each other by `check_overlap`; only then may an engine
+    write. The arrays stay borrowed until `clear` or the table's end; a table that has raised has
     given them back and is empty.
 
     Parameters
@@ -77,22 +71,32 @@ cdef class Table:
         self.rows = NULL
         self.n_rows = 0
         self._capacity = 0
-        self._borrowed = NULL
+        self._lent = NULL
+        self._n_lent = 0
+        self._spans = NULL
+        self._n_checked = -1
         self._names = names
-        self._owners = []
+        self._owners = NULL
+        self._n_owners = 0
+        self._owner_capacity = 0
 
     def __dealloc__(self):
-        self._clear()
-        free(self._borrowed)
+        self.clear()
+        free(self._owners)
+        free(self._spans)
+        free(self._lent)
         free(self.rows)
 
-    cdef void _clear(self) noexcept:
-        """Give every array back."""
-        cdef int role
-        while self.n_rows > 0:
-            self.n_rows -= 1
-            for role in range(3):
-                give_back(&self._borrowed[self.n_rows][role])
+    def __len__(self):
+        return self.n_rows
+
+    def clear(self):
+        """Give every array back, and keep the memory of the rows for the next step."""
+        self.n_rows = 0
+        self._give_back(0)
+        while self._n_owners > 0:
+            self._n_owners -= 1
+            Py_DECREF(<object>self._owners[self._n_owners])
 
     def extend(
         self,
@@ -117,7 +121,8 @@ cdef class Table:
         Parameters
         ----------
         params : list of array
-            float32 or float64, dense, writable, in CPU memory.
+            float16, bfloat16, float32, float64, complex64 or complex128, dense, writable, in CPU
+            memory.
         grads : list of array, optional
             Of the shape, dtype, device and memory layout of their params; may be read-only.
             Without the list the rows are of params alone, and only good for checking them.
@@ -149,38 +154,37 @@ cdef class Table:
         """
         cdef Py_ssize_t i, n = len(params)
         cdef Row *row
+        cdef Scalars *now
         for each in (grads, axs, scalars):
             if each is not None and len(each) != n:
                 raise ValueError(f"got {len(each)} for {n} params; expected one for each")
-        self._reserve(n)
-        self._owners += (params, grads, axs, scalars)
+        self.reserve(n)
+        self._own((params, grads, axs, scalars))
         try:
             for i in range(n):
                 if partial and grads[i] is None:
                     continue
-                row = self._append(first + i, params[i])
+                row = self.begin(first + i)
+                self._take(PARAM, params[i])
                 if grads is not None:
                     self._take(GRAD, grads[i])
-                    row.grad = data_of(&self._borrowed[self.n_rows - 1][GRAD].tensor)
                 if axs is not None:
                     self._take(AX, axs[i])
-                    row.ax = data_of(&self._borrowed[self.n_rows - 1][AX].tensor)
                 row.eta = eta
                 row.mu = mu
-                row.scalars = NULL
                 if scalars is not None:
-                    row.scalars = <Scalars *>&scalars[i, 0]
-                    row.eta = lr if row.scalars.step == 0 else row.scalars.eta
-                    row.mu = row.scalars.mu
+                    now = <Scalars *>&scalars[i, 0]
+                    row.eta = lr if now.step == 0 else now.eta
+                    row.mu = now.mu
+                    row.scalars = now
+                    row.double_scalars = True
+                    row.next = scalars_after(now.step + 1, lr, lambd, alpha, t0)
                 row.decay = 1.0 - lambd * row.eta
                 row.weight_decay = weight_decay
                 row.grad_scale = grad_scale
-                row.lr = lr
-                row.lambd = lambd
-                row.alpha = alpha
-                row.t0 = t0
+                self.commit(None)
         except BaseException:
-            self._clear()
+            self.clear()
             raise
 
     def check_overlap(self):
@@ -193,32 +197,33 @@ cdef class Table:
         """
         cdef Py_ssize_t n = 0, row
         cdef int role
-        cdef DLTensor *tensor
-        cdef Span *spans = <Span *>malloc(max(1, 3 * self.n_rows) * sizeof(Span))
-        if spans == NULL:
-            raise MemoryError
-        try:
+        cdef const void *address
+        cdef Span *spans = self._spans
+        cdef Span *checked = spans + 6 * self._capacity
+        # Each role by itself: libraries often hand out memory in order, which spares the sort.
+        for role in range(3):
             for row in range(self.n_rows):
-                if self.rows[row].n == 0:
+                address = _address(&self.rows[row], role)
+                if self.rows[row].n == 0 or address == NULL:
                     continue
-                for role in range(3):
-                    if _address(&self.rows[row], role) == NULL:
-                        continue
-                    tensor = &self._borrowed[row][role].tensor
-                    spans[n].start = <uintptr_t>_address(&self.rows[row], role)
-                    spans[n].stop = spans[n].start + self.rows[row].n * (tensor.dtype.bits // 8)
-                    spans[n].row = row
-                    spans[n].role = role
-                    n += 1
-            qsort(spans, n, sizeof(Span), _by_start)
-            _refuse_overlaps(self, spans, n)
+                spans[n].start = <uintptr_t>address
+                spans[n].stop = spans[n].start + self.rows[row].n * (self.rows[row].dtype.bits // 8)
+                spans[n].row = row
+                spans[n].role = role
+                n += 1
+        if n == self._n_checked and memcmp(spans, checked, n * sizeof(Span)) == 0:
+            return
+        self._n_checked = -1
+        memcpy(checked, spans, n * sizeof(Span))
+        try:
+            _refuse_overlaps(self, _sorted(spans, spans + 3 * self._capacity, n), n)
         except ValueError:
-            self._clear()
+            self.clear()
             raise
-        finally:
-            free(spans)
+        self._n_checked = n
 
-    cdef int _reserve(self, Py_ssize_t more) except -1:
+    cdef int reserve(self, Py_ssize_t more) except -1:
+        """Make room, so that `append` cannot fail."""
         cdef Py_ssize_t needed = self.n_rows + more
         if needed <= self._capacity:
             return 0
@@ -226,83 +231,165 @@ cdef class Table:
         if rows == NULL:
             raise MemoryError
         self.rows = <Row *>rows
-        cdef void *borrowed = realloc(self._borrowed, needed * sizeof(self._borrowed[0]))
-        if borrowed == NULL:
+        cdef void *lent = realloc(self._lent, 3 * needed * sizeof(Borrowed))
+        if lent == NULL:
             raise MemoryError
-        self._borrowed = <Borrowed (*)[3]>borrowed
+        self._lent = <Borrowed *>lent
+        cdef void *spans = realloc(self._spans, 9 * needed * sizeof(Span))
+        if spans == NULL:
+            raise MemoryError
+        self._spans = <Span *>spans
+        self._n_checked = -1
         self._capacity = needed
         return 0
 
-    cdef Row *_append(self, Py_ssize_t index, param) except NULL:
+    cdef Row *begin(self, Py_ssize_t index) noexcept:
+        """Begin a row that holds nothing yet; it counts after `commit`, or not after `abandon`."""
         cdef Row *row = &self.rows[self.n_rows]
-        cdef Borrowed *borrowed = &self._borrowed[self.n_rows][0]
-        cdef int role
-        for role in range(3):
-            borrowed[role].versioned = NULL
-            borrowed[role].legacy = NULL
-        row.index = index
         row.grad = NULL
         row.ax = NULL
-        self.n_rows += 1  # from here on __dealloc__ gives back what was borrowed
-        self._take(PARAM, param)
-        row.param = data_of(&borrowed[PARAM].tensor)
-        row.n = size_of(&borrowed[PARAM].tensor)
-        row.dtype = borrowed[PARAM].tensor.dtype
+        row.scalars = NULL
+        row.index = index
+        self._n_lent_before = self._n_lent
         return row
 
+    cdef Borrowed *array(self, int role) noexcept:
+        """Where an array of the row is borrowed to, before `settle`."""
+        return &self._arrays[role]
+
+    cdef str settle(self, int role):
+        """Put a borrowed array into the row, or return why it is not fit for it."""
+        cdef Borrowed *borrowed = &self._arrays[role]
+        cdef DLTensor *tensor = &borrowed.tensor
+        cdef Row *row = &self.rows[self.n_rows]
+        cdef void *data = data_of(tensor)
+        if borrowed.versioned != NULL or borrowed.legacy != NULL:
+            self._lent[self._n_lent] = borrowed[0]
+            self._n_lent += 1
+        if role == PARAM:
+            fault = self._fault(role)
+        elif (
+            same_description(tensor, &self._arrays[PARAM].tensor)
+            and tensor.data != NULL
+            and <uintptr_t>data % (row.dtype.bits // 8) == 0
+        ):
+            fault = None
+        else:
+            fault = self._fault(role) or self._mismatch(role)
+        if fault is not None:
+            return fault
+        if role == GRAD:
+            row.grad = data
+        elif role == AX:
+            row.ax = data
+        else:
+            row.param = data
+            row.n = size_of(tensor)
+            row.dtype = tensor.dtype
+            if row.dtype.code == kDLComplex:
+                row.n *= 2
+                row.dtype.code = kDLFloat
+                row.dtype.bits //= 2
+        return None
+
+    cdef int commit(self, owner) except -1:
+        """Count the row. `owner` keeps an array alive that nothing else may."""
+        self._own(owner)
+        self.n_rows += 1
+        return 0
+
+    cdef int _own(self, owner) except -1:
+        cdef Py_ssize_t capacity = max(64, 2 * self._owner_capacity)
+        cdef void *owners
+        if self._n_owners == self._owner_capacity:
+            owners = realloc(self._owners, capacity * sizeof(PyObject *))
+            if owners == NULL:
+                raise MemoryError
+            self._owners = <PyObject **>owners
+            self._owner_capacity = capacity
+        Py_INCREF(owner)
+        self._owners[self._n_owners] = <PyObject *>owner
+        self._n_owners += 1
+        return 0
+
+    cdef void abandon(self) noexcept:
+        """Give back what was lent for the row."""
+        self._give_back(self._n_lent_before)
+
+    cdef void _give_back(self, Py_ssize_t keep) noexcept:
+        while self._n_lent > keep:
+            self._n_lent -= 1
+            give_back(&self._lent[self._n_lent])
+
     cdef int _take(self, int role, object array) except -1:
-        """Borrow one array of the last row, and check it alone and against the row's param."""
-        cdef Py_ssize_t row = self.n_rows - 1
+        """Borrow one array of the row, and check it alone and against the row's param."""
         try:
-            borrow(array, role != GRAD, &self._borrowed[row][role])
-            self._check_alone(role)
-            if role != PARAM:
-                self._check_match(role)
+            borrow(array, role != GRAD, self.array(role))
+            fault = self.settle(role)
+            if fault is not None:
+                raise ValueError(fault)
         except (TypeError, ValueError, BufferError) as error:
             kind = next(k for k in (BufferError, TypeError, ValueError) if isinstance(error, k))
-            raise kind(f"{self._name(role, row)}: {error}") from error.__cause__
+            raise kind(f"{self._name(role, self.n_rows)}: {error}") from error.__cause__
         return 0
 
-    cdef int _check_alone(self, int role) except -1:
-        cdef DLTensor *tensor = &self._borrowed[self.n_rows - 1][role].tensor
-        cdef DLDataType dtype = tensor.dtype
-        if dtype.code != kDLFloat or dtype.lanes != 1 or dtype.bits not in (32, 64):
-            raise ValueError(
-                f"dtype {dtype_name(dtype)} is not supported; expected float32 or float64")
+    cdef str _fault(self, int role):
+        """Why an array of the row cannot be updated, whatever the others are; or None."""
+        cdef DLTensor *tensor = &self._arrays[role].tensor
+        cdef int size = _bytes_of_reals(tensor.dtype)
+        if size == 0:
+            return (f"dtype {dtype_name(tensor.dtype)} is not supported; expected float16, "
+                    "bfloat16, float32, float64, complex64 or complex128")
         if tensor.device.device_type not in (kDLCPU, kDLCUDAHost, kDLROCMHost):
-            raise ValueError(
-                f"device {device_name(tensor)} is not supported; expected an array in CPU memory")
-        if size_of(tensor) and tensor.data == NULL:
-            raise ValueError("its elements have no memory (the address is NULL)")
+            return f"device {device_name(tensor)} is not supported; expected an array in CPU memory"
+        if size_of(tensor) == 0:
+            return None
+        if tensor.data == NULL:
+            return "its elements have no memory (the address is NULL)"
         if not is_dense(tensor):
-            raise ValueError(
-                f"strides {strides_of(tensor)} of shape {shape_of(tensor)} leave gaps or repeat "
-                "elements; expected a contiguous array, in C, Fortran or any other axis order")
-        if size_of(tensor) and <uintptr_t>data_of(tensor) % (dtype.bits // 8):
-            raise ValueError(
-                f"address {<uintptr_t>data_of(tensor):#x} is not a multiple of its "
-                f"{dtype.bits // 8}-byte elements; expected aligned memory")
-        return 0
+            return (f"strides {strides_of(tensor)} of shape {shape_of(tensor)} leave gaps or repeat "
+                    "elements; expected a contiguous array, in C, Fortran or any other axis order")
+        if <uintptr_t>data_of(tensor) % size:
+            return (f"address {<uintptr_t>data_of(tensor):#x} is not a multiple of its "
+                    f"{size}-byte numbers; expected aligned memory")
+        return None
 
-    cdef int _check_match(self, int role) except -1:
-        cdef DLTensor *tensor = &self._borrowed[self.n_rows - 1][role].tensor
-        cdef DLTensor *param = &self._borrowed[self.n_rows - 1][PARAM].tensor
-        if tensor.dtype.bits != param.dtype.bits:
-            raise ValueError(self._mismatch(
-                "dtype", dtype_name(tensor.dtype), dtype_name(param.dtype)))
-        if not same_shape(tensor, param):
-            raise ValueError(self._mismatch("shape", shape_of(tensor), shape_of(param)))
-        if not same_layout(tensor, param):
-            raise ValueError(self._mismatch(
-                "strides", strides_of(tensor), strides_of(param)))
-        return 0
-
-    cdef str _mismatch(self, str what, got, wanted):
-        param = self._name(PARAM, self.n_rows - 1)
-        return f"{what} {got} does not match {param} of {what} {wanted}"
+    cdef str _mismatch(self, int role):
+        """Why an array of the row does not go with its param; or None."""
+        cdef DLTensor *tensor = &self._arrays[role].tensor
+        cdef DLTensor *param = &self._arrays[PARAM].tensor
+        if tensor.dtype.code != param.dtype.code or tensor.dtype.bits != param.dtype.bits:
+            what, got, wanted = "dtype", dtype_name(tensor.dtype), dtype_name(param.dtype)
+        elif not same_shape(tensor, param):
+            what, got, wanted = "shape", shape_of(tensor), shape_of(param)
+        elif not same_layout(tensor, param):
+            what, got, wanted = "strides", strides_of(tensor), strides_of(param)
+        else:
+            return None
+        name = self._name(PARAM, self.n_rows)
+        return f"{what} {got} does not match {name} of {what} {wanted}"
 
     cdef str _name(self, int role, Py_ssize_t row):
         return self._names[role].format(self.rows[row].index)
+
+
+cdef int _bytes_of_reals(DLDataType dtype) noexcept:
+    """The size of the real numbers that a supported dtype is made of; else 0."""
+    if dtype.lanes != 1:
+        return 0
+    if dtype.code == kDLFloat and dtype.bits in (16, 32, 64):
+        return dtype.bits // 8
+    if dtype.code == kDLBfloat and dtype.bits == 16:
+        return 2
+    if dtype.code == kDLComplex and dtype.bits in (64, 128):
+        return dtype.bits // 16
+    return 0
+
+
+cdef const void *_address(const Row *row, int role) noexcept:
+    if role == PARAM:
+        return row.param
+    return row.grad if role == GRAD else row.ax
 
 
 cdef int _refuse_overlaps(Table table, Span *spans, Py_ssize_t n) except -1:
@@ -331,12 +418,47 @@ cdef int _refuse_overlaps(Table table, Span *spans, Py_ssize_t n) except -1:
     return 0
 
 
-cdef int _by_start(const void *one, const void *other) noexcept nogil:
-    cdef uintptr_t a = (<const Span *>one).start, b = (<const Span *>other).start
-    return (a > b) - (a < b)
+cdef Span *_sorted(Span *spans, Span *spare, Py_ssize_t n) noexcept:
+    """Merge the runs that are in order already, forwards or backwards, until one is left."""
+    cdef Py_ssize_t start, middle, stop, n_runs = 2
+    while n_runs > 1:
+        n_runs = start = 0
+        while start < n:
+            middle = _end_of_run(spans, start, n)
+            stop = _end_of_run(spans, middle, n)
+            _merge(spans, spare, start, middle, stop)
+            start = stop
+            n_runs += 1
+        spans, spare = spare, spans
+    return spans
 
 
-cdef const void *_address(const Row *row, int role) noexcept:
-    if role == PARAM:
-        return row.param
-    return row.grad if role == GRAD else row.ax
+cdef Py_ssize_t _end_of_run(Span *spans, Py_ssize_t start, Py_ssize_t n) noexcept:
+    """Where the run from `start` ends; a descending one is turned round."""
+    cdef Py_ssize_t stop = start + 1, last
+    if stop < n and spans[stop].start < spans[start].start:
+        while stop < n and spans[stop].start < spans[stop - 1].start:
+            stop += 1
+        last = stop - 1
+        while start < last:
+            spans[start], spans[last] = spans[last], spans[start]
+            start += 1
+            last -= 1
+    else:
+        while stop < n and spans[stop].start >= spans[stop - 1].start:
+            stop += 1
+    return min(stop, n)
+
+
+cdef void _merge(
+    const Span *spans, Span *into, Py_ssize_t start, Py_ssize_t middle, Py_ssize_t stop,
+) noexcept:
+    """Merge spans[start:middle] and spans[middle:stop], each in order, into[start:stop]."""
+    cdef Py_ssize_t left = start, right = middle, i
+    for i in range(start, stop):
+        if right == stop or (left < middle and spans[left].start <= spans[right].start):
+            into[i] = spans[left]
+            left += 1
+        else:
+            into[i] = spans[right]
+            right += 1

@@ -1,10 +1,34 @@
 # What a DLTensor says of its array.
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t
 
 from asgd_fast._dlpack cimport DLDataType, DLTensor
 
-cdef void *data_of(const DLTensor *tensor) noexcept
+cdef inline void *data_of(const DLTensor *tensor) noexcept:
+    return <char *>tensor.data + tensor.byte_offset
+
+
+cdef inline bint same_description(const DLTensor *one, const DLTensor *other) noexcept:
+    """Whether all but the memory is the same, number by number."""
+    cdef int32_t axis
+    if (
+        one.ndim != other.ndim
+        or one.dtype.code != other.dtype.code
+        or one.dtype.bits != other.dtype.bits
+        or one.dtype.lanes != other.dtype.lanes
+        or one.device.device_type != other.device.device_type
+        or one.device.device_id != other.device.device_id
+        or (one.strides == NULL) != (other.strides == NULL)
+    ):
+        return False
+    for axis in range(one.ndim):
+        if one.shape[axis] != other.shape[axis]:
+            return False
+        if one.strides != NULL and one.strides[axis] != other.strides[axis]:
+            return False
+    return True
+
+
 cdef int64_t size_of(const DLTensor *tensor) noexcept
 cdef bint is_dense(const DLTensor *tensor) noexcept
 cdef bint same_shape(const DLTensor *one, const DLTensor *other) noexcept

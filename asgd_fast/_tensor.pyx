@@ -29,10 +29,6 @@ cdef dict _DEVICES = {
 }
 
 
-cdef void *data_of(const DLTensor *tensor) noexcept:
-    return <char *>tensor.data + tensor.byte_offset
-
-
 cdef int64_t size_of(const DLTensor *tensor) noexcept:
     cdef int64_t n = 1
     cdef int32_t axis

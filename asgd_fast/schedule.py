@@ -1,7 +1,7 @@
 """eta and mu over the steps: the scalars that go with one param, and their ranges.
 
-This module knows no arrays. The recurrence itself is `next_scalars` in the CPU engine, which also
-advances the packed scalars of many params with it.
+This module knows no arrays. The recurrence itself is `next_scalars`, which also advances the packed
+scalars of many params.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from asgd_fast._core import next_scalars
+from asgd_fast._schedule import next_scalars
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = ["Schedule", "check_scalar", "check_step"]
 
-# What torch calls them in its messages, where it has a message.
-_TITLES = {"lr": "learning rate", "weight_decay": "weight_decay value"}
+# What torch calls them in its messages, where it has a message; the others follow its manner.
+_TITLES = {"lr": "learning rate"} | {
+    name: f"{name} value" for name in ("lambd", "alpha", "t0", "weight_decay")
+}
 
 
 def check_scalar(

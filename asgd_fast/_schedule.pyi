@@ -1,0 +1,3 @@
+def next_scalars(
+    step: float, lr: float, lambd: float, alpha: float, t0: float
+) -> tuple[float, float]: ...

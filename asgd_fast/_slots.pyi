@@ -1,0 +1,54 @@
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import torch
+from typing_extensions import Self
+
+from asgd_fast._table import Table
+
+@final
+class Slot:
+    param: torch.Tensor
+    state: dict[str, Any]
+    packed: bool
+    def __new__(
+        cls,
+        param: torch.Tensor,
+        state: dict[str, Any],
+        block: torch.Tensor | None = None,
+        place: int = 0,
+    ) -> Self: ...
+    def is_whole(self) -> bool: ...
+
+@final
+class Slots:
+    groups: list[list[Slot | None]]
+    def __new__(
+        cls,
+        state: Mapping[torch.Tensor, dict[str, Any]],
+        groups: list[list[Slot | None]],
+        tensor: type,
+        parameter: type,
+        eta_after: Callable[[torch.Tensor, float, float, float], float],
+    ) -> Self: ...
+    def is_current(self, state: object) -> bool: ...
+    def gather(
+        self,
+        table: Table,
+        groups: list[dict[str, Any]],
+        unscale: float,
+        round_scalars: bool,
+        written: list[torch.Tensor],
+    ) -> list[tuple[dict[str, Any], Slot]] | None: ...
+    def add(
+        self,
+        table: Table,
+        group: dict[str, Any],
+        slot: Slot,
+        grad: torch.Tensor,
+        unscale: float,
+        round_scalars: bool,
+        written: list[torch.Tensor],
+    ) -> bool: ...
+
+def check_group(group: dict[str, Any]) -> None: ...

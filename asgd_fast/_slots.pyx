@@ -1,0 +1,360 @@
+"""The rows of a torch optimizer's step, gathered in C from its groups and its state.
+
+This module knows groups and state as torch lays them out, and reads them; it does not import torch,
+and creates or converts nothing: what cannot go to an engine as it is, it hands back.
+"""
+
+from cpython.dict cimport PyDict_Next
+from cpython.exc cimport PyErr_Clear
+from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
+from libc.math cimport INFINITY
+
+from asgd_fast._dlpack cimport (
+    Borrowed,
+    DLPackExchangeAPI,
+    borrow,
+    exchange_api_of,
+    give_back,
+    kDLComplex,
+)
+from asgd_fast._schedule cimport Scalars, scalars_after
+from asgd_fast._table cimport AX, GRAD, PARAM, Row, Table
+from asgd_fast._tensor cimport data_of
+
+from asgd_fast.schedule import check_scalar
+
+
+cdef class Slot:
+    """A param with its state, and the place of its scalars.
+
+    Parameters
+    ----------
+    param : Tensor
+    state : dict
+        The param's own: "step", "eta", "mu" and "ax".
+    block : Tensor of shape (n, 3), optional
+        Of which row `place` holds step, eta and mu; the state's scalars are views of it. Without
+        it the scalars are tensors of their own, and the slot is not for an engine.
+    place : int
+    """
+
+    cdef readonly object param
+    cdef readonly dict state
+    cdef object _block, _ax, _version, _holders
+    cdef tuple _tensors
+    cdef PyObject *_held[4]
+    cdef Py_ssize_t _place
+
+    def __init__(self, param, dict state, block=None, Py_ssize_t place=0, version=None, holders=()):
+        self._version = version
+        self._holders = holders
+        self.param = param
+        self.state = state
+        self._block = block
+        self._place = place
+        if block is not None:
+            self._ax = state["ax"]
+            self._tensors = tuple(state.values())
+            for i in range(4):
+                self._held[i] = <PyObject *>self._tensors[i]
+
+    @property
+    def packed(self):
+        """Whether the scalars have a place in a block."""
+        return self._block is not None
+
+    def is_whole(self):
+        """Whether the state still holds the tensors that it held."""
+        return self._is_whole()
+
+    cdef inline bint _is_whole(self) noexcept:
+        # Walked: four look-ups would take three times as long.
+        cdef Py_ssize_t position = 0
+        cdef int i
+        cdef PyObject *value
+        if self._block is None:
+            return True
+        for i in range(4):
+            if not PyDict_Next(self.state, &position, NULL, &value) or value != self._held[i]:
+                return False
+        return True
+
+
+# What the rows of one group have in common, and what is known from the row before.
+cdef struct Group:
+    double lr
+    double lambd
+    double alpha
+    double t0
+    double weight_decay
+    double grad_scale   # negative to maximize
+    bint round_scalars
+    Scalars next        # often those of the next row too
+    PyObject *block     # of which the rest is known
+    char *address
+    bint double_scalars
+
+
+cdef class Slots:
+    """The slots of an optimizer's params, for as long as its groups and its state stay as they are.
+
+    Parameters
+    ----------
+    state : dict of Tensor to dict
+        The optimizer's.
+    groups : list of list of (Slot or None)
+        For each param of each group its slot, or None where it has no state.
+    tensor, parameter : type
+        The types of tensor whose memory may be used: exactly these, as a subclass may mean
+        anything.
+    eta_after : callable
+        eta after a number of steps where lr is a tensor: of (lr, lambd, alpha, step), a float.
+    """
+
+    cdef readonly list groups
+    cdef readonly list written
+    cdef object _tensor, _parameter, _eta_after, _grad, _is_neg
+    cdef descrgetfunc _get
+    cdef list _keys, _values
+    cdef DLPackExchangeAPI *_api
+    cdef Py_ssize_t _n_written
+
+    def __init__(self, state, list groups, tensor, parameter, eta_after):
+        self.groups = groups
+        self._tensor = tensor
+        self._parameter = parameter
+        self._eta_after = eta_after
+        self._grad = tensor.grad
+        property_type = type(self._grad)
+        self._get = (<PyTypeObject *>property_type).tp_descr_get
+        self._is_neg = tensor.is_neg
+        self.written = []
+        self._keys = list(state.keys())
+        self._values = list(state.values())
+        self._api = exchange_api_of(tensor)
+
+    def is_current(self, state):
+        """Whether the state holds the same dicts for the same params as when it was read."""
+        # Walked rather than looked up: the hash of a tensor is computed in Python.
+        cdef Py_ssize_t position = 0, i = 0
+        cdef PyObject *key
+        cdef PyObject *value
+        if not isinstance(state, dict) or len(state) != len(self._keys):
+            return False
+        while PyDict_Next(state, &position, &key, &value):
+            if key != <PyObject *>self._keys[i] or value != <PyObject *>self._values[i]:
+                return False
+            i += 1
+        return True
+
+    def gather(self, Table table, list groups, double unscale, bint round_scalars):
+        """Add a row for each param that has a grad, as far as an engine can take it.
+
+        Afterwards `written` lists what the engine will write, as far as autograd is concerned.
+
+        Parameters
+        ----------
+        table : Table
+            Empty.
+        groups : list of dict
+            The optimizer's param_groups.
+        unscale : float
+            What the grads are multiplied by first.
+        round_scalars : bool
+            Round eta and mu to float32, as torch does where that is its default dtype.
+
+        Returns
+        -------
+        list of (dict, Slot), or None
+            The slots left out, with their groups; None if the slots are out of date.
+
+        Raises
+        ------
+        ValueError
+            A group's lambd, alpha or t0 was changed to what `check_group` refuses, or its lr to
+            something so negative that eta has no value.
+        """
+        cdef list left = [], slots
+        cdef Slot slot
+        cdef Group common
+        cdef Py_ssize_t i, index = 0
+        cdef dict group
+        self._n_written = 0
+        if len(groups) != len(self.groups):
+            return None
+        for group, slots in zip(groups, self.groups):
+            params = group["params"]
+            if len(params) != len(slots):
+                return None
+            table.reserve(len(slots))
+            by_torch = group["differentiable"] or group["capturable"]
+            if by_torch:
+                check_group(group)
+            else:
+                common = _group_of(group, unscale, round_scalars)
+            lr = group["lr"]
+            i = -1
+            for param in params:
+                i += 1
+                index += 1
+                grad = self._grad_of(param)
+                if grad is None:
+                    continue
+                slot = slots[i]
+                if slot is None or slot.param is not param or not slot._is_whole():
+                    return None
+                if by_torch or not self._add(table, slot, grad, &common, lr, index):
+                    left.append((group, slot))
+        del self.written[self._n_written:]
+        return left
+
+    def add(self, Table table, dict group, Slot slot, grad, double unscale, bint round_scalars):
+        """Add the row of one param with a grad that is not its own, after `gather`.
+
+        Returns
+        -------
+        bool
+            Whether an engine can take it.
+        """
+        cdef Group common = _group_of(group, unscale, round_scalars)
+        table.reserve(1)
+        return self._add(table, slot, grad, &common, group["lr"], 0)
+
+    cdef bint _add(
+        self, Table table, Slot slot, grad, Group *common, lr, Py_ssize_t index,
+    ) except -1:
+        cdef Row *row
+        if slot._block is None:
+            return False
+        row = table.begin(index)
+        if not (
+            self._lend(table, PARAM, slot.param)
+            and self._lend(table, GRAD, grad)
+            and self._lend(table, AX, slot._ax)
+        ):
+            table.abandon()
+            return False
+        if <PyObject *>slot._block != common.block:
+            self._find(slot._block, common)
+            self._write(slot._block)
+        self._schedule(row, slot, common, lr)
+        table.commit(grad)
+        self._write(slot._version)
+        self._write(slot._ax)
+        return True
+
+    cdef inline object _grad_of(self, param):
+        """The same as param.grad, in fewer steps for the usual types."""
+        kind = type(param)
+        if kind is not self._parameter and kind is not self._tensor:
+            return param.grad
+        return self._get(self._grad, param, kind)
+
+    cdef inline int _write(self, tensor) except -1:
+        """List a tensor as written, where it usually stands since the step before."""
+        if self._n_written < len(self.written) and self.written[self._n_written] is tensor:
+            self._n_written += 1
+            return 0
+        del self.written[self._n_written:]
+        self.written.append(tensor)
+        self._n_written += 1
+        return 0
+
+    cdef bint _lend(self, Table table, int role, tensor) except -1:
+        cdef Borrowed *borrowed = table.array(role)
+        if type(tensor) is not self._tensor and type(tensor) is not self._parameter:
+            return False
+        borrowed.versioned = NULL
+        borrowed.legacy = NULL
+        if self._api != NULL:
+            if self._api.dltensor_from_py_object_no_sync(<PyObject *>tensor, &borrowed.tensor) != 0:
+                PyErr_Clear()  # the tensor has no memory of its own, or none that is dense
+                return False
+        else:
+            try:
+                borrow(tensor.detach(), role != GRAD, borrowed)
+            except (BufferError, TypeError, ValueError):
+                return False
+        if table.settle(role) is not None:
+            return False
+        # The exchange API lends the memory before a pending negation or conjugation. A negation of
+        # several dense elements can only come about in a grad.
+        if (role == GRAD or table.rows[table.n_rows].n == 1) and self._is_neg(tensor):
+            return False
+        return not (borrowed.tensor.dtype.code == kDLComplex and tensor.is_conj())
+
+    cdef int _schedule(self, Row *row, Slot slot, Group *common, lr) except -1:
+        """Set the row's scalars, of now and after the step."""
+        cdef double step
+        cdef double *doubles
+        cdef float *floats
+        if common.double_scalars:
+            doubles = <double *>common.address + 3 * slot._place
+            row.scalars = doubles
+            step, row.eta, row.mu = doubles[0] + 1, doubles[1], doubles[2]
+        else:
+            floats = <float *>common.address + 3 * slot._place
+            row.scalars = floats
+            step, row.eta, row.mu = <float>(floats[0] + 1), floats[1], floats[2]
+        row.double_scalars = common.double_scalars
+        row.decay = 1.0 - common.lambd * row.eta
+        row.weight_decay = common.weight_decay
+        row.grad_scale = common.grad_scale
+        if common.next.step != step:
+            if common.lr < 0 and 1 + common.lambd * common.lr * step <= 0:
+                raise ValueError(
+                    f"Invalid learning rate: {lr} (1 + lambd * lr * step must stay above 0)")
+            common.next = scalars_after(step, common.lr, common.lambd, common.alpha, common.t0)
+            if isinstance(lr, self._tensor):
+                common.next.eta = self._eta_after(lr, common.lambd, common.alpha, step)
+            elif common.round_scalars:
+                common.next.eta = <float>common.next.eta
+            if common.round_scalars:
+                common.next.mu = <float>common.next.mu
+        row.next = common.next
+        return 0
+
+    cdef int _find(self, block, Group *common) except -1:
+        """Look up where a block is. Not kept over steps: sharing it with a process moves it."""
+        cdef Borrowed borrowed
+        if self._api != NULL:
+            if self._api.dltensor_from_py_object_no_sync(<PyObject *>block, &borrowed.tensor) != 0:
+                raise RuntimeError("the packed scalars have no memory")
+        else:
+            borrow(block, True, &borrowed)
+            give_back(&borrowed)  # the block itself keeps its memory
+        common.address = <char *>data_of(&borrowed.tensor)
+        common.double_scalars = borrowed.tensor.dtype.bits == 64
+        common.block = <PyObject *>block
+        return 0
+
+
+def check_group(dict group):
+    """Refuse the hyperparameters that torch lets through and then divides by zero with.
+
+    Parameters
+    ----------
+    group : dict
+
+    Raises
+    ------
+    TypeError, ValueError
+        lambd, alpha or t0 is no finite number, or one of the first two is negative.
+    """
+    for name, low in (("lambd", 0.0), ("alpha", 0.0), ("t0", -INFINITY)):
+        check_scalar(name, group[name], low=low)
+
+
+cdef Group _group_of(dict group, double unscale, bint round_scalars) except *:
+    cdef Group common
+    check_group(group)
+    common.lr = group["lr"]
+    common.lambd = group["lambd"]
+    common.alpha = group["alpha"]
+    common.t0 = group["t0"]
+    common.weight_decay = group["weight_decay"]
+    common.grad_scale = -unscale if group["maximize"] else unscale
+    common.round_scalars = round_scalars
+    common.next.step = 0  # of no row: a step is counted before
+    common.block = NULL
+    return common

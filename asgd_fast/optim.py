@@ -1,0 +1,513 @@
+"""The torch optimizer: ``from asgd_fast import ASGD`` in place of ``from torch.optim import ASGD``.
+
+This module knows torch: its tensors, its optimizers' state and their checkpoints. It does not know
+how the pass over the memory is made; what no engine takes goes to torch's own ``asgd``.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim.asgd import asgd as torch_asgd
+
+from asgd_fast import _core
+from asgd_fast._slots import Slot, Slots, check_group
+from asgd_fast._table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+__all__ = ["ASGD"]
+
+Group = dict[str, Any]
+Entry = dict[str, Any]  # the state of one param
+
+SCALARS = ("step", "eta", "mu")
+
+# How many params share one tensor of scalars. Plain pickle saves the whole of it with each view, so
+# it stays small; more would spare the step less than a nanosecond a param.
+BLOCK = 64
+
+
+class ASGD(torch.optim.ASGD):
+    r"""Averaged SGD with the bits of ``torch.optim.ASGD(foreach=False)``, in one pass over memory.
+
+    Arguments, defaults, messages, hooks, state and checkpoints are those of ``torch.optim.ASGD``, of
+    which this is a subclass. For each param p with its gradient g and its average ax, every line
+    rounded once::
+
+        g = g / loss_scale              under a GradScaler
+        g = -g                          if maximize
+        g = fma(weight_decay, p, g)     if weight_decay != 0
+        p = fma(-eta, g, p * (1 - lambd * eta))
+        ax = p                          if mu == 1
+        ax = ax + (p - ax) * mu         otherwise
+
+    and then, after step number k::
+
+        eta = lr / (1 + lambd * lr * k) ** alpha
+        mu = 1 / max(1, k - t0)
+
+    Parameters
+    ----------
+    params : iterable of Tensor, of (str, Tensor) or of dict
+        The tensors to optimize, named or not, or groups of them with hyperparameters of their own.
+        Of every shape, dtype, device and memory layout that torch takes.
+    lr : float or Tensor of 1 element, default=1e-2
+        Learning rate, >= 0. A change acts one step late, since eta is stored.
+    lambd : float, default=1e-4
+        Decay term, >= 0.
+    alpha : float, default=0.75
+        Power of the decay of eta, >= 0.
+    t0 : float, default=1e6
+        The number of steps after which averaging starts. With the default it never does in most
+        runs: set it. The first iterate that is averaged with another is number t0 + 3.
+    weight_decay : float, default=0
+        L2 penalty, >= 0.
+    foreach : bool, optional
+        Chooses among torch's implementations where one of them is used.
+    maximize : bool, default=False
+        Ascend instead.
+    differentiable, capturable : bool, default=False
+        As in torch, by torch's own implementation.
+
+    Attributes
+    ----------
+    param_groups : list of dict
+        The groups; hyperparameters may be changed between steps.
+    state : dict of Tensor to dict
+        For each param that has been stepped: "ax", its average, in its dtype and layout; "step",
+        "eta" and "mu", tensors of no dimension. All are updated in place by the steps.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``torch.optim.ASGD``; and for what that lets through: lambd, alpha or t0 that is not
+        finite, negative lambd or alpha.
+
+    See Also
+    --------
+    asgd_fast.ArrayASGD : the same without torch.
+
+    Notes
+    -----
+    Polyak and Juditsky, "Acceleration of stochastic approximation by averaging" (1992).
+
+    The one pass is made over CPU tensors of float32, float64, float16, bfloat16, complex64 or
+    complex128 whose elements fill a block of memory, in any order of the axes. Half types are
+    computed in float32 and rounded once. Everything else, and tensors that share memory with each
+    other, go to torch's own ``asgd``, with its results and its speed.
+
+    A ``GradScaler`` leaves the unscaling to the step, which reads the gradients and does not write
+    them. Where a framework must unscale them first, to clip them, set
+    ``optimizer._step_supports_amp_scaling = False``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from asgd_fast import ASGD
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(3, 1)
+    >>> optimizer = ASGD(model.parameters(), lr=0.1, lambd=0.0, t0=100)
+    >>> for _ in range(1000):
+    ...     x = torch.randn(8, 3)
+    ...     noisy = x.sum(dim=1, keepdim=True) + torch.randn(8, 1)
+    ...     optimizer.zero_grad()
+    ...     torch.nn.functional.mse_loss(model(x), noisy).backward()
+    ...     optimizer.step()
+    >>> bool((optimizer.state[model.weight]["ax"] - 1.0).abs().max() < 0.05)
+    True
+    """
+
+    # GradScaler then sets grad_scale and found_inf, and leaves unscaling and skipping to the step.
+    _step_supports_amp_scaling = True
+
+    _slots: Slots | None = None
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of params, as in torch.
+
+        Parameters
+        ----------
+        param_group : dict
+            "params", and any hyperparameters in which the group differs from the optimizer's own.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the constructor.
+        """
+        if isinstance(param_group, dict):
+            check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step: update every param that has a gradient, and its average, in place.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Computes the gradients anew and returns the loss.
+
+        Returns
+        -------
+        object
+            What `closure` returned, or None.
+
+        Raises
+        ------
+        RuntimeError
+            A gradient is sparse. Nothing is changed.
+        TypeError, ValueError
+            A hyperparameter was changed to what the constructor refuses. Nothing is changed.
+        """
+        if torch.compiler.is_compiling():
+            return _step_uncompiled(self, closure)
+        return self._step(closure)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the state of a checkpoint, a copy or another process."""
+        for param, entry in state["state"].items():
+            for name, value in list(entry.items()) if isinstance(entry, dict) else ():
+                if isinstance(value, _Kept):
+                    entry[name] = value.on(param)
+        super().__setstate__(state)
+        self._slots = None
+        self._read_slots(create=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another optimizer stood, of this class or ``torch.optim.ASGD``.
+
+        As in torch; but the state is copied, and step, eta and mu keep their precision.
+
+        Parameters
+        ----------
+        state_dict : dict
+            What ``state_dict()`` returned, in any version of torch.
+
+        Raises
+        ------
+        ValueError
+            It has other groups, or other numbers of params in them.
+        """
+        # Added last, so that the user's own hooks see the dict that they were given.
+        hook = self.register_load_state_dict_pre_hook(_keep)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None or not found_inf:
+            try:
+                table = _spare_tables.pop()
+            except IndexError:
+                table = Table(("params[{}]", "grads[{}]", "averages[{}]"))
+            try:
+                self._update(table, _inverse(getattr(self, "grad_scale", None)))
+            finally:
+                table.clear()
+                _spare_tables.append(table)
+        return loss
+
+    def _update(self, table: Table, unscale: float) -> None:
+        """Update every param that has a gradient, by an engine as far as it goes."""
+        slots, left = self._gather(table, unscale)
+        if left:
+            left = self._fit(left, slots, table, unscale)
+        try:
+            table.check_overlap()
+        except ValueError:
+            # What comes out then depends on the order of operations: torch's.
+            left = self._active(slots)
+        if left:
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                _step_by_torch(left, unscale)
+        if table:
+            # Before the memory changes: nothing fails from here on.
+            _increment_versions(slots.written)
+            _core.update(table)
+
+    def _gather(self, table: Table, unscale: float) -> tuple[Slots, list[_Left]]:
+        """Put into the table what an engine can take as it is; return the rest."""
+        slots = self._slots
+        if slots is None or not slots.is_current(self.state):
+            slots = self._read_slots()
+        # Where something watches torch's operations, it must see them.
+        if torch._C._len_torch_dispatch_stack():
+            slots = self._read_slots()
+            return slots, self._active(slots)
+        left = slots.gather(table, self.param_groups, unscale, _rounds_scalars())
+        if left is None:  # a first gradient, or groups or state that were changed by hand
+            table.clear()
+            slots = self._read_slots()
+            left = slots.gather(table, self.param_groups, unscale, _rounds_scalars())
+        if left is None:
+            raise RuntimeError("param_groups: changed by another thread during the step")
+        return slots, left
+
+    def _active(self, slots: Slots) -> list[_Left]:
+        """Return every param that has a gradient."""
+        return [
+            (group, slot)
+            for group, own in zip(self.param_groups, slots.groups, strict=True)
+            for slot in own
+            if slot is not None and slot.param.grad is not None
+        ]
+
+    def _fit(
+        self, left: list[_Left], slots: Slots, table: Table, unscale: float
+    ) -> list[_Left]:
+        """Put into the table what an engine can take once converted; return the rest."""
+        _check_graph_capture(self)
+        if any(_grad_of(slot).is_sparse for _, slot in left):
+            raise RuntimeError("ASGD does not support sparse gradients")
+        rest = []
+        for group, slot in left:
+            grad = None
+            if slot.packed and not (group["differentiable"] or group["capturable"]):
+                grad = _converted_grad(slot)
+            if grad is None or not self._slots.add(
+                table, group, slot, grad, unscale, _rounds_scalars()
+            ):
+                rest.append((group, slot))
+        return rest
+
+    def _read_slots(self, *, create: bool = True) -> Slots:
+        """Find each param's state, and pack the scalars that are not packed yet.
+
+        With `create`, params that have a gradient and no state get one.
+        """
+        if create:
+            self._create_state()
+        known = {}
+        if self._slots is not None:
+            slots = (slot for slot in chain(*self._slots.groups) if slot is not None)
+            known = {id(slot.state): slot for slot in slots if slot.is_whole()}
+        loose: dict[torch.dtype, list[tuple[Tensor, Entry]]] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                entry = self.state.get(param)
+                if entry and id(entry) not in known:
+                    if _is_packable(param, entry, group):
+                        loose.setdefault(_dtype_for(entry), []).append((param, entry))
+                    else:
+                        known[id(entry)] = Slot(param, entry)
+        for dtype, pairs in loose.items():
+            for start in range(0, len(pairs), BLOCK):
+                for slot in _packed(pairs[start : start + BLOCK], dtype):
+                    known[id(slot.state)] = slot
+        groups = [
+            [known.get(id(self.state.get(param))) for param in group["params"]]
+            for group in self.param_groups
+        ]
+        self._slots = Slots(self.state, groups, Tensor, torch.nn.Parameter, _eta_after)
+        return self._slots
+
+    def _create_state(self) -> None:
+        fresh = [
+            (param, group["lr"])
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None and not self.state.get(param)
+        ]
+        if any(param.grad.is_sparse for param, _ in fresh):
+            raise RuntimeError("ASGD does not support sparse gradients")
+        dtype = _scalar_dtype()
+        for param, lr in fresh:
+            like: dict[str, Any] = {"dtype": dtype, "device": param.device}
+            self.state[param].update(
+                step=torch.zeros((), **like),
+                eta=torch.full((), float(lr), **like),
+                mu=torch.ones((), **like),
+                ax=torch.zeros_like(param, memory_format=torch.preserve_format),
+            )
+
+
+# A param that no engine took as it is, with its group.
+_Left: TypeAlias = tuple[Group, Slot]
+
+# Between steps their memory waits here for the next.
+_spare_tables: list[Table] = []
+
+# Under torch.compile the step is left as it is: faster than what would be compiled.
+_step_uncompiled = torch.compiler.disable(ASGD._step)
+
+
+class _Kept:
+    """A tensor of the state that torch is not to convert while it loads the rest."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def on(self, param: Any) -> Tensor:
+        """Return it on the device of its param, if that is one of the optimizer's."""
+        return self._tensor.to(param.device) if isinstance(param, Tensor) else self._tensor
+
+
+def _keep(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Copy the tensors of a checkpoint; torch would share them, and cast eta and mu."""
+    state = {}
+    for key, entry in state_dict["state"].items():
+        if isinstance(entry, dict):
+            entry = {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in entry.items()
+            }
+            for name in SCALARS:
+                if isinstance(entry.get(name), Tensor):
+                    entry[name] = _Kept(entry[name])
+        state[key] = entry
+    return {**state_dict, "state": state}
+
+
+def _is_packable(param: Tensor, entry: Entry, group: Group) -> bool:
+    """Whether an engine may advance the scalars: those of an ordinary tensor in CPU memory."""
+    return (
+        type(param) in (Tensor, torch.nn.Parameter)
+        and param.device.type == "cpu"
+        and not (param.is_neg() or param.is_conj())
+        and not (group["differentiable"] or group["capturable"])
+        and type(entry) is dict
+        and entry.keys() >= {*SCALARS, "ax"}
+    )
+
+
+def _dtype_for(entry: Entry) -> torch.dtype:
+    """Return what the scalars are packed in: torch's scalar dtype, or double if they are that."""
+    double = any(getattr(entry[name], "dtype", None) == torch.float64 for name in SCALARS)
+    return torch.float64 if double else _scalar_dtype()
+
+
+def _packed(pairs: list[tuple[Tensor, Entry]], dtype: torch.dtype) -> Iterator[Slot]:
+    """Move the scalars of some params into one tensor, of which they become views."""
+    values = [[float(entry[name]) for name in SCALARS] for _, entry in pairs]
+    block = torch.tensor(values, dtype=dtype, device="cpu")
+    for place, (param, entry) in enumerate(pairs):
+        for column, name in enumerate(SCALARS):
+            entry[name] = block[place, column]
+        version = param.detach()
+        version.data = torch.empty(0, dtype=param.dtype)
+        yield Slot(param, entry, block, place, version, (_holder(version), _holder(entry["ax"])))
+
+
+def _holder(tensor):
+    holder = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+    holder.grad = tensor
+    return holder
+
+
+def _scalar_dtype() -> torch.dtype:
+    return torch.float32 if _rounds_scalars() else torch.float64
+
+
+def _rounds_scalars() -> bool:
+    """Whether torch keeps eta and mu in float32."""
+    return torch.get_default_dtype() != torch.float64
+
+
+def _eta_after(lr: Tensor, lambd: float, alpha: float, step: float) -> float:
+    """Return eta where lr is a tensor: torch then computes it in the dtype of lr."""
+    lr = lr.detach().squeeze()
+    return float(lr / ((1 + lambd * lr * step) ** alpha))
+
+
+def _inverse(grad_scale: Any) -> float:
+    """Return the factor that ``GradScaler.unscale_`` multiplies by: a float32."""
+    if grad_scale is None:
+        return 1.0
+    return float(torch.as_tensor(grad_scale, dtype=torch.float64).reciprocal().float())
+
+
+def _grad_of(slot: Slot) -> Tensor:
+    grad = slot.param.grad
+    assert grad is not None
+    return grad
+
+
+@torch.no_grad()
+def _converted_grad(slot: Slot) -> Tensor | None:
+    """Return the gradient in its param's dtype and layout if that loses nothing, else None.
+
+    The average too is put into the layout of a param that has changed its own.
+    """
+    param, grad, ax = slot.param, _grad_of(slot), slot.state["ax"]
+    like = torch.empty_like(param)
+    if (
+        type(grad) is not Tensor
+        or grad.layout != torch.strided
+        or grad.device != param.device
+        or grad.shape != param.shape
+        or grad.is_complex() != param.is_complex()
+        or torch.promote_types(grad.dtype, param.dtype) != param.dtype
+        or like.stride() != param.stride()
+    ):
+        return None
+    if ax.dtype == param.dtype and ax.shape == param.shape and ax.stride() != param.stride():
+        ax.data = torch.empty_like(param).copy_(ax)
+    return like.copy_(grad)
+
+
+def _step_by_torch(left: list[_Left], unscale: float) -> None:
+    """Update params by torch's own function."""
+    for _, pairs in groupby(left, key=lambda pair: id(pair[0])):
+        members = list(pairs)
+        group, slots = members[0][0], [slot for _, slot in members]
+        grads = [_grad_of(slot) for slot in slots]
+        torch_asgd(
+            [slot.param for slot in slots],
+            grads if unscale == 1 else [grad * unscale for grad in grads],
+            *([slot.state[name] for slot in slots] for name in ("ax", "mu", "eta", "step")),
+            has_complex=any(slot.param.is_complex() for slot in slots),
+            **{name: group[name] for name in _HYPERPARAMETERS},
+        )
+
+
+# What torch's function takes of a group.
+_HYPERPARAMETERS = (
+    "lr",
+    "lambd",
+    "alpha",
+    "t0",
+    "weight_decay",
+    "foreach",
+    "maximize",
+    "differentiable",
+    "capturable",
+)
+
+
+def _increment_versions(tensors: list[Tensor]) -> None:
+    """Tell autograd that tensors have changed, so that it refuses a backward through old values."""
+    if _VERSIONS_IN_ONE_CALL:
+        increment_version(tensors)
+    else:
+        for tensor in tensors:
+            increment_version(tensor)
+
+
+def _takes_lists() -> bool:
+    try:
+        increment_version([])
+    except Exception:
+        return False
+    return True
+
+
+# Since torch 2.5.
+_VERSIONS_IN_ONE_CALL = _takes_lists()
+
+
+def _check_graph_capture(optimizer: ASGD) -> None:
+    """Refuse what torch refuses in the capture of a device graph."""
+    name = "_accelerator_graph_capture_health_check"
+    getattr(optimizer, name, optimizer._cuda_graph_capture_health_check)()
