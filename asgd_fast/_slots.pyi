@@ -23,6 +23,7 @@ class Slot:
 @final
 class Slots:
     groups: list[list[Slot | None]]
+    written: list[torch.Tensor]
     def __new__(
         cls,
         state: Mapping[torch.Tensor, dict[str, Any]],
@@ -30,6 +31,8 @@ class Slots:
         tensor: type,
         parameter: type,
         eta_after: Callable[[torch.Tensor, float, float, float], float],
+        version_of: Callable[[torch.Tensor], torch.Tensor],
+        refer: Callable[[torch.Tensor], object],
     ) -> Self: ...
     def is_current(self, state: object) -> bool: ...
     def gather(
@@ -38,7 +41,6 @@ class Slots:
         groups: list[dict[str, Any]],
         unscale: float,
         round_scalars: bool,
-        written: list[torch.Tensor],
     ) -> list[tuple[dict[str, Any], Slot]] | None: ...
     def add(
         self,
@@ -48,7 +50,6 @@ class Slots:
         grad: torch.Tensor,
         unscale: float,
         round_scalars: bool,
-        written: list[torch.Tensor],
     ) -> bool: ...
 
 def check_group(group: dict[str, Any]) -> None: ...

@@ -7,6 +7,7 @@ and creates or converts nothing: what cannot go to an engine as it is, it hands 
 from cpython.dict cimport PyDict_Next
 from cpython.exc cimport PyErr_Clear
 from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
+from cpython.weakref cimport PyWeakref_GetObject, PyWeakref_NewRef
 from libc.math cimport INFINITY
 
 from asgd_fast._dlpack cimport (
@@ -31,27 +32,33 @@ cdef class Slot:
     ----------
     param : Tensor
     state : dict
-        The param's own: "step", "eta", "mu" and "ax".
+        The param's own.
     block : Tensor of shape (n, 3), optional
-        Of which row `place` holds step, eta and mu; the state's scalars are views of it. Without
-        it the scalars are tensors of their own, and the slot is not for an engine.
+        Row `place` holds step, eta and mu, of which the state's are views: the state then begins
+        with "step", "eta", "mu" and "ax", in this order. Without a block the scalars are tensors of
+        their own, and the slot is not for an engine.
     place : int
     """
 
     cdef readonly object param
     cdef readonly dict state
-    cdef object _block, _ax, _version, _holders
-    cdef tuple _tensors
-    cdef PyObject *_held[4]
+    cdef object _block, _ax
     cdef Py_ssize_t _place
+    cdef tuple _tensors
+    cdef PyObject *_held[4]     # the same
+    cdef object _references     # for which see `Slots`
+    cdef object _version
+    cdef const void *_address   # of the param whose version that is
+    cdef PyObject *_last_grad   # only compared, as it may be gone
+    cdef object _known_grad     # a weak reference to a grad without a pending negation, or None
+    cdef bint _keeps_grad       # no grad that lasted for two steps has been replaced yet
 
-    def __init__(self, param, dict state, block=None, Py_ssize_t place=0, version=None, holders=()):
-        self._version = version
-        self._holders = holders
+    def __init__(self, param, dict state, block=None, Py_ssize_t place=0):
         self.param = param
         self.state = state
         self._block = block
         self._place = place
+        self._keeps_grad = True
         if block is not None:
             self._ax = state["ax"]
             self._tensors = tuple(state.values())
@@ -78,6 +85,24 @@ cdef class Slot:
             if not PyDict_Next(self.state, &position, NULL, &value) or value != self._held[i]:
                 return False
         return True
+
+
+    cdef int _is_known(self, grad) except -1:
+        """Whether a grad was found to have no pending negation before."""
+        if self._known_grad is None:
+            return False
+        if PyWeakref_GetObject(self._known_grad) == <PyObject *>grad:
+            return True
+        self._known_grad = None
+        self._keeps_grad = False
+        return False
+
+    cdef int _know(self, grad) except -1:
+        """Remember that a grad has no pending negation, if it is likely to come again."""
+        if self._keeps_grad and self._last_grad == <PyObject *>grad:
+            self._known_grad = PyWeakref_NewRef(grad, None)
+        self._last_grad = <PyObject *>grad
+        return 0
 
 
 # What the rows of one group have in common, and what is known from the row before.
@@ -109,21 +134,33 @@ cdef class Slots:
         anything.
     eta_after : callable
         eta after a number of steps where lr is a tensor: of (lr, lambd, alpha, step), a float.
+    version_of : callable
+        Of a tensor; a tensor without memory that shares its version counter.
+    refer : callable
+        Of a tensor; an object through which torch itself refers to it.
+
+    Notes
+    -----
+    A tensor that nothing but Python refers to costs torch 33 ns more at each use, as it then takes
+    the GIL and a reference. So what is written is referred to from within torch: the averages, and
+    for the params, which belong to others, what shares their version counters.
     """
 
     cdef readonly list groups
     cdef readonly list written
-    cdef object _tensor, _parameter, _eta_after, _grad, _is_neg
+    cdef object _tensor, _parameter, _eta_after, _version_of, _refer, _grad, _is_neg
     cdef descrgetfunc _get
     cdef list _keys, _values
     cdef DLPackExchangeAPI *_api
     cdef Py_ssize_t _n_written
 
-    def __init__(self, state, list groups, tensor, parameter, eta_after):
+    def __init__(self, state, list groups, tensor, parameter, eta_after, version_of, refer):
         self.groups = groups
         self._tensor = tensor
         self._parameter = parameter
         self._eta_after = eta_after
+        self._version_of = version_of
+        self._refer = refer
         self._grad = tensor.grad
         property_type = type(self._grad)
         self._get = (<PyTypeObject *>property_type).tp_descr_get
@@ -175,10 +212,12 @@ cdef class Slots:
             something so negative that eta has no value.
         """
         cdef list left = [], slots
+        cdef object lr = None
         cdef Slot slot
         cdef Group common
-        cdef Py_ssize_t i, index = 0
+        cdef Py_ssize_t i
         cdef dict group
+        cdef list params
         self._n_written = 0
         if len(groups) != len(self.groups):
             return None
@@ -191,19 +230,16 @@ cdef class Slots:
             if by_torch:
                 check_group(group)
             else:
-                common = _group_of(group, unscale, round_scalars)
-            lr = group["lr"]
-            i = -1
-            for param in params:
-                i += 1
-                index += 1
-                grad = self._grad_of(param)
+                lr = self._lr_of(group)
+                common = _group_of(group, lr, unscale, round_scalars)
+            for i in range(len(slots)):
+                grad = self._grad_of(params[i])
                 if grad is None:
                     continue
                 slot = slots[i]
-                if slot is None or slot.param is not param or not slot._is_whole():
+                if slot is None or slot.param is not params[i] or not slot._is_whole():
                     return None
-                if by_torch or not self._add(table, slot, grad, &common, lr, index):
+                if by_torch or not self._add(table, slot, grad, &common, lr):
                     left.append((group, slot))
         del self.written[self._n_written:]
         return left
@@ -216,32 +252,46 @@ cdef class Slots:
         bool
             Whether an engine can take it.
         """
-        cdef Group common = _group_of(group, unscale, round_scalars)
+        lr = self._lr_of(group)
+        cdef Group common = _group_of(group, lr, unscale, round_scalars)
         table.reserve(1)
-        return self._add(table, slot, grad, &common, group["lr"], 0)
+        return self._add(table, slot, grad, &common, lr)
 
     cdef bint _add(
-        self, Table table, Slot slot, grad, Group *common, lr, Py_ssize_t index,
+        self, Table table, Slot slot, grad, Group *common, lr,
     ) except -1:
         cdef Row *row
         if slot._block is None:
             return False
-        row = table.begin(index)
+        row = table.begin(0)
         if not (
             self._lend(table, PARAM, slot.param)
             and self._lend(table, GRAD, grad)
             and self._lend(table, AX, slot._ax)
-        ):
+        ) or self._has_lazy_sign(slot, grad, row):
             table.abandon()
             return False
         if <PyObject *>slot._block != common.block:
             self._find(slot._block, common)
             self._write(slot._block)
+        if row.param != slot._address or slot._version is None:
+            self._renew(slot, row.param)
         self._schedule(row, slot, common, lr)
         table.commit(grad)
         self._write(slot._version)
         self._write(slot._ax)
         return True
+
+    cdef object _lr_of(self, dict group):
+        lr = group["lr"]
+        return lr.detach() if isinstance(lr, self._tensor) else lr
+
+    cdef int _renew(self, Slot slot, const void *address) except -1:
+        """Take note of a param that is new, or whose memory is: it may be another tensor now."""
+        slot._version = self._version_of(slot.param)
+        slot._references = (self._refer(slot._version), self._refer(slot._ax))
+        slot._address = address
+        return 0
 
     cdef inline object _grad_of(self, param):
         """The same as param.grad, in fewer steps for the usual types."""
@@ -275,13 +325,21 @@ cdef class Slots:
                 borrow(tensor.detach(), role != GRAD, borrowed)
             except (BufferError, TypeError, ValueError):
                 return False
-        if table.settle(role) is not None:
-            return False
-        # The exchange API lends the memory before a pending negation or conjugation. A negation of
-        # several dense elements can only come about in a grad.
-        if (role == GRAD or table.rows[table.n_rows].n == 1) and self._is_neg(tensor):
-            return False
-        return not (borrowed.tensor.dtype.code == kDLComplex and tensor.is_conj())
+        if borrowed.tensor.dtype.code == kDLComplex and tensor.is_conj():
+            return False  # the memory holds the values before the conjugation
+        return table.settle(role) is None
+
+    cdef bint _has_lazy_sign(self, Slot slot, grad, const Row *row) except -1:
+        """Whether the memory of any of the tensors holds the values before a negation.
+
+        Torch takes 70 ns to tell, so a grad that stays is asked once. Of several elements, nothing
+        but a grad can be dense and have a pending negation.
+        """
+        if not slot._is_known(grad):
+            if self._is_neg(grad):
+                return True
+            slot._know(grad)
+        return row.n == 1 and (self._is_neg(slot.param) or self._is_neg(slot._ax))
 
     cdef int _schedule(self, Row *row, Slot slot, Group *common, lr) except -1:
         """Set the row's scalars, of now and after the step."""
@@ -345,10 +403,10 @@ def check_group(dict group):
         check_scalar(name, group[name], low=low)
 
 
-cdef Group _group_of(dict group, double unscale, bint round_scalars) except *:
+cdef Group _group_of(dict group, double lr, double unscale, bint round_scalars) except *:
     cdef Group common
     check_group(group)
-    common.lr = group["lr"]
+    common.lr = lr
     common.lambd = group["lambd"]
     common.alpha = group["alpha"]
     common.t0 = group["t0"]

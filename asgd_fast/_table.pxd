@@ -29,11 +29,18 @@ cdef struct Row:
     Py_ssize_t index        # the param's place among the caller's, for messages
 
 
-cdef struct Span:  # the bytes of one array
+cdef struct Memory:  # of one row
+    const void *param
+    const void *grad
+    const void *ax
+    int64_t size  # in bytes, of each
+
+
+cdef struct Span:  # of one array
     uintptr_t start
     uintptr_t stop
     Py_ssize_t row
-    Py_ssize_t role
+    int role
 
 
 cdef class Table:
@@ -44,8 +51,9 @@ cdef class Table:
     cdef Borrowed *_lent            # what must be given back, of all rows
     cdef Py_ssize_t _n_lent
     cdef Py_ssize_t _n_lent_before  # the row that is being made
-    cdef Span *_spans               # room for those of all rows, three times
-    cdef Py_ssize_t _n_checked      # how many the last part holds, found free of overlap; or -1
+    cdef Memory *_checked           # of the rows that were last found free of overlap
+    cdef Py_ssize_t _n_checked
+    cdef Span *_spans               # room for those of all rows, twice
     cdef tuple _names
     cdef PyObject **_owners         # what keeps the arrays alive for as long as they are borrowed
     cdef Py_ssize_t _n_owners
@@ -59,6 +67,7 @@ cdef class Table:
     cdef int _own(self, owner) except -1
     cdef void abandon(self) noexcept
     cdef void _give_back(self, Py_ssize_t keep) noexcept
+    cdef bint _was_checked(self) noexcept
     cdef int _take(self, int role, object array) except -1
     cdef str _fault(self, int role)
     cdef str _mismatch(self, int role)

@@ -6,9 +6,8 @@ This module knows what makes arrays fit for one in-place pass; it does not know 
 
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcmp, memcpy
 
 from asgd_fast._dlpack cimport (
     Borrowed,
@@ -73,8 +72,9 @@ cdef class Table:
         self._capacity = 0
         self._lent = NULL
         self._n_lent = 0
+        self._checked = NULL
+        self._n_checked = 0
         self._spans = NULL
-        self._n_checked = -1
         self._names = names
         self._owners = NULL
         self._n_owners = 0
@@ -84,6 +84,7 @@ cdef class Table:
         self.clear()
         free(self._owners)
         free(self._spans)
+        free(self._checked)
         free(self._lent)
         free(self.rows)
 
@@ -195,32 +196,52 @@ cdef class Table:
         ValueError
             Two arrays share memory and at least one of them is written, or a param is listed twice.
         """
-        cdef Py_ssize_t n = 0, row
+        cdef Py_ssize_t n = 0, i
         cdef int role
-        cdef const void *address
+        cdef Memory *memory
         cdef Span *spans = self._spans
-        cdef Span *checked = spans + 6 * self._capacity
+        if self._was_checked():
+            return
         # Each role by itself: libraries often hand out memory in order, which spares the sort.
         for role in range(3):
-            for row in range(self.n_rows):
-                address = _address(&self.rows[row], role)
-                if self.rows[row].n == 0 or address == NULL:
+            for i in range(self.n_rows):
+                memory = &self._checked[i]
+                address = _address(memory, role)
+                if memory.size == 0 or address == NULL:
                     continue
                 spans[n].start = <uintptr_t>address
-                spans[n].stop = spans[n].start + self.rows[row].n * (self.rows[row].dtype.bits // 8)
-                spans[n].row = row
+                spans[n].stop = spans[n].start + memory.size
+                spans[n].row = i
                 spans[n].role = role
                 n += 1
-        if n == self._n_checked and memcmp(spans, checked, n * sizeof(Span)) == 0:
-            return
-        self._n_checked = -1
-        memcpy(checked, spans, n * sizeof(Span))
         try:
             _refuse_overlaps(self, _sorted(spans, spans + 3 * self._capacity, n), n)
         except ValueError:
+            self._n_checked = 0
             self.clear()
             raise
-        self._n_checked = n
+
+    cdef bint _was_checked(self) noexcept:
+        """Whether the rows have the memory that was checked last, which it notes."""
+        cdef Py_ssize_t i
+        cdef int64_t size
+        cdef Row *row
+        cdef Memory *memory
+        cdef bint same = self._n_checked == self.n_rows
+        for i in range(self.n_rows):
+            row = &self.rows[i]
+            memory = &self._checked[i]
+            size = row.n * (row.dtype.bits // 8)
+            same &= (
+                memory.param == row.param and memory.grad == row.grad and memory.ax == row.ax
+                and memory.size == size
+            )
+            memory.param = row.param
+            memory.grad = row.grad
+            memory.ax = row.ax
+            memory.size = size
+        self._n_checked = self.n_rows
+        return same
 
     cdef int reserve(self, Py_ssize_t more) except -1:
         """Make room, so that `append` cannot fail."""
@@ -235,11 +256,14 @@ cdef class Table:
         if lent == NULL:
             raise MemoryError
         self._lent = <Borrowed *>lent
-        cdef void *spans = realloc(self._spans, 9 * needed * sizeof(Span))
+        cdef void *checked = realloc(self._checked, needed * sizeof(Memory))
+        if checked == NULL:
+            raise MemoryError
+        self._checked = <Memory *>checked
+        cdef void *spans = realloc(self._spans, 6 * needed * sizeof(Span))
         if spans == NULL:
             raise MemoryError
         self._spans = <Span *>spans
-        self._n_checked = -1
         self._capacity = needed
         return 0
 
@@ -386,10 +410,10 @@ cdef int _bytes_of_reals(DLDataType dtype) noexcept:
     return 0
 
 
-cdef const void *_address(const Row *row, int role) noexcept:
+cdef const void *_address(const Memory *memory, int role) noexcept:
     if role == PARAM:
-        return row.param
-    return row.grad if role == GRAD else row.ax
+        return memory.param
+    return memory.grad if role == GRAD else memory.ax
 
 
 cdef int _refuse_overlaps(Table table, Span *spans, Py_ssize_t n) except -1:

@@ -19,7 +19,7 @@ from asgd_fast._slots import Slot, Slots, check_group
 from asgd_fast._table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["ASGD"]
 
@@ -36,8 +36,8 @@ BLOCK = 64
 class ASGD(torch.optim.ASGD):
     r"""Averaged SGD with the bits of ``torch.optim.ASGD(foreach=False)``, in one pass over memory.
 
-    Arguments, defaults, messages, hooks, state and checkpoints are those of ``torch.optim.ASGD``, of
-    which this is a subclass. For each param p with its gradient g and its average ax, every line
+    Arguments, defaults, messages, hooks, state and checkpoints are those of ``torch.optim.ASGD``,
+    of which this is a subclass. For each param p with its gradient g and its average ax, every line
     rounded once::
 
         g = g / loss_scale              under a GradScaler
@@ -264,9 +264,7 @@ class ASGD(torch.optim.ASGD):
             if slot is not None and slot.param.grad is not None
         ]
 
-    def _fit(
-        self, left: list[_Left], slots: Slots, table: Table, unscale: float
-    ) -> list[_Left]:
+    def _fit(self, left: list[_Left], slots: Slots, table: Table, unscale: float) -> list[_Left]:
         """Put into the table what an engine can take once converted; return the rest."""
         _check_graph_capture(self)
         if any(_grad_of(slot).is_sparse for _, slot in left):
@@ -276,9 +274,7 @@ class ASGD(torch.optim.ASGD):
             grad = None
             if slot.packed and not (group["differentiable"] or group["capturable"]):
                 grad = _converted_grad(slot)
-            if grad is None or not self._slots.add(
-                table, group, slot, grad, unscale, _rounds_scalars()
-            ):
+            if grad is None or not slots.add(table, group, slot, grad, unscale, _rounds_scalars()):
                 rest.append((group, slot))
         return rest
 
@@ -292,25 +288,27 @@ class ASGD(torch.optim.ASGD):
         known = {}
         if self._slots is not None:
             slots = (slot for slot in chain(*self._slots.groups) if slot is not None)
-            known = {id(slot.state): slot for slot in slots if slot.is_whole()}
+            known = {(id(slot.param), id(slot.state)): slot for slot in slots if slot.is_whole()}
         loose: dict[torch.dtype, list[tuple[Tensor, Entry]]] = {}
         for group in self.param_groups:
             for param in group["params"]:
                 entry = self.state.get(param)
-                if entry and id(entry) not in known:
+                if entry and (id(param), id(entry)) not in known:
                     if _is_packable(param, entry, group):
                         loose.setdefault(_dtype_for(entry), []).append((param, entry))
                     else:
-                        known[id(entry)] = Slot(param, entry)
+                        known[id(param), id(entry)] = Slot(param, entry)
         for dtype, pairs in loose.items():
             for start in range(0, len(pairs), BLOCK):
                 for slot in _packed(pairs[start : start + BLOCK], dtype):
-                    known[id(slot.state)] = slot
+                    known[id(slot.param), id(slot.state)] = slot
         groups = [
-            [known.get(id(self.state.get(param))) for param in group["params"]]
+            [known.get((id(param), id(self.state.get(param)))) for param in group["params"]]
             for group in self.param_groups
         ]
-        self._slots = Slots(self.state, groups, Tensor, torch.nn.Parameter, _eta_after)
+        self._slots = Slots(
+            self.state, groups, Tensor, torch.nn.Parameter, _eta_after, _version_of, _refer
+        )
         return self._slots
 
     def _create_state(self) -> None:
@@ -327,7 +325,7 @@ class ASGD(torch.optim.ASGD):
             like: dict[str, Any] = {"dtype": dtype, "device": param.device}
             self.state[param].update(
                 step=torch.zeros((), **like),
-                eta=torch.full((), float(lr), **like),
+                eta=torch.full((), float(lr.detach() if isinstance(lr, Tensor) else lr), **like),
                 mu=torch.ones((), **like),
                 ax=torch.zeros_like(param, memory_format=torch.preserve_format),
             )
@@ -335,6 +333,19 @@ class ASGD(torch.optim.ASGD):
 
 # A param that no engine took as it is, with its group.
 _Left: TypeAlias = tuple[Group, Slot]
+
+# What torch's function takes of a group.
+_HYPERPARAMETERS = (
+    "lr",
+    "lambd",
+    "alpha",
+    "t0",
+    "weight_decay",
+    "foreach",
+    "maximize",
+    "differentiable",
+    "capturable",
+)
 
 # Between steps their memory waits here for the next.
 _spare_tables: list[Table] = []
@@ -393,14 +404,22 @@ def _packed(pairs: list[tuple[Tensor, Entry]], dtype: torch.dtype) -> Iterator[S
     values = [[float(entry[name]) for name in SCALARS] for _, entry in pairs]
     block = torch.tensor(values, dtype=dtype, device="cpu")
     for place, (param, entry) in enumerate(pairs):
-        for column, name in enumerate(SCALARS):
-            entry[name] = block[place, column]
-        version = param.detach()
-        version.data = torch.empty(0, dtype=param.dtype)
-        yield Slot(param, entry, block, place, version, (_holder(version), _holder(entry["ax"])))
+        packed = dict(zip(SCALARS, block[place].unbind(), strict=True), ax=entry["ax"])
+        others = {name: value for name, value in entry.items() if name not in packed}
+        entry.clear()
+        entry.update(packed, **others)
+        yield Slot(param, entry, block, place)
 
 
-def _holder(tensor):
+def _version_of(tensor: Tensor) -> Tensor:
+    """Return a tensor without memory that shares the version counter of another."""
+    version = tensor.detach()
+    version.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return version
+
+
+def _refer(tensor: Tensor) -> Tensor:
+    """Return a tensor without memory of its own that has another as its gradient."""
     holder = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
     holder.grad = tensor
     return holder
@@ -472,20 +491,6 @@ def _step_by_torch(left: list[_Left], unscale: float) -> None:
         )
 
 
-# What torch's function takes of a group.
-_HYPERPARAMETERS = (
-    "lr",
-    "lambd",
-    "alpha",
-    "t0",
-    "weight_decay",
-    "foreach",
-    "maximize",
-    "differentiable",
-    "capturable",
-)
-
-
 def _increment_versions(tensors: list[Tensor]) -> None:
     """Tell autograd that tensors have changed, so that it refuses a backward through old values."""
     if _VERSIONS_IN_ONE_CALL:
@@ -509,5 +514,7 @@ _VERSIONS_IN_ONE_CALL = _takes_lists()
 
 def _check_graph_capture(optimizer: ASGD) -> None:
     """Refuse what torch refuses in the capture of a device graph."""
-    name = "_accelerator_graph_capture_health_check"
-    getattr(optimizer, name, optimizer._cuda_graph_capture_health_check)()
+    if hasattr(optimizer, "_accelerator_graph_capture_health_check"):
+        optimizer._accelerator_graph_capture_health_check()
+    else:  # before torch 2.9
+        optimizer._cuda_graph_capture_health_check()

@@ -1,0 +1,298 @@
+"""ASGD over whole runs: the bits of torch.optim.ASGD, and of float32 for the half types."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.testing._internal.common_optimizers import optim_db
+from twins import NAMES, Twins, parameters, same
+
+from asgd_fast import ASGD, _core
+
+DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
+HALVES = [torch.float16, torch.bfloat16]
+SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0, 3), (1000,)]
+
+INFO = next(info for info in optim_db if info.optim_cls is torch.optim.ASGD)
+INPUTS = INFO.optim_inputs_func(device="cpu")
+# Those of all optimizers: torch's ASGD entry has one only.
+SCHEDULERS = [
+    makers
+    for info in optim_db
+    for makers in info.scheduler_inputs
+    if info.optim_cls in (torch.optim.ASGD, torch.optim.SGD, torch.optim.Adam)
+]
+
+
+@pytest.fixture(params=_core.simd_levels())
+def simd_level(request):
+    best = _core.simd_level()
+    _core.use_simd_level(request.param)
+    yield request.param
+    _core.use_simd_level(best)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [i.kwargs for i in INPUTS], ids=[i.desc for i in INPUTS])
+def test_torchs_own_inputs(options, dtype):
+    twins = Twins(parameters(*SHAPES, dtype=dtype), **options)
+    twins.run(40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_decay", [0, 0.1])
+@pytest.mark.parametrize("t0", [0, 5, 12.5, -3])
+@pytest.mark.parametrize("lr", [0.3, torch.tensor(0.3), torch.tensor([0.3]).double()], ids=str)
+def test_params_that_skip_steps(simd_level, lr, t0, weight_decay, dtype):
+    twins = Twins(
+        parameters(*SHAPES, dtype=dtype), lr=lr, lambd=1e-2, t0=t0, weight_decay=weight_decay
+    )
+    twins.run(40, skip=lambda k, i: k % (i + 2) == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_double_by_default(double_scalars, dtype):
+    twins = Twins(parameters(*SHAPES, dtype=dtype), lr=0.1, lambd=1e-2, t0=10)
+    twins.run(30)
+    assert twins.ours.state[twins.params[0]]["eta"].dtype == torch.float64
+
+
+def test_more_params_than_share_a_block_of_scalars():
+    twins = Twins(parameters(*[(3,)] * 200), lr=0.1, lambd=1e-2, t0=5)
+    twins.run(12, skip=lambda k, i: (i * 7 + k) % 5 == 0)
+
+
+def test_groups_with_hyperparameters_of_their_own():
+    def groups(own):
+        return [
+            {"params": own[:2], "lr": 0.5},
+            {"params": own[2:4], "lambd": 0.1, "alpha": 0.5, "t0": 3},
+            {"params": own[4], "weight_decay": 0.2, "maximize": True},
+            {"params": own[5:], "lr": torch.tensor(0.2), "weight_decay": 0.2},
+        ]
+
+    twins = Twins(parameters(*SHAPES), groups, lr=0.1)
+    twins.run(20)
+
+
+def test_names_and_groups_that_come_later():
+    params = parameters((3,), (4,), (5,), (6,))
+    twins = Twins(params[:2])
+    twins.run(3)
+    for optimizer in (twins.ours, twins.theirs):
+        extra = parameters((5,), (6,), seed=1)
+        optimizer.add_param_group({"params": extra, "lr": 0.7, "t0": 0})
+        own = twins.params if optimizer is twins.ours else twins.theirs_params
+        own += extra
+    twins.run(5)
+    named = ASGD([("weight", params[2]), ("bias", params[3])])
+    assert named.param_groups[0]["param_names"] == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("makers", SCHEDULERS, ids=lambda makers: f"{len(makers)} at once")
+def test_torchs_schedulers(makers):
+    twins = Twins(parameters((5,), (2, 3)), lr=0.5, lambd=1e-3, t0=4)
+    both = [[make(optimizer) for make in makers] for optimizer in (twins.ours, twins.theirs)]
+    for _ in range(15):
+        twins.step()
+        twins.check()
+        for schedulers in both:
+            for scheduler in schedulers:
+                plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+                scheduler.step(*([torch.tensor(1.0)] if plateau else []))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=20, cycle_momentum=False),
+        lambda o: lr_scheduler.CyclicLR(o, 0.1, 1.0, step_size_up=3, cycle_momentum=False),
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 5),
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+        lambda o: lr_scheduler.LambdaLR(o, lambda k: 0.5 / (k + 1)),
+        lambda o: lr_scheduler.MultiplicativeLR(o, lambda _: 0.9),
+        lambda o: lr_scheduler.MultiStepLR(o, [3, 6]),
+        lambda o: lr_scheduler.PolynomialLR(o, total_iters=6),
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.ConstantLR(o, 0.1, 3), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+        ),
+        lambda o: lr_scheduler.ChainedScheduler(
+            [lr_scheduler.ConstantLR(o, 0.1, 3), lr_scheduler.ExponentialLR(o, 0.9)], optimizer=o
+        ),
+    ],
+    ids=[
+        "1cycle",
+        "cyclic",
+        "restarts",
+        "cosine",
+        "lambda",
+        "mult",
+        "multi",
+        "poly",
+        "seq",
+        "chain",
+    ],
+)
+@pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
+def test_other_schedulers(make, lr):
+    twins = Twins(parameters((5,), (2, 3)), lr=lr.clone() if isinstance(lr, torch.Tensor) else lr)
+    if isinstance(lr, torch.Tensor):  # each its own, as schedulers fill it
+        twins.theirs.param_groups[0]["lr"] = lr.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some of torch's schedulers warn of themselves
+        schedulers = [make(optimizer) for optimizer in (twins.ours, twins.theirs)]
+        for _ in range(12):
+            twins.step()
+            twins.check()
+            for scheduler in schedulers:
+                scheduler.step()
+
+
+def test_hyperparameters_changed_between_steps():
+    twins = Twins(parameters((5,), (2, 3)), lr=0.5)
+    changes = [
+        {"lr": 0.1},
+        {"lambd": 0.05},
+        {"alpha": 1.0},
+        {"t0": 0},
+        {"weight_decay": 0.3},
+        {"maximize": True},
+        {"lr": torch.tensor(0.2)},
+        {"lr": -0.01},  # what a scheduler may well overshoot to
+    ]
+    for change in changes:
+        for optimizer in (twins.ours, twins.theirs):
+            optimizer.param_groups[0].update(change)
+        twins.run(4)
+
+
+def small_convolutional_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, groups=2),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_convolutional_network_for_100_steps(memory_format):
+    outcomes = []
+    for optimizer_type, options in ((ASGD, {}), (torch.optim.ASGD, {"foreach": False})):
+        model = small_convolutional_network().to(memory_format=memory_format)
+        optimizer = optimizer_type(
+            model.parameters(), lr=0.05, lambd=1e-3, t0=60, weight_decay=1e-4, **options
+        )
+        torch.manual_seed(1)
+        losses = []
+        for _ in range(100):
+            images = torch.randn(8, 3, 12, 12).to(memory_format=memory_format)
+            loss = nn.functional.cross_entropy(model(images), torch.randint(10, (8,)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        state = [optimizer.state[p][name] for p in model.parameters() for name in NAMES]
+        outcomes.append((losses, [*model.state_dict().values(), *state]))
+    (our_losses, ours), (their_losses, theirs) = outcomes
+    assert our_losses == their_losses
+    for one, other in zip(ours, theirs, strict=True):
+        same(one, other)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("weight_decay", [0, 0.1])
+@pytest.mark.parametrize("mu", [1.0, 0.3])
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 20_000])
+def test_one_step_of_half_types_is_as_near_to_float32_as_can_be(
+    simd_level, n, mu, weight_decay, dtype
+):
+    """Element by element: ours is float32's result rounded once, and torch's is no nearer."""
+    torch.manual_seed(n)
+    twins = Twins(
+        [nn.Parameter(torch.randn(n).to(dtype))], lr=0.3, lambd=0.1, weight_decay=weight_decay
+    )
+    precise = Twins(
+        [p.detach().float().requires_grad_() for p in twins.params],
+        lr=0.3,
+        lambd=0.1,
+        weight_decay=weight_decay,
+    )
+    ax = torch.randn(n).to(dtype)
+    for pair in (twins, precise):
+        pair.step([torch.zeros_like(p) for p in pair.params])
+        with torch.no_grad():
+            for optimizer, own in ((pair.ours, pair.params), (pair.theirs, pair.theirs_params)):
+                own[0].copy_(twins.params[0].float())
+                optimizer.state[own[0]]["mu"].fill_(mu)
+                optimizer.state[own[0]]["ax"].copy_(ax)
+    grad = torch.randn(n).to(dtype)
+    twins.step([grad])
+    precise.step([grad.float()])
+    precise.check()
+    for pick in (lambda o, p: p.detach(), lambda o, p: o.state[p]["ax"]):
+        right = pick(precise.theirs, precise.theirs_params[0])
+        ours = pick(twins.ours, twins.params[0])
+        theirs = pick(twins.theirs, twins.theirs_params[0])
+        assert torch.equal(ours, right.to(dtype))
+        assert ((ours - right).abs() <= (theirs - right).abs()).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_of_half_types_is_nearer_to_float32_than_torchs(seed, dtype):
+    torch.manual_seed(seed)
+    start = torch.randn(2000).to(dtype)
+    twins = Twins([nn.Parameter(start.clone())], lr=0.05, lambd=1e-2, t0=50)
+    precise = Twins([nn.Parameter(start.float())], lr=0.05, lambd=1e-2, t0=50)
+    for _ in range(150):
+        grad = torch.randn(2000).to(dtype)
+        twins.step([grad])
+        precise.step([grad.float()])
+    precise.check()
+    for pick in (lambda o, p: p.detach(), lambda o, p: o.state[p]["ax"]):
+        right = pick(precise.theirs, precise.theirs_params[0])
+        ours = (pick(twins.ours, twins.params[0]) - right).norm()
+        theirs = (pick(twins.theirs, twins.theirs_params[0]) - right).norm()
+        assert ours <= theirs
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_half_number_is_read_and_written_exactly(simd_level, dtype):
+    """A step of 0 leaves all 65,536 bit patterns as they are, but for the payload of nans."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    param = nn.Parameter(every.clone())
+    optimizer = ASGD([param], lr=0.0, lambd=0.0)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    for result in (param.detach(), optimizer.state[param]["ax"]):
+        nan = every.isnan()
+        assert torch.equal(result[~nan].view(torch.int16), every[~nan].view(torch.int16))
+        assert result[nan].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_types_round_as_torch_rounds(simd_level, dtype):
+    """p - g is exact in float32 for most of these; ties, subnormals and overflow included."""
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-(2**15), 2**15, (2, 200_000), generator=generator)
+    p, g = integers.to(torch.int16).view(dtype)
+    g = torch.where(torch.arange(len(g)) % 2 == 0, g, p * 0.0017)  # near, so that digits are lost
+    param = nn.Parameter(p.clone())
+    optimizer = ASGD([param], lr=1.0, lambd=0.0)
+    param.grad = g
+    optimizer.step()
+    expected = (p.float() - g.float()).to(dtype)
+    number = ~expected.isnan()
+    assert torch.equal(param.detach()[number].view(torch.int16), expected[number].view(torch.int16))
+    assert param.detach()[~number].isnan().all()

@@ -1,0 +1,79 @@
+"""The torch optimizer beside the one it replaces: the same params, gradients and hyperparameters.
+
+torch.optim.ASGD(foreach=False) is the oracle: whatever it computes, ours must have the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from asgd_fast import ASGD
+
+NAMES = ("step", "eta", "mu", "ax")
+
+
+class Twins:
+    """Our optimizer and torch's, over copies of the same params."""
+
+    def __init__(self, params, groups=None, **options):
+        self.params = list(params)
+        self.theirs_params = copy.deepcopy(self.params)
+        pick = groups or (lambda own: own)
+        self.ours = ASGD(pick(self.params), **options)
+        self.theirs = torch.optim.ASGD(pick(self.theirs_params), **{"foreach": False, **options})
+
+    def set_grads(self, grads):
+        """Give both the same gradients, None among them if wanted."""
+        for ours, theirs, grad in zip(self.params, self.theirs_params, grads, strict=True):
+            ours.grad = grad
+            theirs.grad = None if grad is None else grad.clone()
+
+    def random_grads(self, skip=lambda _: False):
+        """A random gradient for each param, but those whose index is to be skipped."""
+        return [None if skip(i) else torch.randn_like(p) for i, p in enumerate(self.params)]
+
+    def step(self, grads=None):
+        self.set_grads(self.random_grads() if grads is None else grads)
+        self.ours.step()
+        self.theirs.step()
+
+    def run(self, steps, skip=lambda _step, _index: False):
+        for k in range(steps):
+            self.step(self.random_grads(lambda i, k=k: skip(k, i)))
+            self.check()
+
+    def check(self):
+        """Assert that params and state have the same bits, shapes, dtypes and layouts."""
+        for ours, theirs in zip(self.params, self.theirs_params, strict=True):
+            same(ours, theirs)
+            assert (ours in self.ours.state) == (theirs in self.theirs.state)
+            if theirs in self.theirs.state:
+                assert list(self.ours.state[ours]) == list(self.theirs.state[theirs])
+                for name in NAMES:
+                    same(self.ours.state[ours][name], self.theirs.state[theirs][name])
+
+
+def same(ours, theirs):
+    assert ours.dtype == theirs.dtype
+    assert ours.device == theirs.device
+    assert ours.shape == theirs.shape
+    assert ours.stride() == theirs.stride()
+    ours, theirs = (bits(x.detach()) for x in (ours, theirs))
+    assert torch.equal(ours, theirs)
+
+
+def bits(tensor):
+    """The bits of a tensor as integers, so that nan equals itself and -0 does not equal 0."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    return tensor.contiguous().view(integer)
+
+
+def parameters(*shapes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.nn.Parameter(torch.randn(shape, dtype=dtype, generator=generator)) for shape in shapes
+    ]
