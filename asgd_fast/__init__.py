@@ -16,8 +16,13 @@ __all__ = ["ASGD", "ArrayASGD", "Schedule", "asgd_", "show_config"]
 
 def __getattr__(name: str) -> Any:
     if name == "ASGD":
-        from asgd_fast.optim import ASGD
-
+        try:
+            from asgd_fast.optim import ASGD
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "asgd_fast.ASGD needs torch, 2.4 or newer, which could not be imported; "
+                "asgd_fast.ArrayASGD does without"
+            ) from error
         return ASGD
     # What reads the installation's metadata takes three times as long as all the rest.
     if name == "show_config":

@@ -5,8 +5,6 @@ torch.optim.ASGD(foreach=False) is the oracle: whatever it computes, ours must h
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from asgd_fast import ASGD
@@ -19,7 +17,7 @@ class Twins:
 
     def __init__(self, params, groups=None, **options):
         self.params = list(params)
-        self.theirs_params = copy.deepcopy(self.params)
+        self.theirs_params = [twin(p) for p in self.params]
         pick = groups or (lambda own: own)
         self.ours = ASGD(pick(self.params), **options)
         self.theirs = torch.optim.ASGD(pick(self.theirs_params), **{"foreach": False, **options})
@@ -53,6 +51,12 @@ class Twins:
                 assert list(self.ours.state[ours]) == list(self.theirs.state[theirs])
                 for name in NAMES:
                     same(self.ours.state[ours][name], self.theirs.state[theirs][name])
+
+
+def twin(param):
+    """A copy of a param in its layout."""
+    data = torch.empty_strided(param.size(), param.stride(), dtype=param.dtype)
+    return torch.nn.Parameter(data.copy_(param.detach()))
 
 
 def same(ours, theirs):
