@@ -92,7 +92,15 @@ class ProbingBuildExt(build_ext):
         return True
 
 
-names = ["_dlpack", "_tensor", "_schedule", "_table", "_slots", "_core", *(f"_loops_{level}" for level in LEVELS)]
+names = [
+    "_dlpack",
+    "_tensor",
+    "_schedule",
+    "_table",
+    "_slots",
+    "_core",
+    *(f"_loops_{level}" for level in LEVELS),
+]
 extensions = [
     Extension(
         f"asgd_fast.{name}",

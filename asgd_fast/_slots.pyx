@@ -86,7 +86,6 @@ cdef class Slot:
                 return False
         return True
 
-
     cdef int _is_known(self, grad) except -1:
         """Whether a grad was found to have no pending negation before."""
         if self._known_grad is None:

@@ -371,8 +371,9 @@ cdef class Table:
         if tensor.data == NULL:
             return "its elements have no memory (the address is NULL)"
         if not is_dense(tensor):
-            return (f"strides {strides_of(tensor)} of shape {shape_of(tensor)} leave gaps or repeat "
-                    "elements; expected a contiguous array, in C, Fortran or any other axis order")
+            return (f"strides {strides_of(tensor)} of shape {shape_of(tensor)} leave gaps or "
+                    "repeat elements; expected a contiguous array, in C, Fortran or any other "
+                    "axis order")
         if <uintptr_t>data_of(tensor) % size:
             return (f"address {<uintptr_t>data_of(tensor):#x} is not a multiple of its "
                     f"{size}-byte numbers; expected aligned memory")

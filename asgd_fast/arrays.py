@@ -59,8 +59,9 @@ def asgd_(
     Parameters
     ----------
     params : array or iterable of array
-        float32 or float64, of any shape, dense (C-contiguous, Fortran-contiguous or another order
-        of the axes), in CPU memory, of any library that speaks DLPack. Written.
+        float16, bfloat16, float32, float64, complex64 or complex128, of any shape, dense
+        (C-contiguous, Fortran-contiguous or another order of the axes), in CPU memory, of any
+        library that speaks DLPack. Written.
     grads : array or iterable of array
         One for each param, of its shape, dtype and memory layout. Read, and may be read-only.
     axs : array or iterable of array, optional
@@ -93,7 +94,8 @@ def asgd_(
     -----
     Everything is checked before the first byte is written: a refused call changes nothing. The GIL
     is released during the pass. float32 and float64 results have the bits of
-    ``torch.optim.ASGD(foreach=False)`` on the CPU for the same eta and mu. Autograd is not told of
+    ``torch.optim.ASGD(foreach=False)`` on the CPU for the same eta and mu, complex ones too, as
+    pairs of reals; half types are computed in float32 and rounded once. Autograd is not told of
     the change, so tensors that require grad are refused: pass ``p.detach()``. As in torch's own
     operations, the memory of an array must not be replaced or resized meanwhile by another thread.
 
@@ -326,6 +328,11 @@ class ArrayASGD:
             "step", "eta", "mu" and "group" of shape (n,) for n params; each hyperparameter, of
             shape (len(param_groups),); and the averages, copied, as "ax.0" to "ax.{n - 1}". It goes
             through ``np.savez(file, **state)`` and ``np.load(file)``, pickle and ``copy.deepcopy``.
+
+        Raises
+        ------
+        TypeError
+            NumPy does not have the dtype of an average (bfloat16).
         """
         hyperparameters = self._hyperparameters()
         state: dict[str, npt.NDArray[Any]] = {
@@ -337,7 +344,7 @@ class ArrayASGD:
         for name in self.defaults:
             state[name] = np.array([own[name] for own in hyperparameters])
         for i, ax in enumerate(self._averages):
-            state[f"ax.{i}"] = np.from_dlpack(ax).copy(order="K")
+            state[f"ax.{i}"] = _saved(f"averages[{i}]", ax)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -442,6 +449,17 @@ def _one_for_each(name: str, arrays: Any, n: int) -> list[Array | None]:
     if len(arrays) != n:
         raise ValueError(f"{name}: got {len(arrays)} arrays for {n} params; expected one for each")
     return list(arrays)
+
+
+def _saved(name: str, ax: Array) -> npt.NDArray[Any]:
+    """Return a copy of an average as a NumPy array."""
+    try:
+        lent = np.from_dlpack(ax)
+    except (BufferError, RuntimeError) as error:
+        raise TypeError(
+            f"{name}: no NumPy array can hold it ({error}); save it by its own library"
+        ) from error
+    return lent.copy(order="K")
 
 
 def _clone(array: Array) -> Array:

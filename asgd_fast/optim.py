@@ -175,7 +175,7 @@ class ASGD(torch.optim.ASGD):
             for name, value in list(entry.items()) if isinstance(entry, dict) else ():
                 if isinstance(value, _Kept):
                     entry[name] = value.on(param)
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._slots = None
         self._read_slots(create=False)
 
@@ -351,7 +351,7 @@ _HYPERPARAMETERS = (
 _spare_tables: list[Table] = []
 
 # Under torch.compile the step is left as it is: faster than what would be compiled.
-_step_uncompiled = torch.compiler.disable(ASGD._step)
+_step_uncompiled = torch.compiler.disable(ASGD._step)  # type: ignore[no-untyped-call]
 
 
 class _Kept:
@@ -479,15 +479,19 @@ def _converted_grad(slot: Slot) -> Tensor | None:
 def _step_by_torch(left: list[_Left], unscale: float) -> None:
     """Update params by torch's own function."""
     for _, pairs in groupby(left, key=lambda pair: id(pair[0])):
-        members = list(pairs)
-        group, slots = members[0][0], [slot for _, slot in members]
+        groups, slots = zip(*pairs, strict=True)
         grads = [_grad_of(slot) for slot in slots]
+        if unscale != 1:
+            grads = [grad * unscale for grad in grads]
         torch_asgd(
             [slot.param for slot in slots],
-            grads if unscale == 1 else [grad * unscale for grad in grads],
-            *([slot.state[name] for slot in slots] for name in ("ax", "mu", "eta", "step")),
+            grads,
+            [slot.state["ax"] for slot in slots],
+            [slot.state["mu"] for slot in slots],
+            [slot.state["eta"] for slot in slots],
+            [slot.state["step"] for slot in slots],
             has_complex=any(slot.param.is_complex() for slot in slots),
-            **{name: group[name] for name in _HYPERPARAMETERS},
+            **{name: groups[0][name] for name in _HYPERPARAMETERS},
         )
 
 

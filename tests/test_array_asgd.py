@@ -488,3 +488,12 @@ def test_repr_lists_the_groups():
         "        alpha: 0.75\n        t0: 5.0\n        weight_decay: 0.0\n"
         "        maximize: False\n)"
     )
+
+
+def test_an_average_that_numpy_cannot_hold_is_named_when_saved():
+    optimizer = ArrayASGD([np.ones(2), torch.ones(3, dtype=torch.bfloat16)])
+    optimizer.step([np.ones(2), torch.ones(3, dtype=torch.bfloat16)])
+    with pytest.raises(
+        TypeError, match=r"^averages\[1\]: no NumPy array can hold it .*Unsupported"
+    ):
+        optimizer.state_dict()

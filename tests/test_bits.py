@@ -197,3 +197,46 @@ def test_float64_stays_close_to_exact_arithmetic():
     for ours, right in ((param, exact), (optimizer.averages[0], exact_ax)):
         errors = [abs((Fraction(x) - y) / y) for x, y in zip(ours, right, strict=True)]
         assert max(errors) < 50 * np.finfo(np.float64).eps
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+def test_complex_arrays_have_the_bits_of_torch(dtype, double_scalars):
+    rng = np.random.default_rng(4)
+
+    def draw():
+        return (rng.standard_normal((3, 7)) + 1j * rng.standard_normal((3, 7))).astype(dtype)
+
+    param = draw()
+    tensor = torch.tensor(param, requires_grad=True)
+    options = {"lr": 0.3, "lambd": 1e-2, "t0": 10, "weight_decay": 0.1}
+    ours = ArrayASGD(param, **options)
+    theirs = torch.optim.ASGD([tensor], **options, foreach=False)
+    for _ in range(40):
+        grad = draw()
+        tensor.grad = torch.tensor(grad)
+        ours.step(grad)
+        theirs.step()
+        assert equal(param, tensor)
+        assert equal(ours.averages[0], theirs.state[tensor]["ax"])
+
+
+@pytest.mark.parametrize("mu", [None, 1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_arrays_are_the_float32_result_rounded_once(simd_level, dtype, mu):
+    torch.manual_seed(0)
+    param, grad, ax = torch.randn(3, 1000).to(dtype)
+    wide = [x.float() for x in (param, grad, ax)]
+    options = {"eta": 0.3, "mu": mu or 1.0, "lambd": 0.1, "weight_decay": 0.1, "grad_scale": 0.3}
+    asgd_(param, grad, None if mu is None else ax, **options)
+    asgd_(wide[0], wide[1], None if mu is None else wide[2], **options)
+    assert torch.equal(param, wide[0].to(dtype))
+    assert torch.equal(ax, wide[2].to(dtype))
+
+
+def test_numpy_and_torch_halves_are_the_same():
+    rng = np.random.default_rng(5)
+    param, grad = rng.standard_normal((2, 300)).astype(np.float16)
+    tensor, tensor_grad = torch.tensor(param), torch.tensor(grad)
+    asgd_(param, grad, eta=0.1)
+    asgd_(tensor, tensor_grad, eta=0.1)
+    assert equal(param, tensor)

@@ -89,16 +89,16 @@ def test_a_missing_deleter_is_tolerated(kind):
     assert param.array.tolist() == [0.0] * 4
 
 
-FITS = "is not supported; expected float32 or float64$"
+FITS = "is not supported; expected float16, bfloat16, float32, float64, complex64 or complex128$"
 UNALIGNED = numbers(5).view(np.uint8)[4:-4].view(np.float64)
 GAPS = r"strides \(2,\) of shape \(4,\) leave gaps or repeat elements; expected a contiguous array"
-ADDRESS = "address 0x[0-9a-f]+ is not a multiple of its 8-byte elements; expected aligned memory$"
+ADDRESS = "address 0x[0-9a-f]+ is not a multiple of its 8-byte numbers; expected aligned memory$"
 DEVICE = "device cuda:0 is not supported; expected an array in CPU memory$"
 
 # What may be wrong with any array: how it is lent instead, and the message.
 FAULTS = {
     "int64": (numbers(dtype=np.int64), {}, f"dtype int64 {FITS}"),
-    "float16": (numbers(dtype=np.float16), {}, f"dtype float16 {FITS}"),
+    "uint16": (numbers(dtype=np.uint16), {}, f"dtype uint16 {FITS}"),
     "bool": (np.ones(4, dtype=bool), {}, f"dtype bool {FITS}"),
     "lanes": (numbers(), {"lanes": 2}, f"dtype float64x2 {FITS}"),
     "device": (numbers(), {"device_type": exporters.CUDA}, DEVICE),
@@ -395,10 +395,9 @@ UNFIT = {
     "NumPy, objects": (np.ones(4, object), ValueError, f"ndarray {NOT_LENT}"),
     "NumPy, records": (np.ones(4, [("x", float)]), ValueError, f"ndarray {NOT_LENT}"),
     "NumPy, uint8": (np.ones(4, np.uint8), ValueError, f"dtype uint8 {FITS}"),
-    "NumPy, complex128": (np.ones(4, complex), ValueError, f"dtype complex128 {FITS}"),
     "NumPy, broadcast": (as_strided(np.ones(1), (4,), (0,)), ValueError, REPEATED),
     "torch, negated": (torch._neg_view(torch.ones(4)), ValueError, r".* its resolve_neg\(\)$"),
-    "torch, conjugated": (CONJUGATED, ValueError, f"dtype complex64 {FITS}"),
+    "torch, conjugated": (CONJUGATED, ValueError, r".* its resolve_conj\(\)$"),
     "torch, sparse": (torch.ones(4).to_sparse(), ValueError, f"Tensor {NOT_LENT}.*storage$"),
     "torch, meta": (torch.ones(4, device="meta"), ValueError, f"Tensor {NOT_LENT}.*meta$"),
     "torch, expanded": (torch.ones(1).expand(4), ValueError, REPEATED),

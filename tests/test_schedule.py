@@ -79,12 +79,12 @@ def test_a_changed_lr_acts_one_step_late():
         ({"lr": -0.1}, r"Invalid learning rate: -0\.1"),
         ({"lr": math.nan}, "Invalid learning rate: nan"),
         ({"lr": math.inf}, "Invalid learning rate: inf"),
-        ({"lambd": -1.0}, r"Invalid lambd: -1\.0 \(expected a finite 0 <= lambd\)"),
-        ({"lambd": math.nan}, "Invalid lambd: nan"),
-        ({"alpha": -0.5}, r"Invalid alpha: -0\.5"),
-        ({"alpha": math.inf}, "Invalid alpha: inf"),
-        ({"t0": math.nan}, r"Invalid t0: nan \(expected a finite t0\)"),
-        ({"t0": -math.inf}, "Invalid t0: -inf"),
+        ({"lambd": -1.0}, r"Invalid lambd value: -1\.0 \(expected a finite 0 <= lambd\)"),
+        ({"lambd": math.nan}, "Invalid lambd value: nan"),
+        ({"alpha": -0.5}, r"Invalid alpha value: -0\.5"),
+        ({"alpha": math.inf}, "Invalid alpha value: inf"),
+        ({"t0": math.nan}, r"Invalid t0 value: nan \(expected a finite t0\)"),
+        ({"t0": -math.inf}, "Invalid t0 value: -inf"),
     ],
 )
 def test_refuses_values_out_of_range(options, message):
