@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard asgd_fast/*.p*)
 
-.PHONY: demo test lint dist coverage clean
+.PHONY: demo test lint dist coverage bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py $(DEMO)
+	$(BIN)/python examples/digits_torch.py $(DEMO)
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest $(TEST)
@@ -18,7 +19,7 @@ lint: $(VENV)/test $(VENV)/dev
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint asgd_fast
 	$(BIN)/mypy
-	$(BIN)/stubtest --ignore-missing-stub asgd_fast._core asgd_fast._dlpack asgd_fast._table
+	$(BIN)/stubtest --ignore-missing-stub $(foreach m,core dlpack schedule slots table,asgd_fast._$m)
 
 # Builds the sdist, the wheel from the sdist, and uses the wheel in an environment of its own, away
 # from the source tree.
@@ -37,6 +38,9 @@ coverage: $(VENV)/test $(VENV)/dev
 	cd build/coverage && ASGD_FAST_TRACE=1 ../../$(BIN)/python setup.py --quiet build_ext --inplace
 	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet -m 'not heavy'
 	cd build/coverage && ../../$(BIN)/python -m coverage report
+
+bench: $(VENV)/test
+	$(BIN)/python asv_benchmarks/compare.py $(BENCH)
 
 clean:
 	rm -rf build dist *.egg-info asgd_fast/*.c asgd_fast/*.so $(VENV)

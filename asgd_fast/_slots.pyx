@@ -53,7 +53,7 @@ cdef class Slot:
     cdef object _known_grad     # a weak reference to a grad without a pending negation, or None
     cdef bint _keeps_grad       # no grad that lasted for two steps has been replaced yet
 
-    def __init__(self, param, dict state, block=None, Py_ssize_t place=0):
+    def __cinit__(self, param, dict state, block=None, Py_ssize_t place=0):
         self.param = param
         self.state = state
         self._block = block
@@ -153,7 +153,7 @@ cdef class Slots:
     cdef DLPackExchangeAPI *_api
     cdef Py_ssize_t _n_written
 
-    def __init__(self, state, list groups, tensor, parameter, eta_after, version_of, refer):
+    def __cinit__(self, state, list groups, tensor, parameter, eta_after, version_of, refer):
         self.groups = groups
         self._tensor = tensor
         self._parameter = parameter

@@ -454,12 +454,13 @@ def _one_for_each(name: str, arrays: Any, n: int) -> list[Array | None]:
 def _saved(name: str, ax: Array) -> npt.NDArray[Any]:
     """Return a copy of an average as a NumPy array."""
     try:
-        lent = np.from_dlpack(ax)
+        lent: npt.NDArray[Any] = np.from_dlpack(ax)
     except (BufferError, RuntimeError) as error:
         raise TypeError(
             f"{name}: no NumPy array can hold it ({error}); save it by its own library"
         ) from error
-    return lent.copy(order="K")
+    saved: npt.NDArray[Any] = lent.copy(order="K")
+    return saved
 
 
 def _clone(array: Array) -> Array:

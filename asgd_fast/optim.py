@@ -351,7 +351,7 @@ _HYPERPARAMETERS = (
 _spare_tables: list[Table] = []
 
 # Under torch.compile the step is left as it is: faster than what would be compiled.
-_step_uncompiled = torch.compiler.disable(ASGD._step)  # type: ignore[no-untyped-call]
+_step_uncompiled = torch.compiler.disable(ASGD._step)
 
 
 class _Kept:

@@ -78,7 +78,7 @@ def train(seed: int, epochs: int, progress: tqdm[NoReturn]) -> list[tuple[float,
     return curve
 
 
-def plot(curves: npt.NDArray[np.float64], path: Path) -> None:
+def plot(curves: npt.NDArray[np.float64], path: Path, title: str) -> None:
     """Draw both accuracies over the epochs: the mean over seeds, and their range as a band."""
     epochs = np.arange(1, curves.shape[1] + 1)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -89,7 +89,7 @@ def plot(curves: npt.NDArray[np.float64], path: Path) -> None:
             epochs, percent.min(axis=0), percent.max(axis=0), color=color, alpha=0.2, linewidth=0
         )
     axes.set(
-        title="Softmax on handwritten digits, constant step, batches of 4",
+        title=title,
         xlabel="epoch (averaging starts after the first)",
         ylabel="test accuracy (%)",
         xlim=(1, len(epochs)),
@@ -107,9 +107,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="number of runs (default: 5)")
     parser.add_argument("--epochs", type=int, default=30, help="epochs of each (default: 30)")
     parser.add_argument(
-        "--output", type=Path, default=Path("digits.png"), help="the plot (default: digits.png)"
+        "--folder", type=Path, default=Path(), help="of the plot (default: this one)"
     )
     arguments = parser.parse_args()
+    path = arguments.folder / "digits.png"
 
     total = arguments.seeds * arguments.epochs
     with tqdm(total=total, desc="training", unit="epoch") as progress:
@@ -125,8 +126,8 @@ def main() -> None:
             f"  {label:<12}  mean {final.mean():.1f} %, from {final.min():.1f} to "
             f"{final.max():.1f} %; moves by {wander:.2f} points from epoch to epoch"
         )
-    plot(curves, arguments.output)
-    print(f"plot: {arguments.output.resolve()}")
+    plot(curves, path, "Softmax on handwritten digits, constant step, batches of 4")
+    print(f"plot: {path.resolve()}")
 
 
 if __name__ == "__main__":

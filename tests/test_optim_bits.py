@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim import optimizer as torch_optimizer
 from torch.testing._internal.common_optimizers import optim_db
 from twins import NAMES, Twins, parameters, same
 
@@ -25,6 +26,10 @@ SCHEDULERS = [
     for info in optim_db
     for makers in info.scheduler_inputs
     if info.optim_cls in (torch.optim.ASGD, torch.optim.SGD, torch.optim.Adam)
+]
+# Before torch 2.8, eta took the shape of an lr of shape (1,).
+LRS = [0.3, torch.tensor(0.3), torch.tensor([0.3]).double()][
+    : 2 + hasattr(torch_optimizer, "_to_scalar")
 ]
 
 
@@ -46,7 +51,7 @@ def test_torchs_own_inputs(options, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weight_decay", [0, 0.1])
 @pytest.mark.parametrize("t0", [0, 5, 12.5, -3])
-@pytest.mark.parametrize("lr", [0.3, torch.tensor(0.3), torch.tensor([0.3]).double()], ids=str)
+@pytest.mark.parametrize("lr", LRS, ids=str)
 def test_params_that_skip_steps(simd_level, lr, t0, weight_decay, dtype):
     twins = Twins(
         parameters(*SHAPES, dtype=dtype), lr=lr, lambd=1e-2, t0=t0, weight_decay=weight_decay
