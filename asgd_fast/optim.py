@@ -223,6 +223,9 @@ class ASGD(torch.optim.ASGD):
         """Update every param that has a gradient, by an engine as far as it goes."""
         slots, left = self._gather(table, unscale)
         if left:
+            _check_graph_capture(self)
+            if any(_grad_of(slot).is_sparse for _, slot in left):
+                raise RuntimeError("ASGD does not support sparse gradients")
             left = self._fit(left, slots, table, unscale)
         try:
             table.check_overlap()
@@ -240,11 +243,9 @@ class ASGD(torch.optim.ASGD):
     def _gather(self, table: Table, unscale: float) -> tuple[Slots, list[_Left]]:
         """Put into the table what an engine can take as it is; return the rest."""
         slots = self._slots
-        if slots is None or not slots.is_current(self.state):
+        if slots is None or not slots.is_current(self.state) or _is_watched():
             slots = self._read_slots()
-        # Where something watches torch's operations, it must see them.
-        if torch._C._len_torch_dispatch_stack():
-            slots = self._read_slots()
+        if _is_watched():
             return slots, self._active(slots)
         left = slots.gather(table, self.param_groups, unscale, _rounds_scalars())
         if left is None:  # a first gradient, or groups or state that were changed by hand
@@ -266,9 +267,8 @@ class ASGD(torch.optim.ASGD):
 
     def _fit(self, left: list[_Left], slots: Slots, table: Table, unscale: float) -> list[_Left]:
         """Put into the table what an engine can take once converted; return the rest."""
-        _check_graph_capture(self)
-        if any(_grad_of(slot).is_sparse for _, slot in left):
-            raise RuntimeError("ASGD does not support sparse gradients")
+        if _is_watched():
+            return left
         rest = []
         for group, slot in left:
             grad = None
@@ -283,8 +283,12 @@ class ASGD(torch.optim.ASGD):
 
         With `create`, params that have a gradient and no state get one.
         """
-        if create:
-            self._create_state()
+        with torch.inference_mode(False):  # the state outlives the mode
+            if create:
+                self._create_state()
+            return self._found_slots()
+
+    def _found_slots(self) -> Slots:
         known = {}
         if self._slots is not None:
             slots = (slot for slot in chain(*self._slots.groups) if slot is not None)
@@ -312,6 +316,8 @@ class ASGD(torch.optim.ASGD):
         return self._slots
 
     def _create_state(self) -> None:
+        for group in self.param_groups:
+            check_group(group)
         fresh = [
             (param, group["lr"])
             for group in self.param_groups
@@ -381,6 +387,11 @@ def _keep(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any
     return {**state_dict, "state": state}
 
 
+def _is_watched() -> bool:
+    """Whether a mode of torch is to see every operation, so that none may be left out."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def _is_packable(param: Tensor, entry: Entry, group: Group) -> bool:
     """Whether an engine may advance the scalars: those of an ordinary tensor in CPU memory."""
     return (
@@ -413,9 +424,13 @@ def _packed(pairs: list[tuple[Tensor, Entry]], dtype: torch.dtype) -> Iterator[S
 
 def _version_of(tensor: Tensor) -> Tensor:
     """Return a tensor without memory that shares the version counter of another."""
-    version = tensor.detach()
-    version.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return version
+    with torch.inference_mode(False):
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        if tensor.is_inference():  # has none
+            return empty
+        version = tensor.detach()
+        version.data = empty
+        return version
 
 
 def _refer(tensor: Tensor) -> Tensor:
@@ -444,7 +459,9 @@ def _inverse(grad_scale: Any) -> float:
     """Return the factor that ``GradScaler.unscale_`` multiplies by: a float32."""
     if grad_scale is None:
         return 1.0
-    return float(torch.as_tensor(grad_scale, dtype=torch.float64).reciprocal().float())
+    return float(
+        torch.as_tensor(grad_scale, dtype=torch.float64, device="cpu").reciprocal().float()
+    )
 
 
 def _grad_of(slot: Slot) -> Tensor:
