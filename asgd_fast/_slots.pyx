@@ -7,7 +7,7 @@ and creates or converts nothing: what cannot go to an engine as it is, it hands 
 from cpython.dict cimport PyDict_Next
 from cpython.exc cimport PyErr_Clear
 from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
-from cpython.weakref cimport PyWeakref_GetObject, PyWeakref_NewRef
+from cpython.weakref cimport PyWeakref_NewRef
 from libc.math cimport INFINITY
 
 from asgd_fast._dlpack cimport (
@@ -23,6 +23,22 @@ from asgd_fast._table cimport AX, GRAD, PARAM, Row, Table
 from asgd_fast._tensor cimport data_of
 
 from asgd_fast.schedule import check_scalar
+
+
+cdef extern from *:
+    """
+    #if PY_VERSION_HEX >= 0x030D0000
+    static int asgd_fast_refers_to(PyObject *reference, PyObject *object) {
+        PyObject *found = NULL;
+        int result = PyWeakref_GetRef(reference, &found);
+        Py_XDECREF(found);
+        return result < 0 ? -1 : found == object;
+    }
+    #else
+    #define asgd_fast_refers_to(reference, object) (PyWeakref_GetObject(reference) == (object))
+    #endif
+    """
+    int _refers_to "asgd_fast_refers_to"(object weak_reference, object other) except -1
 
 
 cdef class Slot:
@@ -61,7 +77,7 @@ cdef class Slot:
         self._keeps_grad = True
         if block is not None:
             self._ax = state["ax"]
-            self._tensors = tuple(state.values())
+            self._tensors = tuple(state.values())[:4]
             for i in range(4):
                 self._held[i] = <PyObject *>self._tensors[i]
 
@@ -90,7 +106,7 @@ cdef class Slot:
         """Whether a grad was found to have no pending negation before."""
         if self._known_grad is None:
             return False
-        if PyWeakref_GetObject(self._known_grad) == <PyObject *>grad:
+        if _refers_to(self._known_grad, grad):
             return True
         self._known_grad = None
         self._keeps_grad = False

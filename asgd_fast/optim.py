@@ -1,12 +1,12 @@
 """The torch optimizer: ``from asgd_fast import ASGD`` in place of ``from torch.optim import ASGD``.
 
-This module knows torch: its tensors, its optimizers' state and their checkpoints. It does not know
-how the pass over the memory is made; what no engine takes goes to torch's own ``asgd``.
+This module knows what torch's programs do with an optimizer. It does not know how the state is kept
+nor how the pass over the memory is made; what no engine takes goes to torch's own ``asgd``.
 """
 
 from __future__ import annotations
 
-from itertools import chain, groupby
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -14,23 +14,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.asgd import asgd as torch_asgd
 
-from asgd_fast import _core
+from asgd_fast import _core, _state
 from asgd_fast._slots import Slot, Slots, check_group
+from asgd_fast._state import Group, rounds_scalars
 from asgd_fast._table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 __all__ = ["ASGD"]
-
-Group = dict[str, Any]
-Entry = dict[str, Any]  # the state of one param
-
-SCALARS = ("step", "eta", "mu")
-
-# How many params share one tensor of scalars. Plain pickle saves the whole of it with each view, so
-# it stays small; more would spare the step less than a nanosecond a param.
-BLOCK = 64
 
 
 class ASGD(torch.optim.ASGD):
@@ -171,13 +163,9 @@ class ASGD(torch.optim.ASGD):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of a checkpoint, a copy or another process."""
-        for param, entry in state["state"].items():
-            for name, value in list(entry.items()) if isinstance(entry, dict) else ():
-                if isinstance(value, _Kept):
-                    entry[name] = value.on(param)
+        _state.put_back(state["state"])
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._slots = None
-        self._read_slots(create=False)
+        self._slots = _state.find(self.state, self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where another optimizer stood, of this class or ``torch.optim.ASGD``.
@@ -195,7 +183,7 @@ class ASGD(torch.optim.ASGD):
             It has other groups, or other numbers of params in them.
         """
         # Added last, so that the user's own hooks see the dict that they were given.
-        hook = self.register_load_state_dict_pre_hook(_keep)
+        hook = self.register_load_state_dict_pre_hook(_state.copied)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -247,14 +235,21 @@ class ASGD(torch.optim.ASGD):
             slots = self._read_slots()
         if _is_watched():
             return slots, self._active(slots)
-        left = slots.gather(table, self.param_groups, unscale, _rounds_scalars())
+        left = slots.gather(table, self.param_groups, unscale, rounds_scalars())
         if left is None:  # a first gradient, or groups or state that were changed by hand
             table.clear()
             slots = self._read_slots()
-            left = slots.gather(table, self.param_groups, unscale, _rounds_scalars())
+            left = slots.gather(table, self.param_groups, unscale, rounds_scalars())
         if left is None:
             raise RuntimeError("param_groups: changed by another thread during the step")
         return slots, left
+
+    def _read_slots(self) -> Slots:
+        """Find the state of each param, new where there was none."""
+        with torch.inference_mode(False):  # which the state is to outlive
+            _state.create(self.state, self.param_groups)
+            self._slots = _state.find(self.state, self.param_groups, self._slots)
+        return self._slots
 
     def _active(self, slots: Slots) -> list[_Left]:
         """Return every param that has a gradient."""
@@ -274,67 +269,9 @@ class ASGD(torch.optim.ASGD):
             grad = None
             if slot.packed and not (group["differentiable"] or group["capturable"]):
                 grad = _converted_grad(slot)
-            if grad is None or not slots.add(table, group, slot, grad, unscale, _rounds_scalars()):
+            if grad is None or not slots.add(table, group, slot, grad, unscale, rounds_scalars()):
                 rest.append((group, slot))
         return rest
-
-    def _read_slots(self, *, create: bool = True) -> Slots:
-        """Find each param's state, and pack the scalars that are not packed yet.
-
-        With `create`, params that have a gradient and no state get one.
-        """
-        with torch.inference_mode(False):  # the state outlives the mode
-            if create:
-                self._create_state()
-            return self._found_slots()
-
-    def _found_slots(self) -> Slots:
-        known = {}
-        if self._slots is not None:
-            slots = (slot for slot in chain(*self._slots.groups) if slot is not None)
-            known = {(id(slot.param), id(slot.state)): slot for slot in slots if slot.is_whole()}
-        loose: dict[torch.dtype, list[tuple[Tensor, Entry]]] = {}
-        for group in self.param_groups:
-            for param in group["params"]:
-                entry = self.state.get(param)
-                if entry and (id(param), id(entry)) not in known:
-                    if _is_packable(param, entry, group):
-                        loose.setdefault(_dtype_for(entry), []).append((param, entry))
-                    else:
-                        known[id(param), id(entry)] = Slot(param, entry)
-        for dtype, pairs in loose.items():
-            for start in range(0, len(pairs), BLOCK):
-                for slot in _packed(pairs[start : start + BLOCK], dtype):
-                    known[id(slot.param), id(slot.state)] = slot
-        groups = [
-            [known.get((id(param), id(self.state.get(param)))) for param in group["params"]]
-            for group in self.param_groups
-        ]
-        self._slots = Slots(
-            self.state, groups, Tensor, torch.nn.Parameter, _eta_after, _version_of, _refer
-        )
-        return self._slots
-
-    def _create_state(self) -> None:
-        for group in self.param_groups:
-            check_group(group)
-        fresh = [
-            (param, group["lr"])
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None and not self.state.get(param)
-        ]
-        if any(param.grad.is_sparse for param, _ in fresh):
-            raise RuntimeError("ASGD does not support sparse gradients")
-        dtype = _scalar_dtype()
-        for param, lr in fresh:
-            like: dict[str, Any] = {"dtype": dtype, "device": param.device}
-            self.state[param].update(
-                step=torch.zeros((), **like),
-                eta=torch.full((), float(lr.detach() if isinstance(lr, Tensor) else lr), **like),
-                mu=torch.ones((), **like),
-                ax=torch.zeros_like(param, memory_format=torch.preserve_format),
-            )
 
 
 # A param that no engine took as it is, with its group.
@@ -360,99 +297,9 @@ _spare_tables: list[Table] = []
 _step_uncompiled = torch.compiler.disable(ASGD._step)
 
 
-class _Kept:
-    """A tensor of the state that torch is not to convert while it loads the rest."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def on(self, param: Any) -> Tensor:
-        """Return it on the device of its param, if that is one of the optimizer's."""
-        return self._tensor.to(param.device) if isinstance(param, Tensor) else self._tensor
-
-
-def _keep(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Copy the tensors of a checkpoint; torch would share them, and cast eta and mu."""
-    state = {}
-    for key, entry in state_dict["state"].items():
-        if isinstance(entry, dict):
-            entry = {
-                name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in entry.items()
-            }
-            for name in SCALARS:
-                if isinstance(entry.get(name), Tensor):
-                    entry[name] = _Kept(entry[name])
-        state[key] = entry
-    return {**state_dict, "state": state}
-
-
 def _is_watched() -> bool:
     """Whether a mode of torch is to see every operation, so that none may be left out."""
     return torch._C._len_torch_dispatch_stack() > 0
-
-
-def _is_packable(param: Tensor, entry: Entry, group: Group) -> bool:
-    """Whether an engine may advance the scalars: those of an ordinary tensor in CPU memory."""
-    return (
-        type(param) in (Tensor, torch.nn.Parameter)
-        and param.device.type == "cpu"
-        and not (param.is_neg() or param.is_conj())
-        and not (group["differentiable"] or group["capturable"])
-        and type(entry) is dict
-        and entry.keys() >= {*SCALARS, "ax"}
-    )
-
-
-def _dtype_for(entry: Entry) -> torch.dtype:
-    """Return what the scalars are packed in: torch's scalar dtype, or double if they are that."""
-    double = any(getattr(entry[name], "dtype", None) == torch.float64 for name in SCALARS)
-    return torch.float64 if double else _scalar_dtype()
-
-
-def _packed(pairs: list[tuple[Tensor, Entry]], dtype: torch.dtype) -> Iterator[Slot]:
-    """Move the scalars of some params into one tensor, of which they become views."""
-    values = [[float(entry[name]) for name in SCALARS] for _, entry in pairs]
-    block = torch.tensor(values, dtype=dtype, device="cpu")
-    for place, (param, entry) in enumerate(pairs):
-        packed = dict(zip(SCALARS, block[place].unbind(), strict=True), ax=entry["ax"])
-        others = {name: value for name, value in entry.items() if name not in packed}
-        entry.clear()
-        entry.update(packed, **others)
-        yield Slot(param, entry, block, place)
-
-
-def _version_of(tensor: Tensor) -> Tensor:
-    """Return a tensor without memory that shares the version counter of another."""
-    with torch.inference_mode(False):
-        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        if tensor.is_inference():  # has none
-            return empty
-        version = tensor.detach()
-        version.data = empty
-        return version
-
-
-def _refer(tensor: Tensor) -> Tensor:
-    """Return a tensor without memory of its own that has another as its gradient."""
-    holder = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-    holder.grad = tensor
-    return holder
-
-
-def _scalar_dtype() -> torch.dtype:
-    return torch.float32 if _rounds_scalars() else torch.float64
-
-
-def _rounds_scalars() -> bool:
-    """Whether torch keeps eta and mu in float32."""
-    return torch.get_default_dtype() != torch.float64
-
-
-def _eta_after(lr: Tensor, lambd: float, alpha: float, step: float) -> float:
-    """Return eta where lr is a tensor: torch then computes it in the dtype of lr."""
-    lr = lr.detach().squeeze()
-    return float(lr / ((1 + lambd * lr * step) ** alpha))
 
 
 def _inverse(grad_scale: Any) -> float:

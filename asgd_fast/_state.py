@@ -1,0 +1,207 @@
+"""The state of a torch optimizer: made and loaded as torch has it, with the scalars packed.
+
+This module knows params, their state and checkpoints; it does not know how a step is made.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from asgd_fast._slots import Slot, Slots, check_group
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, MutableMapping
+
+__all__ = ["Group", "copied", "create", "find", "put_back", "rounds_scalars"]
+
+Group: TypeAlias = dict[str, Any]
+Entry: TypeAlias = dict[str, Any]  # the state of one param
+State: TypeAlias = "MutableMapping[Tensor, Entry]"
+
+SCALARS = ("step", "eta", "mu")
+
+# How many params share one tensor of scalars. Plain pickle saves the whole of it with each view, so
+# it stays small; more would spare the step less than a nanosecond a param.
+BLOCK = 64
+
+
+def create(state: State, groups: list[Group]) -> None:
+    """Give state to every param that has a gradient and no state yet.
+
+    Parameters
+    ----------
+    state : dict of Tensor to dict
+        The optimizer's.
+    groups : list of dict
+        The optimizer's param_groups.
+
+    Raises
+    ------
+    RuntimeError
+        A gradient is sparse. Nothing is created.
+    TypeError, ValueError
+        A group has hyperparameters that `check_group` refuses. Nothing is created.
+    """
+    for group in groups:
+        check_group(group)
+    fresh = [
+        (param, group["lr"])
+        for group in groups
+        for param in group["params"]
+        if param.grad is not None and not state.get(param)
+    ]
+    if any(param.grad.is_sparse for param, _ in fresh):
+        raise RuntimeError("ASGD does not support sparse gradients")
+    for param, lr in fresh:
+        like: dict[str, Any] = {"dtype": _scalar_dtype(), "device": param.device}
+        state[param].update(
+            step=torch.zeros((), **like),
+            eta=torch.full((), float(lr.detach() if isinstance(lr, Tensor) else lr), **like),
+            mu=torch.ones((), **like),
+            ax=torch.zeros_like(param, memory_format=torch.preserve_format),
+        )
+
+
+def find(state: State, groups: list[Group], before: Slots | None = None) -> Slots:
+    """Find the state of each param, and pack the scalars that are not packed yet.
+
+    Parameters
+    ----------
+    state : dict of Tensor to dict
+        The optimizer's.
+    groups : list of dict
+        The optimizer's param_groups.
+    before : Slots, optional
+        What was found before; what is unchanged stays.
+
+    Returns
+    -------
+    Slots
+    """
+    known = {}
+    if before is not None:
+        slots = (slot for slot in chain(*before.groups) if slot is not None)
+        known = {(id(slot.param), id(slot.state)): slot for slot in slots if slot.is_whole()}
+    loose: dict[torch.dtype, list[tuple[Tensor, Entry]]] = {}
+    for group in groups:
+        for param in group["params"]:
+            entry = state.get(param)
+            if entry and (id(param), id(entry)) not in known:
+                if _is_packable(param, entry, group):
+                    loose.setdefault(_dtype_for(entry), []).append((param, entry))
+                else:
+                    known[id(param), id(entry)] = Slot(param, entry)
+    for dtype, pairs in loose.items():
+        for start in range(0, len(pairs), BLOCK):
+            for slot in _packed(pairs[start : start + BLOCK], dtype):
+                known[id(slot.param), id(slot.state)] = slot
+    found = [
+        [known.get((id(param), id(state.get(param)))) for param in group["params"]]
+        for group in groups
+    ]
+    return Slots(state, found, Tensor, torch.nn.Parameter, _eta_after, _version_of, _refer)
+
+
+def copied(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint whose tensors are copies, a hook before torch loads it.
+
+    Torch would share them, and cast eta and mu to the dtype of their params.
+    """
+    state = {}
+    for key, entry in state_dict["state"].items():
+        if isinstance(entry, dict):
+            entry = {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in entry.items()
+            }
+            for name in SCALARS:
+                if isinstance(entry.get(name), Tensor):
+                    entry[name] = _Kept(entry[name])
+        state[key] = entry
+    return {**state_dict, "state": state}
+
+
+def put_back(state: MutableMapping[Any, Any]) -> None:
+    """Put the scalars that `copied` kept from torch into the state that torch has loaded."""
+    for param, entry in state.items():
+        for name, value in list(entry.items()) if isinstance(entry, dict) else ():
+            if isinstance(value, _Kept):
+                entry[name] = value.on(param)
+
+
+def rounds_scalars() -> bool:
+    """Whether torch keeps eta and mu in float32."""
+    return torch.get_default_dtype() != torch.float64
+
+
+class _Kept:
+    """A tensor of the state that torch is not to convert while it loads the rest."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def on(self, param: Any) -> Tensor:
+        """Return it on the device of its param, if that is one of the optimizer's."""
+        return self._tensor.to(param.device) if isinstance(param, Tensor) else self._tensor
+
+
+def _is_packable(param: Tensor, entry: Entry, group: Group) -> bool:
+    """Whether an engine may advance the scalars: those of an ordinary tensor in CPU memory."""
+    return (
+        type(param) in (Tensor, torch.nn.Parameter)
+        and param.device.type == "cpu"
+        and not (param.is_neg() or param.is_conj())
+        and not (group["differentiable"] or group["capturable"])
+        and type(entry) is dict
+        and entry.keys() >= {*SCALARS, "ax"}
+    )
+
+
+def _dtype_for(entry: Entry) -> torch.dtype:
+    """Return what the scalars are packed in: torch's scalar dtype, or double if they are that."""
+    double = any(getattr(entry[name], "dtype", None) == torch.float64 for name in SCALARS)
+    return torch.float64 if double else _scalar_dtype()
+
+
+def _packed(pairs: list[tuple[Tensor, Entry]], dtype: torch.dtype) -> Iterator[Slot]:
+    """Move the scalars of some params into one tensor, of which they become views."""
+    values = [[float(entry[name]) for name in SCALARS] for _, entry in pairs]
+    block = torch.tensor(values, dtype=dtype, device="cpu")
+    for place, (param, entry) in enumerate(pairs):
+        packed = dict(zip(SCALARS, block[place].unbind(), strict=True), ax=entry["ax"])
+        others = {name: value for name, value in entry.items() if name not in packed}
+        entry.clear()
+        entry.update(packed, **others)
+        yield Slot(param, entry, block, place)
+
+
+def _version_of(tensor: Tensor) -> Tensor:
+    """Return a tensor without memory that shares the version counter of another."""
+    with torch.inference_mode(False):
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        if tensor.is_inference():  # has none
+            return empty
+        version = tensor.detach()
+        version.data = empty
+        return version
+
+
+def _refer(tensor: Tensor) -> Tensor:
+    """Return a tensor without memory of its own that has another as its gradient."""
+    holder = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+    holder.grad = tensor
+    return holder
+
+
+def _scalar_dtype() -> torch.dtype:
+    return torch.float32 if rounds_scalars() else torch.float64
+
+
+def _eta_after(lr: Tensor, lambd: float, alpha: float, step: float) -> float:
+    """Return eta where lr is a tensor: torch then computes it in the dtype of lr."""
+    lr = lr.detach().squeeze()
+    return float(lr / ((1 + lambd * lr * step) ** alpha))
