@@ -9,6 +9,7 @@ from cpython.exc cimport PyErr_Clear
 from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
 from cpython.weakref cimport PyWeakref_NewRef
 from libc.math cimport INFINITY
+from libc.string cimport memset
 
 from asgd_fast._dlpack cimport (
     Borrowed,
@@ -233,6 +234,7 @@ cdef class Slots:
         cdef Py_ssize_t i
         cdef dict group
         cdef list params
+        memset(&common, 0, sizeof(common))  # not needed, but compilers cannot tell
         self._n_written = 0
         if len(groups) != len(self.groups):
             return None
@@ -329,20 +331,27 @@ cdef class Slots:
         cdef Borrowed *borrowed = table.array(role)
         if type(tensor) is not self._tensor and type(tensor) is not self._parameter:
             return False
-        borrowed.versioned = NULL
-        borrowed.legacy = NULL
+        if not self._export(tensor, role != GRAD, borrowed):
+            return False
+        if table.settle(role) is not None:
+            return False
+        # The exchange API lends the memory before a pending conjugation.
+        return not (borrowed.tensor.dtype.code == kDLComplex and tensor.is_conj())
+
+    cdef bint _export(self, tensor, bint writing, Borrowed *borrowed) except -1:
+        """Borrow a tensor, which may require grad; False if it has no memory to lend."""
         if self._api != NULL:
+            borrowed.versioned = NULL
+            borrowed.legacy = NULL
             if self._api.dltensor_from_py_object_no_sync(<PyObject *>tensor, &borrowed.tensor) != 0:
-                PyErr_Clear()  # the tensor has no memory of its own, or none that is dense
+                PyErr_Clear()
                 return False
         else:
             try:
-                borrow(tensor.detach(), role != GRAD, borrowed)
+                borrow(tensor.detach(), writing, borrowed)
             except (BufferError, TypeError, ValueError):
                 return False
-        if borrowed.tensor.dtype.code == kDLComplex and tensor.is_conj():
-            return False  # the memory holds the values before the conjugation
-        return table.settle(role) is None
+        return True
 
     cdef bint _has_lazy_sign(self, Slot slot, grad, const Row *row) except -1:
         """Whether the memory of any of the tensors holds the values before a negation.
@@ -390,12 +399,11 @@ cdef class Slots:
     cdef int _find(self, block, Group *common) except -1:
         """Look up where a block is. Not kept over steps: sharing it with a process moves it."""
         cdef Borrowed borrowed
-        if self._api != NULL:
-            if self._api.dltensor_from_py_object_no_sync(<PyObject *>block, &borrowed.tensor) != 0:
-                raise RuntimeError("the packed scalars have no memory")
-        else:
-            borrow(block, True, &borrowed)
+        lent = self._export(block, True, &borrowed)
+        if lent:
             give_back(&borrowed)  # the block itself keeps its memory
+        if not lent or borrowed.tensor.data == NULL:
+            raise RuntimeError("state: the memory of step, eta and mu was taken away")
         common.address = <char *>data_of(&borrowed.tensor)
         common.double_scalars = borrowed.tensor.dtype.bits == 64
         common.block = <PyObject *>block

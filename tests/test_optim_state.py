@@ -376,3 +376,15 @@ def test_a_replaced_average_is_freed():
     optimizer.state[p]["ax"] = torch.zeros(3)
     optimizer.step()
     assert old() is None
+
+
+def test_scalars_whose_memory_was_taken_away_are_refused():
+    (p,) = params = parameters((3,))
+    optimizer = ASGD(params)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.state[p]["eta"].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="memory of step, eta and mu was taken away"):
+        optimizer.step()
+    same(p, before)
