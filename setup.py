@@ -33,10 +33,10 @@ OPENMP = {"msvc": ["/openmp"], "unix": ["-fopenmp"]}
 # The loops are compiled once for each level; a level without flags here is built everywhere.
 LEVELS: dict[str, dict[str, list[str]]] = {
     "baseline": {"msvc": [], "unix": []},
-    "avx2": {"msvc": ["/arch:AVX2"], "unix": ["-mavx2", "-mfma"]},
+    "avx2": {"msvc": ["/arch:AVX2"], "unix": ["-mavx2", "-mfma", "-mf16c"]},
     "avx512": {
         "msvc": ["/arch:AVX512"],
-        "unix": ["-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw"],
+        "unix": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw"],
     },
 }
 

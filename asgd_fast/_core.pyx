@@ -19,14 +19,20 @@ cdef extern from *:
     """
     #if defined(_MSC_VER) && defined(_M_X64)
       #include <windows.h>
-      /* The processor feature numbers of AVX2 and AVX-512F; every AVX2 processor has FMA. */
+      /* The numbers of AVX2 and AVX-512F; every AVX2 processor has FMA and F16C. */
       #define ASGD_FAST_CPU_HAS_AVX2 IsProcessorFeaturePresent(40)
       #define ASGD_FAST_CPU_HAS_AVX512 IsProcessorFeaturePresent(41)
     #elif defined(__x86_64__) && defined(__GNUC__)
+      #include <cpuid.h>
+      static int asgd_fast_has_f16c(void) {  /* a name that older compilers do not know */
+          unsigned a, b, c, d;
+          return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+      }
       #define ASGD_FAST_CPU_HAS_AVX2 \\
-        (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && asgd_fast_has_f16c())
       #define ASGD_FAST_CPU_HAS_AVX512 \\
-        (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && \\
+        (ASGD_FAST_CPU_HAS_AVX2 && __builtin_cpu_supports("avx512f") && \\
+         __builtin_cpu_supports("avx512vl") && \\
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
     #else
       #define ASGD_FAST_CPU_HAS_AVX2 0

@@ -123,17 +123,43 @@ cdef inline void _narrow_bfloat16(Block *block, uint16_t *halves, int64_t n) noe
             (bits >> 16) | 0x40 if (bits & 0x7FFFFFFF) > 0x7F800000 else rounded)
 
 
+cdef extern from *:
+    """
+    #if defined(__F16C__) || (defined(_MSC_VER) && defined(__AVX2__))
+      #include <immintrin.h>
+      #define ASGD_FAST_F16C 1
+      static inline void asgd_fast_widen8(const uint16_t *halves, float *values) {
+          __m128i bits = _mm_loadu_si128((const __m128i *)halves);
+          _mm256_storeu_ps(values, _mm256_cvtph_ps(bits));
+      }
+      static inline void asgd_fast_narrow8(const float *values, uint16_t *halves) {
+          __m256 wide = _mm256_loadu_ps(values);
+          _mm_storeu_si128((__m128i *)halves, _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
+      }
+    #else
+      #define ASGD_FAST_F16C 0
+      #define asgd_fast_widen8(halves, values) ((void)0)
+      #define asgd_fast_narrow8(values, halves) ((void)0)
+    #endif
+    """
+    bint _has_f16c "ASGD_FAST_F16C"
+    void _widen8 "asgd_fast_widen8"(const uint16_t *halves, float *values) noexcept nogil
+    void _narrow8 "asgd_fast_narrow8"(const float *values, uint16_t *halves) noexcept nogil
+
+
 cdef inline void _widen_float16(const uint16_t *halves, Block *block, int64_t n) noexcept nogil:
     """Move the exponent's bias from 15 to 127; a subnormal, too small for that, becomes normal."""
     cdef Block subnormal
-    cdef int64_t i
+    cdef int64_t i, start = n - n % 8 if _has_f16c else 0
     cdef uint32_t magnitude, normal, bits
-    for i in range(n):
+    for i in range(0, start, 8):
+        _widen8(halves + i, block.values + i)
+    for i in range(start, n):
         # 2**-14 with the subnormal's digits behind it, minus 2**-14 below: exact.
         subnormal.bits[i] = ((<uint32_t>halves[i] & 0x03FF) << 13) + (113 << 23)
-    for i in range(n):
+    for i in range(start, n):
         subnormal.values[i] = subnormal.values[i] - <float>6.103515625e-05
-    for i in range(n):
+    for i in range(start, n):
         magnitude = (<uint32_t>halves[i] & 0x7FFF) << 13
         normal = magnitude + (112 << 23)
         bits = subnormal.bits[i] if magnitude < (1 << 23) else normal
@@ -144,14 +170,16 @@ cdef inline void _widen_float16(const uint16_t *halves, Block *block, int64_t n)
 cdef inline void _narrow_float16(Block *block, uint16_t *halves, int64_t n) noexcept nogil:
     """Round to nearest, ties to even; what is too large becomes infinite, and a nan stays one."""
     cdef Block subnormal
-    cdef int64_t i
+    cdef int64_t i, start = n - n % 8 if _has_f16c else 0
     cdef uint32_t magnitude, normal, special, bits
-    for i in range(n):
+    for i in range(0, start, 8):
+        _narrow8(block.values + i, halves + i)
+    for i in range(start, n):
         subnormal.bits[i] = block.bits[i] & 0x7FFFFFFF
-    for i in range(n):
+    for i in range(start, n):
         # The last digit of 0.5 is the last of a float16 subnormal, so the sum rounds to it.
         subnormal.values[i] = subnormal.values[i] + <float>0.5
-    for i in range(n):
+    for i in range(start, n):
         magnitude = block.bits[i] & 0x7FFFFFFF
         normal = (magnitude - (112 << 23) + 0x0FFF + ((magnitude >> 13) & 1)) >> 13
         special = 0x7E00 if magnitude > 0x7F800000 else 0x7C00
