@@ -36,7 +36,15 @@ LEVELS: dict[str, dict[str, list[str]]] = {
     "avx2": {"msvc": ["/arch:AVX2"], "unix": ["-mavx2", "-mfma", "-mf16c"]},
     "avx512": {
         "msvc": ["/arch:AVX512"],
-        "unix": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw"],
+        "unix": [
+            "-mavx2",
+            "-mfma",
+            "-mf16c",
+            "-mavx512f",
+            "-mavx512vl",
+            "-mavx512dq",
+            "-mavx512bw",
+        ],
     },
 }
 

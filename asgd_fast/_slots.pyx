@@ -234,7 +234,7 @@ cdef class Slots:
         cdef Py_ssize_t i
         cdef dict group
         cdef list params
-        memset(&common, 0, sizeof(common))  # not needed, but compilers cannot tell
+        memset(&common, 0, sizeof(common))
         self._n_written = 0
         if len(groups) != len(self.groups):
             return None
@@ -428,6 +428,7 @@ def check_group(dict group):
 
 cdef Group _group_of(dict group, double lr, double unscale, bint round_scalars) except *:
     cdef Group common
+    memset(&common, 0, sizeof(common))  # of no row and no block yet
     check_group(group)
     common.lr = lr
     common.lambd = group["lambd"]
@@ -436,6 +437,4 @@ cdef Group _group_of(dict group, double lr, double unscale, bint round_scalars) 
     common.weight_decay = group["weight_decay"]
     common.grad_scale = -unscale if group["maximize"] else unscale
     common.round_scalars = round_scalars
-    common.next.step = 0  # of no row: a step is counted before
-    common.block = NULL
     return common

@@ -218,7 +218,7 @@ def test_a_convolutional_network_for_100_steps(memory_format):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("weight_decay", [0, 0.1])
 @pytest.mark.parametrize("mu", [1.0, 0.3])
-@pytest.mark.parametrize("n", [1, 255, 256, 257, 20_000])
+@pytest.mark.parametrize("n", [1, 255, 256, 257, pytest.param(20_000, marks=pytest.mark.heavy)])
 def test_one_step_of_half_types_is_as_near_to_float32_as_can_be(
     simd_level, n, mu, weight_decay, dtype
 ):
@@ -272,6 +272,7 @@ def test_a_run_of_half_types_is_nearer_to_float32_than_torchs(seed, dtype):
         assert ours <= theirs
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_half_number_is_read_and_written_exactly(simd_level, dtype):
     """A step of 0 leaves all 65,536 bit patterns as they are, but for the payload of nans."""
@@ -286,6 +287,7 @@ def test_every_half_number_is_read_and_written_exactly(simd_level, dtype):
         assert result[nan].isnan().all()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_types_round_as_torch_rounds(simd_level, dtype):
     """p - g is exact in float32 for most of these; ties, subnormals and overflow included."""
