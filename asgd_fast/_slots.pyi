@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -38,7 +38,7 @@ class Slots:
     def gather(
         self,
         table: Table,
-        groups: list[dict[str, Any]],
+        groups: Sequence[dict[str, Any]],
         unscale: float,
         round_scalars: bool,
     ) -> list[tuple[dict[str, Any], Slot]] | None: ...

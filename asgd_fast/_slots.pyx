@@ -49,7 +49,7 @@ cdef class Slot:
     ----------
     param : Tensor
     state : dict
-        The param's own.
+        The param's own; exactly a dict if there is a block.
     block : Tensor of shape (n, 3), optional
         Row `place` holds step, eta and mu, of which the state's are views: the state then begins
         with "step", "eta", "mu" and "ax", in this order. Without a block the scalars are tensors of
@@ -57,8 +57,7 @@ cdef class Slot:
     place : int
     """
 
-    cdef readonly object param
-    cdef readonly dict state
+    cdef readonly object param, state
     cdef object _block, _ax
     cdef Py_ssize_t _place
     cdef tuple _tensors
@@ -70,7 +69,7 @@ cdef class Slot:
     cdef object _known_grad     # a weak reference to a grad without a pending negation, or None
     cdef bint _keeps_grad       # no grad that lasted for two steps has been replaced yet
 
-    def __cinit__(self, param, dict state, block=None, Py_ssize_t place=0):
+    def __cinit__(self, param, state, block=None, Py_ssize_t place=0):
         self.param = param
         self.state = state
         self._block = block
@@ -200,7 +199,7 @@ cdef class Slots:
             i += 1
         return True
 
-    def gather(self, Table table, list groups, double unscale, bint round_scalars):
+    def gather(self, Table table, groups, double unscale, bint round_scalars):
         """Add a row for each param that has a grad, as far as an engine can take it.
 
         Afterwards `written` lists what the engine will write, as far as autograd is concerned.
@@ -232,14 +231,13 @@ cdef class Slots:
         cdef Slot slot
         cdef Group common
         cdef Py_ssize_t i
-        cdef dict group
         cdef list params
         memset(&common, 0, sizeof(common))
         self._n_written = 0
         if len(groups) != len(self.groups):
             return None
         for group, slots in zip(groups, self.groups):
-            params = group["params"]
+            params = list(group["params"])
             if len(params) != len(slots):
                 return None
             table.reserve(len(slots))
@@ -261,7 +259,7 @@ cdef class Slots:
         del self.written[self._n_written:]
         return left
 
-    def add(self, Table table, dict group, Slot slot, grad, double unscale, bint round_scalars):
+    def add(self, Table table, group, Slot slot, grad, double unscale, bint round_scalars):
         """Add the row of one param with a grad that is not its own, after `gather`.
 
         Returns
@@ -299,7 +297,7 @@ cdef class Slots:
         self._write(slot._ax)
         return True
 
-    cdef object _lr_of(self, dict group):
+    cdef object _lr_of(self, group):
         lr = group["lr"]
         return lr.detach() if isinstance(lr, self._tensor) else lr
 
@@ -410,7 +408,7 @@ cdef class Slots:
         return 0
 
 
-def check_group(dict group):
+def check_group(group):
     """Refuse the hyperparameters that torch lets through and then divides by zero with.
 
     Parameters
@@ -426,7 +424,7 @@ def check_group(dict group):
         check_scalar(name, group[name], low=low)
 
 
-cdef Group _group_of(dict group, double lr, double unscale, bint round_scalars) except *:
+cdef Group _group_of(group, double lr, double unscale, bint round_scalars) except *:
     cdef Group common
     memset(&common, 0, sizeof(common))  # of no row and no block yet
     check_group(group)

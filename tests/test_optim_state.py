@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -301,6 +302,16 @@ def test_groups_may_be_changed_by_hand():
     for optimizer in (twins.ours, twins.theirs):
         optimizer.param_groups.pop()
     twins.run(2)
+
+
+def test_groups_and_states_may_be_other_mappings():
+    twins = Twins(parameters((3,), (4,)), lambda own: [OrderedDict(params=own, lr=0.3)], t0=2)
+    twins.run(2)
+    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        optimizer.param_groups = tuple(optimizer.param_groups)
+        optimizer.param_groups[0]["params"] = tuple(own)
+        optimizer.state[own[0]] = OrderedDict(optimizer.state[own[0]])
+    twins.run(3)
 
 
 def test_other_entries_of_a_state_are_kept():
