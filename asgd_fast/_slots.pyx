@@ -121,7 +121,7 @@ cdef class Slot:
 
 
 # What the rows of one group have in common, and what is known from the row before.
-cdef struct Group:
+cdef struct Common:
     double lr
     double lambd
     double alpha
@@ -229,7 +229,7 @@ cdef class Slots:
         cdef list left = [], slots
         cdef object lr = None
         cdef Slot slot
-        cdef Group common
+        cdef Common common
         cdef Py_ssize_t i
         cdef list params
         memset(&common, 0, sizeof(common))
@@ -246,7 +246,7 @@ cdef class Slots:
                 check_group(group)
             else:
                 lr = self._lr_of(group)
-                common = _group_of(group, lr, unscale, round_scalars)
+                common = _common_of(group, lr, unscale, round_scalars)
             for i in range(len(slots)):
                 grad = self._grad_of(params[i])
                 if grad is None:
@@ -268,12 +268,12 @@ cdef class Slots:
             Whether an engine can take it.
         """
         lr = self._lr_of(group)
-        cdef Group common = _group_of(group, lr, unscale, round_scalars)
+        cdef Common common = _common_of(group, lr, unscale, round_scalars)
         table.reserve(1)
         return self._add(table, slot, grad, &common, lr)
 
     cdef bint _add(
-        self, Table table, Slot slot, grad, Group *common, lr,
+        self, Table table, Slot slot, grad, Common *common, lr,
     ) except -1:
         cdef Row *row
         if slot._block is None:
@@ -363,7 +363,7 @@ cdef class Slots:
             slot._know(grad)
         return row.n == 1 and (self._is_neg(slot.param) or self._is_neg(slot._ax))
 
-    cdef int _schedule(self, Row *row, Slot slot, Group *common, lr) except -1:
+    cdef int _schedule(self, Row *row, Slot slot, Common *common, lr) except -1:
         """Set the row's scalars, of now and after the step."""
         cdef double step
         cdef double *doubles
@@ -394,7 +394,7 @@ cdef class Slots:
         row.next = common.next
         return 0
 
-    cdef int _find(self, block, Group *common) except -1:
+    cdef int _find(self, block, Common *common) except -1:
         """Look up where a block is. Not kept over steps: sharing it with a process moves it."""
         cdef Borrowed borrowed
         lent = self._export(block, True, &borrowed)
@@ -424,8 +424,8 @@ def check_group(group):
         check_scalar(name, group[name], low=low)
 
 
-cdef Group _group_of(group, double lr, double unscale, bint round_scalars) except *:
-    cdef Group common
+cdef Common _common_of(group, double lr, double unscale, bint round_scalars) except *:
+    cdef Common common
     memset(&common, 0, sizeof(common))  # of no row and no block yet
     check_group(group)
     common.lr = lr
