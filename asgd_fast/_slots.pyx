@@ -8,7 +8,7 @@ from cpython.dict cimport PyDict_Next
 from cpython.exc cimport PyErr_Clear
 from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
 from cpython.weakref cimport PyWeakref_NewRef
-from libc.math cimport INFINITY
+from libc.math cimport INFINITY, NAN, isfinite
 from libc.string cimport memset
 
 from asgd_fast._dlpack cimport (
@@ -65,8 +65,10 @@ cdef class Slot:
     cdef object _references     # for which see `Slots`
     cdef object _version
     cdef const void *_address   # of the param whose version that is
+    cdef bint _is_detached      # a scalar is no longer a view of its place
     cdef PyObject *_last_grad   # only compared, as it may be gone
     cdef object _known_grad     # a weak reference to a grad without a pending negation, or None
+    cdef const void *_known_address  # of its memory
     cdef bint _keeps_grad       # no grad that lasted for two steps has been replaced yet
 
     def __cinit__(self, param, state, block=None, Py_ssize_t place=0):
@@ -97,28 +99,35 @@ cdef class Slot:
         cdef PyObject *value
         if self._block is None:
             return True
+        if self._is_detached:
+            return False
         for i in range(4):
             if not PyDict_Next(self.state, &position, NULL, &value) or value != self._held[i]:
                 return False
         return True
 
-    cdef int _is_known(self, grad) except -1:
+    cdef int _is_known(self, grad, const void *address) except -1:
         """Whether a grad was found to have no pending negation before."""
         if self._known_grad is None:
             return False
-        if _refers_to(self._known_grad, grad):
+        if _refers_to(self._known_grad, grad) and self._known_address == address:
             return True
         self._known_grad = None
         self._keeps_grad = False
         return False
 
-    cdef int _know(self, grad) except -1:
+    cdef int _know(self, grad, const void *address) except -1:
         """Remember that a grad has no pending negation, if it is likely to come again."""
         if self._keeps_grad and self._last_grad == <PyObject *>grad:
             self._known_grad = PyWeakref_NewRef(grad, None)
+            self._known_address = address
         self._last_grad = <PyObject *>grad
         return 0
 
+
+# How many params' scalars each step looks at in turn; 8 take 1 us.
+cdef enum:
+    ASKED_IN_TURN = 8
 
 # What the rows of one group have in common, and what is known from the row before.
 cdef struct Common:
@@ -166,6 +175,8 @@ cdef class Slots:
     cdef object _tensor, _parameter, _eta_after, _version_of, _refer, _grad, _is_neg
     cdef descrgetfunc _get
     cdef list _keys, _values
+    cdef list _packed, _firsts      # the slots with a place in a block, and those with the first
+    cdef Py_ssize_t _turn           # which of them is looked at in the next step
     cdef DLPackExchangeAPI *_api
     cdef Py_ssize_t _n_written
 
@@ -181,6 +192,8 @@ cdef class Slots:
         self._get = (<PyTypeObject *>property_type).tp_descr_get
         self._is_neg = tensor.is_neg
         self.written = []
+        self._packed = [slot for own in groups for slot in own if slot is not None and slot.packed]
+        self._firsts = [slot for slot in self._packed if (<Slot>slot)._place == 0]
         self._keys = list(state.keys())
         self._values = list(state.values())
         self._api = exchange_api_of(tensor)
@@ -234,10 +247,10 @@ cdef class Slots:
         cdef list params
         memset(&common, 0, sizeof(common))
         self._n_written = 0
-        if len(groups) != len(self.groups):
+        if len(groups) != len(self.groups) or not self._are_attached():
             return None
         for group, slots in zip(groups, self.groups):
-            params = list(group["params"])
+            params = group["params"] if type(group["params"]) is list else list(group["params"])
             if len(params) != len(slots):
                 return None
             table.reserve(len(slots))
@@ -248,11 +261,14 @@ cdef class Slots:
                 lr = self._lr_of(group)
                 common = _common_of(group, lr, unscale, round_scalars)
             for i in range(len(slots)):
-                grad = self._grad_of(params[i])
+                if i >= len(params):  # shortened meanwhile
+                    return None
+                param = params[i]
+                grad = self._grad_of(param)
                 if grad is None:
                     continue
                 slot = slots[i]
-                if slot is None or slot.param is not params[i] or not slot._is_whole():
+                if slot is None or slot.param is not param or not slot._is_whole():
                     return None
                 if by_torch or not self._add(table, slot, grad, &common, lr):
                     left.append((group, slot))
@@ -295,6 +311,44 @@ cdef class Slots:
         table.commit(grad)
         self._write(slot._version)
         self._write(slot._ax)
+        return True
+
+    cdef bint _are_attached(self) except -1:
+        """Whether the scalars still are views of the blocks, whose memory the engine writes.
+
+        To ask all would take half as long as the rest, so each step asks a few in turn, and one of
+        each block: what moves a state elsewhere moves all of it. Those found detached are marked.
+        """
+        cdef Slot slot
+        cdef Common common
+        cdef Py_ssize_t i, n = len(self._packed)
+        cdef bint attached = True
+        memset(&common, 0, sizeof(common))
+        for slot in self._firsts:
+            attached = attached and self._is_attached(slot, 1, &common)
+        for i in range(min(n, <Py_ssize_t>ASKED_IN_TURN)):
+            self._turn = (self._turn + 1) % n
+            attached = attached and self._is_attached(self._packed[self._turn], 3, &common)
+        if not attached:
+            for slot in self._packed:
+                self._is_attached(slot, 3, &common)
+        return attached
+
+    cdef bint _is_attached(self, Slot slot, int n, Common *common) except -1:
+        """Ask the first n of a slot's scalars."""
+        cdef Borrowed borrowed
+        cdef int i
+        cdef bint lent
+        if <PyObject *>slot._block != common.block:
+            self._find(slot._block, common)
+        for i in range(n):
+            lent = self._export(slot._tensors[i], True, &borrowed)
+            if lent:
+                give_back(&borrowed)
+            if not lent or <char *>data_of(&borrowed.tensor) != common.address + (
+                    3 * slot._place + i) * (8 if common.double_scalars else 4):
+                slot._is_detached = True
+                return False
         return True
 
     cdef object _lr_of(self, group):
@@ -354,14 +408,14 @@ cdef class Slots:
     cdef bint _has_lazy_sign(self, Slot slot, grad, const Row *row) except -1:
         """Whether the memory of any of the tensors holds the values before a negation.
 
-        Torch takes 70 ns to tell, so a grad that stays is asked once. Of several elements, nothing
-        but a grad can be dense and have a pending negation.
+        Torch takes 70 ns to tell, so a tensor is asked once, until it has other memory.
         """
-        if not slot._is_known(grad):
+        if not slot._is_known(grad, row.grad):
             if self._is_neg(grad):
                 return True
-            slot._know(grad)
-        return row.n == 1 and (self._is_neg(slot.param) or self._is_neg(slot._ax))
+            slot._know(grad, row.grad)
+        return (row.param != slot._address or slot._version is None) and (
+            self._is_neg(slot.param) or self._is_neg(slot._ax))
 
     cdef int _schedule(self, Row *row, Slot slot, Common *common, lr) except -1:
         """Set the row's scalars, of now and after the step."""
@@ -381,12 +435,12 @@ cdef class Slots:
         row.weight_decay = common.weight_decay
         row.grad_scale = common.grad_scale
         if common.next.step != step:
-            if common.lr < 0 and 1 + common.lambd * common.lr * step <= 0:
-                raise ValueError(
-                    f"Invalid learning rate: {lr} (1 + lambd * lr * step must stay above 0)")
             common.next = scalars_after(step, common.lr, common.lambd, common.alpha, common.t0)
             if isinstance(lr, self._tensor):
                 common.next.eta = self._eta_after(lr, common.lambd, common.alpha, step)
+            elif common.lr < 0 and not isfinite(common.next.eta):
+                raise ValueError(
+                    f"Invalid learning rate: {lr} (1 + lambd * lr * step must stay above 0)")
             elif common.round_scalars:
                 common.next.eta = <float>common.next.eta
             if common.round_scalars:
@@ -424,15 +478,41 @@ def check_group(group):
         check_scalar(name, group[name], low=low)
 
 
-cdef Common _common_of(group, double lr, double unscale, bint round_scalars) except *:
+cdef Common _common_of(group, lr, double unscale, bint round_scalars) except *:
     cdef Common common
-    memset(&common, 0, sizeof(common))  # of no row and no block yet
+    memset(&common, 0, sizeof(common))
     check_group(group)
-    common.lr = lr
+    common.lr = number("lr", lr)
     common.lambd = group["lambd"]
     common.alpha = group["alpha"]
     common.t0 = group["t0"]
-    common.weight_decay = group["weight_decay"]
+    common.weight_decay = number("weight_decay", group["weight_decay"])
     common.grad_scale = -unscale if group["maximize"] else unscale
     common.round_scalars = round_scalars
+    common.next.step = NAN  # of no row yet
     return common
+
+
+def number(str name, value):
+    """A hyperparameter as a float, of any size, as torch takes it.
+
+    Parameters
+    ----------
+    name : str
+        What the message calls it.
+    value : float or Tensor
+        Of one element.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    TypeError
+        `value` is no real number.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected a real number, got {value!r}") from error

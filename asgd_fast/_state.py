@@ -5,13 +5,14 @@ This module knows params, their state and checkpoints; it does not know how a st
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from asgd_fast._slots import Slot, Slots, check_group
+from asgd_fast._slots import Slot, Slots, check_group, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, MutableMapping
@@ -48,19 +49,20 @@ def create(state: State, groups: list[Group]) -> None:
     """
     for group in groups:
         check_group(group)
-    fresh = [
-        (param, group["lr"])
-        for group in groups
-        for param in group["params"]
-        if param.grad is not None and not state.get(param)
-    ]
-    if any(param.grad.is_sparse for param, _ in fresh):
+    stepped = []
+    for group in groups:
+        lr = group["lr"]
+        lr = number("lr", lr.detach() if isinstance(lr, Tensor) else lr)
+        stepped += [(param, lr) for param in group["params"] if param.grad is not None]
+    if any(param.grad.is_sparse for param, _ in stepped):
         raise RuntimeError("ASGD does not support sparse gradients")
-    for param, lr in fresh:
+    for param, lr in stepped:
+        if state.get(param):
+            continue
         like: dict[str, Any] = {"dtype": _scalar_dtype(), "device": param.device}
         state[param].update(
             step=torch.zeros((), **like),
-            eta=torch.full((), float(lr.detach() if isinstance(lr, Tensor) else lr), **like),
+            eta=torch.full((), lr, **like),
             mu=torch.ones((), **like),
             ax=torch.zeros_like(param, memory_format=torch.preserve_format),
         )
@@ -86,12 +88,13 @@ def find(state: State, groups: list[Group], before: Slots | None = None) -> Slot
     if before is not None:
         slots = (slot for slot in chain(*before.groups) if slot is not None)
         known = {(id(slot.param), id(slot.state)): slot for slot in slots if slot.is_whole()}
+    owners = Counter(id(state.get(param)) for group in groups for param in set(group["params"]))
     loose: dict[torch.dtype, list[tuple[Tensor, Entry]]] = {}
     for group in groups:
         for param in group["params"]:
             entry = state.get(param)
             if entry and (id(param), id(entry)) not in known:
-                if _is_packable(param, entry, group):
+                if owners[id(entry)] == 1 and _is_packable(param, entry, group):
                     loose.setdefault(_dtype_for(entry), []).append((param, entry))
                 else:
                     known[id(param), id(entry)] = Slot(param, entry)
@@ -112,16 +115,17 @@ def copied(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, An
     Torch would share them, and cast eta and mu to the dtype of their params.
     """
     state = {}
-    for key, entry in state_dict["state"].items():
-        if isinstance(entry, dict):
-            entry = {
-                name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in entry.items()
-            }
-            for name in SCALARS:
-                if isinstance(entry.get(name), Tensor):
-                    entry[name] = _Kept(entry[name])
-        state[key] = entry
+    with torch.inference_mode(False):  # which the copies are to outlive
+        for key, entry in state_dict["state"].items():
+            if isinstance(entry, dict):
+                entry = {
+                    name: value.clone() if isinstance(value, Tensor) else value
+                    for name, value in entry.items()
+                }
+                for name in SCALARS:
+                    if isinstance(entry.get(name), Tensor):
+                        entry[name] = _Kept(entry[name])
+            state[key] = entry
     return {**state_dict, "state": state}
 
 
@@ -134,7 +138,10 @@ def put_back(state: MutableMapping[Any, Any]) -> None:
 
 
 def rounds_scalars() -> bool:
-    """Whether torch keeps eta and mu in float32."""
+    """Whether eta and mu are float32: torch keeps them so unless its default dtype is float64.
+
+    Torch rounds them to a default dtype of half precision besides, which is not done here.
+    """
     return torch.get_default_dtype() != torch.float64
 
 
@@ -158,6 +165,8 @@ def _is_packable(param: Tensor, entry: Entry, group: Group) -> bool:
         and not (group["differentiable"] or group["capturable"])
         and type(entry) is dict
         and entry.keys() >= {*SCALARS, "ax"}
+        # Shared with other processes, where the views are tensors of their own.
+        and not any(isinstance(x, Tensor) and x.is_shared() for x in map(entry.get, SCALARS))
     )
 
 

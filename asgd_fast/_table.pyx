@@ -221,25 +221,43 @@ cdef class Table:
             self.clear()
             raise
 
+    def touches(self, uintptr_t start, uintptr_t stop):
+        """Whether an array of the table has any of the bytes from `start` up to `stop`.
+
+        Parameters
+        ----------
+        start, stop : int
+            Addresses.
+
+        Returns
+        -------
+        bool
+        """
+        cdef Py_ssize_t i
+        cdef int role
+        cdef Memory memory
+        for i in range(self.n_rows):
+            memory = _memory_of(&self.rows[i])
+            for role in range(3):
+                address = <uintptr_t>_address(&memory, role)
+                if address < stop and start < address + memory.size:
+                    return True
+        return False
+
     cdef bint _was_checked(self) noexcept:
         """Whether the rows have the memory that was checked last, which it notes."""
         cdef Py_ssize_t i
-        cdef int64_t size
-        cdef Row *row
+        cdef Memory now
         cdef Memory *memory
         cdef bint same = self._n_checked == self.n_rows
         for i in range(self.n_rows):
-            row = &self.rows[i]
             memory = &self._checked[i]
-            size = row.n * (row.dtype.bits // 8)
+            now = _memory_of(&self.rows[i])
             same &= (
-                memory.param == row.param and memory.grad == row.grad and memory.ax == row.ax
-                and memory.size == size
+                memory.param == now.param and memory.grad == now.grad and memory.ax == now.ax
+                and memory.size == now.size
             )
-            memory.param = row.param
-            memory.grad = row.grad
-            memory.ax = row.ax
-            memory.size = size
+            memory[0] = now
         self._n_checked = self.n_rows
         return same
 
@@ -409,6 +427,15 @@ cdef int _bytes_of_reals(DLDataType dtype) noexcept:
     if dtype.code == kDLComplex and dtype.bits in (64, 128):
         return dtype.bits // 16
     return 0
+
+
+cdef inline Memory _memory_of(const Row *row) noexcept:
+    cdef Memory memory
+    memory.param = row.param
+    memory.grad = row.grad
+    memory.ax = row.ax
+    memory.size = row.n * (row.dtype.bits // 8)
+    return memory
 
 
 cdef const void *_address(const Memory *memory, int role) noexcept:

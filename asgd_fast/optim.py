@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.optim.asgd import asgd as torch_asgd
 
@@ -163,9 +164,10 @@ class ASGD(torch.optim.ASGD):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of a checkpoint, a copy or another process."""
-        _state.put_back(state["state"])
+        _state.put_back(state.get("state", {}))
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._slots = _state.find(self.state, self.param_groups)
+        with torch.inference_mode(False):
+            self._slots = _state.find(self.state, self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where another optimizer stood, of this class or ``torch.optim.ASGD``.
@@ -218,7 +220,7 @@ class ASGD(torch.optim.ASGD):
         try:
             table.check_overlap()
         except ValueError:
-            # What comes out then depends on the order of operations: torch's.
+            # The order of operations shows where memory is shared: it is to be torch's.
             left = self._active(slots)
         if left:
             with torch.set_grad_enabled(self.defaults["differentiable"]):
@@ -265,12 +267,19 @@ class ASGD(torch.optim.ASGD):
         if _is_watched():
             return left
         rest = []
+        outside: list[Tensor | None] = []  # of the table, and yet read or written
         for group, slot in left:
             grad = None
             if slot.packed and not (group["differentiable"] or group["capturable"]):
                 grad = _converted_grad(slot)
-            if grad is None or not slots.add(table, group, slot, grad, unscale, rounds_scalars()):
+            if grad is not None and slots.add(table, group, slot, grad, unscale, rounds_scalars()):
+                outside.append(slot.param.grad)
+            else:
                 rest.append((group, slot))
+                outside += slot.param, slot.param.grad, slot.state.get("ax")
+        if any(table.touches(*_extent(tensor)) for tensor in outside):
+            table.clear()
+            return self._active(slots)
         return rest
 
 
@@ -298,8 +307,12 @@ _step_uncompiled = torch.compiler.disable(ASGD._step)
 
 
 def _is_watched() -> bool:
-    """Whether a mode of torch is to see every operation, so that none may be left out."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    """Whether a mode or transform of torch is to see every operation, so that none is left out."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _inverse(grad_scale: Any) -> float:
@@ -317,11 +330,23 @@ def _grad_of(slot: Slot) -> Tensor:
     return grad
 
 
+def _extent(tensor: Tensor | None) -> tuple[int, int]:
+    """Return where the memory of a tensor begins and ends; (0, 0) if it has no address."""
+    if tensor is None or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        return 0, 0
+    if tensor.numel() == 0 or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return 0, 0
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.itemsize
+
+
 @torch.no_grad()
 def _converted_grad(slot: Slot) -> Tensor | None:
     """Return the gradient in its param's dtype and layout if that loses nothing, else None.
 
-    The average too is put into the layout of a param that has changed its own.
+    The average too is put into the layout of a param that has changed its own. For gradients that
+    repeat their memory torch may round in another way, so they stay with it.
     """
     param, grad, ax = slot.param, _grad_of(slot), slot.state["ax"]
     like = torch.empty_like(param)
@@ -330,18 +355,27 @@ def _converted_grad(slot: Slot) -> Tensor | None:
         or grad.layout != torch.strided
         or grad.device != param.device
         or grad.shape != param.shape
+        or 0 in grad.stride()
         or grad.is_complex() != param.is_complex()
         or torch.promote_types(grad.dtype, param.dtype) != param.dtype
         or like.stride() != param.stride()
     ):
         return None
     if ax.dtype == param.dtype and ax.shape == param.shape and ax.stride() != param.stride():
+        if ax.untyped_storage().nbytes() != ax.numel() * ax.itemsize:
+            return None  # it is part of something larger
         ax.data = torch.empty_like(param).copy_(ax)
     return like.copy_(grad)
 
 
 def _step_by_torch(left: list[_Left], unscale: float) -> None:
     """Update params by torch's own function."""
+    for _, slot in left:
+        for name in ("ax", "mu", "eta", "step"):
+            if name not in slot.state:
+                raise KeyError(
+                    f"state: {name!r} is missing for a param of shape {slot.param.shape}"
+                )
     for _, pairs in groupby(left, key=lambda pair: id(pair[0])):
         groups, slots = zip(*pairs, strict=True)
         grads = [_grad_of(slot) for slot in slots]

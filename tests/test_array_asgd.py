@@ -462,6 +462,10 @@ def test_an_interrupt_finds_arrays_and_scalars_of_one_step():
     grads = [np.ones_like(param) for param in params]
     started = threading.Event()
 
+    def step_on():  # on a busy machine, the other thread may miss the first pass
+        while True:
+            optimizer.step(grads)
+
     def interrupt():
         started.wait()
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -474,12 +478,14 @@ def test_an_interrupt_finds_arrays_and_scalars_of_one_step():
     try:
         started.set()
         with pytest.raises(KeyboardInterrupt):
-            optimizer.step(grads)
+            step_on()
     finally:
         sys.setswitchinterval(interval)
         thread.join()
-    assert optimizer.state_dict()["step"].tolist() == [1, 1]
-    assert all((array == 0.5).all() for array in (*params, *optimizer.averages))
+    steps = optimizer.state_dict()["step"]
+    assert steps[0] == steps[1] > 0
+    value = 1 - 0.5 * steps[0]
+    assert all((array == value).all() for array in (*params, *optimizer.averages))
 
 
 def test_repr_lists_the_groups():

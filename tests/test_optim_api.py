@@ -82,6 +82,56 @@ def test_hyperparameters_changed_to_what_is_refused_change_nothing(options):
     twins.check()
 
 
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_an_lr_below_zero_is_taken_as_long_as_eta_has_a_value(alpha):
+    twins = Twins(parameters((3,)), lambd=1.0, alpha=alpha)
+    twins.run(2)
+    for optimizer in (twins.ours, twins.theirs):
+        optimizer.param_groups[0]["lr"] = -2.0
+    twins.run(2)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_hyperparameter_that_is_no_number_is_named(name):
+    (p,) = parameters((3,))
+    optimizer = ASGD([p])
+    p.grad = torch.ones(3)
+    optimizer.param_groups[0][name] = "x"
+    with pytest.raises(TypeError, match=f"{name}: expected a real number, got 'x'"):
+        optimizer.step()
+
+
+def test_groups_that_torch_steps_are_checked_too():
+    (p,) = parameters((3,))
+    optimizer = ASGD([p], differentiable=True)
+    p.grad = torch.ones(3)
+    optimizer.param_groups[0]["lambd"] = -1
+    with pytest.raises(ValueError, match="Invalid lambd value: -1"):
+        optimizer.step()
+
+
+def test_a_group_that_becomes_differentiable():
+    twins = Twins([torch.randn(3, requires_grad=True)], lr=0.1)
+    twins.run(2)
+    for optimizer in (twins.ours, twins.theirs):
+        optimizer.param_groups[0]["differentiable"] = True
+    twins.run(2)
+
+
+def test_functional_transforms_refuse_what_they_refuse_of_torch():
+    for optimizer_type in (torch.optim.ASGD, ASGD):
+        (p,) = parameters((3,))
+        optimizer = optimizer_type([p])
+        p.grad = torch.ones(3)
+
+        def through(x, optimizer=optimizer):
+            optimizer.step()
+            return x.sum()
+
+        with pytest.raises(RuntimeError):
+            torch.func.grad(through)(torch.ones(3))
+
+
 def test_an_lr_that_leaves_eta_without_a_value_is_refused():
     (p,) = parameters((3,))
     optimizer = ASGD([p], lambd=1.0)
@@ -227,8 +277,9 @@ def snapshot(twins):
     ]
 
 
-def test_a_scale_that_is_no_power_of_two():
-    scaled = Scaled()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_scale_that_is_no_power_of_two(dtype):
+    scaled = Scaled(dtype)
     scaled.step()
     for scaler in scaled.scalers:
         scaler.update(new_scale=3.3)

@@ -399,3 +399,122 @@ def test_scalars_whose_memory_was_taken_away_are_refused():
     with pytest.raises(RuntimeError, match="memory of step, eta and mu was taken away"):
         optimizer.step()
     same(p, before)
+
+
+@pytest.mark.parametrize("n", [1, 5, 200])
+def test_state_moved_by_its_data_is_followed(n):
+    """As the helpers do that move an optimizer to a device and back."""
+    twins = Twins(parameters(*[(3,)] * n), lr=0.3, lambd=0.1, t0=2)
+    twins.run(3)
+    for optimizer in (twins.ours, twins.theirs):
+        for entry in optimizer.state.values():
+            for value in entry.values():
+                value.data = value.data.double().float()
+    twins.run(4)
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_one_scalar_with_other_memory_is_followed(name):
+    twins = Twins(parameters((3,), (4,)), lr=0.3, lambd=0.1, t0=2)
+    twins.run(3)
+    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        optimizer.state[own[1]][name].set_(torch.tensor(0.5))
+    twins.run(4)
+
+
+def test_one_entry_for_two_params():
+    twins = Twins(parameters((3,), (3,)), lr=0.3, lambd=0.1, t0=2)
+    twins.run(3)
+    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        optimizer.state[own[1]] = optimizer.state[own[0]]
+    twins.run(3)
+
+
+def test_a_count_below_zero():
+    twins = Twins(parameters((3,)), lr=0.3, lambd=0.1, t0=2)
+    twins.run(1)
+    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        optimizer.state[own[0]]["step"].fill_(-1)
+    twins.run(3)
+
+
+@pytest.mark.parametrize("start", [2.0**24 - 2, 2.0**24])
+def test_counts_as_far_as_float32_goes(start):
+    twins = Twins(parameters((3,)), lr=0.3, lambd=1e-6, t0=2.0**24 - 5)
+    twins.run(1)
+    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        optimizer.state[own[0]]["step"].fill_(start)
+    twins.run(5)
+
+
+def test_double_scalars_are_rounded_as_torch_rounds_them():
+    """Where they were made under another default dtype than the steps are under."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        twins = Twins(parameters((3,), dtype=torch.float64), lr=0.3, lambd=0.1, t0=1)
+        twins.run(3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    twins.run(5)
+    assert twins.ours.state[twins.params[0]]["eta"].dtype == torch.float64
+
+
+def test_a_state_loaded_in_inference_mode_is_of_use_outside():
+    source = Twins([nn.Parameter(torch.randn(20)[::2]), *parameters((3,))], **OPTIONS)
+    source.run(3)
+    target = Twins([nn.Parameter(p.detach().clone()) for p in source.params], **OPTIONS)
+    with torch.inference_mode():
+        target.ours.load_state_dict(source.ours.state_dict())
+    assert not any(x.is_inference() for entry in target.ours.state.values() for x in entry.values())
+    target.theirs.load_state_dict(copy.deepcopy(source.theirs.state_dict()))
+    target.run(3)
+
+
+def test_an_average_within_a_larger_buffer_stays_there():
+    p = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    twins = Twins([p], **OPTIONS)
+    twins.run(1)
+    buffer = torch.zeros(200)
+    twins.ours.state[p]["ax"] = buffer[10:106].view(2, 3, 4, 4)
+    twins.step()
+    assert torch.equal(buffer[10:106].view(2, 3, 4, 4), p)
+
+
+def test_refused_steps_make_no_state():
+    for spoil, error in (
+        (lambda o, p: o.param_groups[0].update(lambd=-1), ValueError),
+        (lambda o, p: setattr(p, "grad", torch.ones(3).to_sparse()), RuntimeError),
+    ):
+        old, fresh = parameters((3,), (3,))
+        optimizer = ASGD([old, fresh])
+        old.grad = torch.ones(3)
+        optimizer.step()
+        fresh.grad = torch.ones(3)
+        spoil(optimizer, old)
+        with pytest.raises(error):
+            optimizer.step()
+        assert list(optimizer.state) == [old]
+
+
+def count_in_another_process(optimizer):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    for _ in range(3):
+        optimizer.step()
+
+
+def test_shared_state_is_shared_with_spawned_processes():
+    params = parameters((3,))
+    optimizer = ASGD(params)
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    for x in (*params, *optimizer.state[params[0]].values()):
+        x.share_memory_()
+    process = torch.multiprocessing.get_context("spawn").Process(
+        target=count_in_another_process, args=(optimizer,)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert optimizer.state[params[0]]["step"] == 4

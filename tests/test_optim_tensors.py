@@ -72,7 +72,6 @@ def test_gradients_in_another_layout(make, by_torch):
         permuted(shape, tuple(reversed(range(len(shape))))),
         torch.randn(shape).contiguous(),
         torch.randn(*shape, 2)[..., 1],
-        torch.randn(()).expand(shape),
     ):
         twins.set_grads([grad])
         twins.theirs_params[0].grad = grad
@@ -80,6 +79,30 @@ def test_gradients_in_another_layout(make, by_torch):
         twins.theirs.step()
         twins.check()
     assert bool(by_torch) == (make in SPARSELY_LAID.values())
+
+
+@pytest.mark.parametrize("weight_decay", [0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "expand",
+    [
+        lambda: torch.randn(()).expand(40, 30),
+        lambda: torch.randn(40, 1).expand(40, 30),
+        lambda: torch.randn(1, 30).expand(40, 30),
+        lambda: torch.randn(30, 1).expand(30, 40).t(),
+        lambda: torch.randn(40, 1, 2)[..., 1].expand(40, 30),
+    ],
+    ids=["scalar", "column", "row", "turned", "strided"],
+)
+def test_expanded_gradients(expand, dtype, weight_decay):
+    twins = Twins(parameters((40, 30), dtype=dtype), lr=0.3, lambd=0.01, weight_decay=weight_decay)
+    for _ in range(4):
+        grad = expand().to(dtype)
+        grad = grad if 0 in grad.stride() else grad[..., :1].expand(40, 30)
+        twins.params[0].grad = twins.theirs_params[0].grad = grad
+        twins.ours.step()
+        twins.theirs.step()
+        twins.check()
 
 
 @pytest.mark.parametrize("make", SPARSELY_LAID.values(), ids=SPARSELY_LAID)
@@ -213,6 +236,61 @@ def test_gradients_that_share_memory_with_params(by_torch):
     assert by_torch == [2] * STEPS
 
 
+def test_params_that_share_memory_with_strided_ones():
+    """What torch's function steps reads and writes memory that the engine does too."""
+    for weight_decay in (0, 0.1):
+        ours, theirs = (torch.arange(6.0) for _ in range(2))
+        both = []
+        for optimizer_type, buffer in ((ASGD, ours), (torch.optim.ASGD, theirs)):
+            params = [nn.Parameter(buffer), nn.Parameter(buffer[::2])]
+            both.append((params, optimizer_type(params, lr=0.3, weight_decay=weight_decay)))
+        for _ in range(4):
+            grads = [torch.randn(6), torch.randn(3)]
+            for params, optimizer in both:
+                for p, grad in zip(params, grads, strict=True):
+                    p.grad = grad.clone()
+                optimizer.step()
+            assert torch.equal(ours, theirs)
+
+
+def test_a_gradient_to_be_converted_that_shares_memory_with_another_param():
+    twins = Twins(parameters((5, 4), (4, 5)), lr=0.3)
+    for _ in range(4):
+        for own in (twins.params, twins.theirs_params):
+            own[0].grad = torch.ones(5, 4)
+            own[1].grad = own[0].detach().t()
+        twins.ours.step()
+        twins.theirs.step()
+        twins.check()
+
+
+def test_overlap_is_seen_where_only_the_gradients_or_the_sizes_change():
+    """At the same addresses of params and averages that were free of overlap the step before."""
+    twins = Twins(parameters((8,), (8,)), lr=0.3)
+    twins.run(3)
+    for own in (twins.params, twins.theirs_params):
+        own[0].grad = own[1].detach()
+        own[1].grad = torch.ones(8)
+    for _ in range(3):
+        twins.ours.step()
+        twins.theirs.step()
+        twins.check()
+    buffer, other = torch.arange(20.0), torch.arange(20.0)
+    both = []
+    for optimizer_type, memory in ((ASGD, buffer), (torch.optim.ASGD, other)):
+        params = [nn.Parameter(memory[:4]), nn.Parameter(memory[8:12])]
+        both.append((params, optimizer_type(params, lr=0.3), memory))
+    for size in (4, 4, 12):
+        grads = [torch.randn(size), torch.randn(4)]
+        for params, optimizer, memory in both:
+            params[0].data = memory[:size]
+            optimizer.state.clear()
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad.clone()
+            optimizer.step()
+        assert torch.equal(buffer, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("shape", [(1,), (5,), (3, 4)], ids=str)
 def test_gradients_with_a_negative_bit(shape, dtype):
@@ -247,6 +325,40 @@ def test_gradients_with_a_conjugate_bit(shape):
         twins.ours.step()
         twins.theirs.step()
         twins.check()
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_negative_bit_that_comes_with_new_data(n):
+    twins = Twins(parameters((n,)), **OPTIONS)
+    grad = torch.randn(n)
+    for _ in range(4):
+        twins.step([grad])
+    for own in (twins.params, twins.theirs_params):
+        own[0].data = torch._neg_view(torch.full((n,), 2.0))
+    twins.step([grad])
+    assert torch.equal(twins.params[0], twins.theirs_params[0])
+    twins.step([grad])
+    assert torch.equal(twins.params[0], twins.theirs_params[0])
+    twins = Twins(parameters((n,)), **OPTIONS)
+    for p in (*twins.params, *twins.theirs_params):
+        p.grad = torch.ones(n)
+    for k in range(6):
+        if k == 4:
+            for p in (*twins.params, *twins.theirs_params):
+                p.grad.data = torch._neg_view(torch.ones(n))
+        twins.ours.step()
+        twins.theirs.step()
+        twins.check()
+    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        optimizer.state[own[0]]["ax"] = torch._neg_view(torch.ones(n))
+    twins.ours.step()
+    twins.theirs.step()
+    assert torch.equal(
+        *(
+            o.state[p[0]]["ax"]
+            for o, p in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params))
+        )
+    )
 
 
 def test_params_with_a_lazy_sign_are_left_to_torch():
