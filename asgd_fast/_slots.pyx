@@ -321,12 +321,12 @@ cdef class Slots:
         """
         cdef Slot slot
         cdef Common common
-        cdef Py_ssize_t i, n = len(self._packed)
+        cdef Py_ssize_t _i, n = len(self._packed)
         cdef bint attached = True
         memset(&common, 0, sizeof(common))
         for slot in self._firsts:
             attached = attached and self._is_attached(slot, 1, &common)
-        for i in range(min(n, <Py_ssize_t>ASKED_IN_TURN)):
+        for _i in range(min(n, <Py_ssize_t>ASKED_IN_TURN)):
             self._turn = (self._turn + 1) % n
             attached = attached and self._is_attached(self._packed[self._turn], 3, &common)
         if not attached:
@@ -380,7 +380,7 @@ cdef class Slots:
         return 0
 
     cdef bint _lend(self, Table table, int role, tensor) except -1:
-        cdef Borrowed *borrowed = table.array(role)
+        cdef Borrowed *borrowed = &table.arrays[role]
         if type(tensor) is not self._tensor and type(tensor) is not self._parameter:
             return False
         if not self._export(tensor, role != GRAD, borrowed):

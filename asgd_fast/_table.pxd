@@ -47,7 +47,7 @@ cdef class Table:
     cdef Row *rows
     cdef Py_ssize_t n_rows
     cdef Py_ssize_t _capacity
-    cdef Borrowed _arrays[3]        # param, grad and ax of the row that is being made
+    cdef Borrowed arrays[3]         # param, grad and ax of the row being made, before `settle`
     cdef Borrowed *_lent            # what must be given back, of all rows
     cdef Py_ssize_t _n_lent
     cdef Py_ssize_t _n_lent_before  # the row that is being made
@@ -61,7 +61,6 @@ cdef class Table:
 
     cdef int reserve(self, Py_ssize_t more) except -1
     cdef Row *begin(self, Py_ssize_t index) noexcept
-    cdef Borrowed *array(self, int role) noexcept
     cdef str settle(self, int role)
     cdef int commit(self, owner) except -1
     cdef int _own(self, owner) except -1

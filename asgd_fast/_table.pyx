@@ -6,7 +6,7 @@ This module knows what makes arrays fit for one in-place pass; it does not know 
 
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, realloc
 
 from asgd_fast._dlpack cimport (
@@ -295,13 +295,9 @@ cdef class Table:
         self._n_lent_before = self._n_lent
         return row
 
-    cdef Borrowed *array(self, int role) noexcept:
-        """Where an array of the row is borrowed to, before `settle`."""
-        return &self._arrays[role]
-
     cdef str settle(self, int role):
         """Put a borrowed array into the row, or return why it is not fit for it."""
-        cdef Borrowed *borrowed = &self._arrays[role]
+        cdef Borrowed *borrowed = &self.arrays[role]
         cdef DLTensor *tensor = &borrowed.tensor
         cdef Row *row = &self.rows[self.n_rows]
         cdef void *data = data_of(tensor)
@@ -311,7 +307,7 @@ cdef class Table:
         if role == PARAM:
             fault = self._fault(role)
         elif (
-            same_description(tensor, &self._arrays[PARAM].tensor)
+            same_description(tensor, &self.arrays[PARAM].tensor)
             and tensor.data != NULL
             and <uintptr_t>data % (row.dtype.bits // 8) == 0
         ):
@@ -366,7 +362,7 @@ cdef class Table:
     cdef int _take(self, int role, object array) except -1:
         """Borrow one array of the row, and check it alone and against the row's param."""
         try:
-            borrow(array, role != GRAD, self.array(role))
+            borrow(array, role != GRAD, &self.arrays[role])
             fault = self.settle(role)
             if fault is not None:
                 raise ValueError(fault)
@@ -377,7 +373,7 @@ cdef class Table:
 
     cdef str _fault(self, int role):
         """Why an array of the row cannot be updated, whatever the others are; or None."""
-        cdef DLTensor *tensor = &self._arrays[role].tensor
+        cdef DLTensor *tensor = &self.arrays[role].tensor
         cdef int size = _bytes_of_reals(tensor.dtype)
         if size == 0:
             return (f"dtype {dtype_name(tensor.dtype)} is not supported; expected float16, "
@@ -399,8 +395,8 @@ cdef class Table:
 
     cdef str _mismatch(self, int role):
         """Why an array of the row does not go with its param; or None."""
-        cdef DLTensor *tensor = &self._arrays[role].tensor
-        cdef DLTensor *param = &self._arrays[PARAM].tensor
+        cdef DLTensor *tensor = &self.arrays[role].tensor
+        cdef DLTensor *param = &self.arrays[PARAM].tensor
         if tensor.dtype.code != param.dtype.code or tensor.dtype.bits != param.dtype.bits:
             what, got, wanted = "dtype", dtype_name(tensor.dtype), dtype_name(param.dtype)
         elif not same_shape(tensor, param):
