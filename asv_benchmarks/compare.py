@@ -50,15 +50,15 @@ class Case:
             param.grad = torch.randn_like(param)
 
     def steps(self, n: int, *, fresh: bool) -> float:
-        """Return the nanoseconds of one step, the mean over `n`."""
-        total = 0
+        """Return the nanoseconds of one step, the median of `n`."""
+        times = []
         for _ in range(n):
             if fresh:
                 self.renew_grads()
             start = perf_counter_ns()
             self.optimizer.step()
-            total += perf_counter_ns() - start
-        return total / n
+            times.append(perf_counter_ns() - start)
+        return median(times)
 
 
 def main() -> None:
