@@ -95,6 +95,9 @@ class ASGD(torch.optim.ASGD):
     computed in float32 and rounded once. Everything else, and tensors that share memory with each
     other, go to torch's own ``asgd``, with its results and its speed.
 
+    The GIL is released while memory is updated, and the memory of a tensor must not be replaced or
+    resized meanwhile by another thread (``p.data = other``).
+
     A ``GradScaler`` leaves the unscaling to the step, which reads the gradients and does not write
     them. Where a framework must unscale them first, to clip them, set
     ``optimizer._step_supports_amp_scaling = False``.
