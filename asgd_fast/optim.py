@@ -374,11 +374,15 @@ def _converted_grad(slot: Slot) -> Tensor | None:
 def _step_by_torch(left: list[_Left], unscale: float) -> None:
     """Update params by torch's own function."""
     for _, slot in left:
-        for name in ("ax", "mu", "eta", "step"):
-            if name not in slot.state:
-                raise KeyError(
-                    f"state: {name!r} is missing for a param of shape {slot.param.shape}"
-                )
+        shape = tuple(slot.param.shape)
+        missing = {"step", "eta", "mu", "ax"} - slot.state.keys()
+        if missing:
+            raise KeyError(f"state: {sorted(missing)} missing for a param of shape {shape}")
+        if slot.state["ax"].shape != shape:
+            got = tuple(slot.state["ax"].shape)
+            raise ValueError(
+                f"state: 'ax' of shape {got} does not match its param of shape {shape}"
+            )
     for _, pairs in groupby(left, key=lambda pair: id(pair[0])):
         groups, slots = zip(*pairs, strict=True)
         grads = [_grad_of(slot) for slot in slots]

@@ -338,6 +338,18 @@ def test_a_state_without_its_average_is_named():
     same(p, before)
 
 
+def test_an_average_of_another_shape_is_refused_before_anything_is_written():
+    twins = Twins(parameters((3,), (4,)), **OPTIONS)
+    twins.run(2)
+    q = twins.params[1]
+    ax, twins.ours.state[q]["ax"] = twins.ours.state[q]["ax"], torch.zeros(5)
+    twins.set_grads(twins.random_grads())
+    with pytest.raises(ValueError, match=r"'ax' of shape \(5,\) does not match .* shape \(4,\)$"):
+        twins.ours.step()
+    twins.ours.state[q]["ax"] = ax
+    twins.check()
+
+
 def test_state_moved_to_shared_memory_is_followed():
     """As asynchronous training over processes does before the first real step."""
     twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
