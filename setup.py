@@ -28,7 +28,6 @@ TRACE = bool(os.environ.get("ASGD_FAST_TRACE"))
 # contract a product and a sum into one rounding, nor reorder sums, whatever CFLAGS says.
 EXACT = {"msvc": ["/fp:precise"], "unix": ["-ffp-contract=off", "-fno-fast-math"]}
 OPTIMISE = {"msvc": ["/O2"], "unix": ["-O3", "-fno-math-errno", "-fno-trapping-math"]}
-OPENMP = {"msvc": ["/openmp"], "unix": ["-fopenmp"]}
 
 # The loops are compiled once for each level; a level without flags here is built everywhere.
 LEVELS: dict[str, dict[str, list[str]]] = {
@@ -61,7 +60,6 @@ class ProbingBuildExt(build_ext):
         self.strict = kind == "unix" and self.accepts(["-Werror"])
         exact = [flag for flag in EXACT[kind] if self.accepts([flag])]
         common = [flag for flag in OPTIMISE[kind] if self.accepts([flag])] + exact
-        openmp = self.accepts(OPENMP[kind], "#include <omp.h>\nint main(void) { return !_OPENMP; }")
 
         buildable = []
         for ext in self.extensions:
@@ -77,17 +75,16 @@ class ProbingBuildExt(build_ext):
                 ext.define_macros += [
                     ("ASGD_FAST_CYTHON", f'"{version("cython")}"'),
                     ("ASGD_FAST_FLAGS", f'"{" ".join(common)}"'),
-                    ("ASGD_FAST_HAS_OPENMP", str(int(openmp))),
                 ]
         self.extensions = buildable
         super().build_extensions()
 
-    def accepts(self, flags: Sequence[str], source: str = "int main(void) { return 0; }") -> bool:
+    def accepts(self, flags: Sequence[str]) -> bool:
         """Whether a program compiles and links with `flags`, and without a warning if strict."""
         strict = ["-Werror"] if self.strict else []
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "probe.c")
-            path.write_text(source + "\n")
+            path.write_text("int main(void) { return 0; }\n")
             try:
                 objects = self.compiler.compile(
                     [str(path)], output_dir=folder, extra_postargs=[*strict, *flags]
@@ -113,7 +110,7 @@ extensions = [
     Extension(
         f"asgd_fast.{name}",
         [f"asgd_fast/{name}.pyx"],
-        depends=["asgd_fast/_loops.pxi"] if name.startswith("_loops") else [],
+        depends=["asgd_fast/_loops.pxi", "asgd_fast/_simd.h"] if name.startswith("_loops") else [],
         define_macros=[("CYTHON_TRACE_NOGIL", "1")] if TRACE else [],
     )
     for name in names

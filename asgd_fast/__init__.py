@@ -6,12 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 from asgd_fast.arrays import ArrayASGD, asgd_
 from asgd_fast.schedule import Schedule
+from asgd_fast.threads import get_num_threads, set_num_threads
 
 if TYPE_CHECKING:
     from asgd_fast.config import show_config
     from asgd_fast.optim import ASGD
 
-__all__ = ["ASGD", "ArrayASGD", "Schedule", "asgd_", "show_config"]
+__all__ = [
+    "ASGD",
+    "ArrayASGD",
+    "Schedule",
+    "asgd_",
+    "get_num_threads",
+    "set_num_threads",
+    "show_config",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,9 @@ cdef enum:  # the roles of the three arrays of a row
     GRAD = 1
     AX = 2
 
+cdef enum:
+    CACHE_LINE = 64  # bytes
+
 # One array's update. The scalars are double here; a loop rounds each once to its compute dtype.
 cdef struct Row:
     void *param
@@ -27,6 +30,7 @@ cdef struct Row:
     bint double_scalars     # whether they are double rather than float
     Scalars next
     Py_ssize_t index        # the param's place among the caller's, for messages
+    int64_t offset          # where the param begins in the work of the table, in bytes
 
 
 cdef struct Memory:  # of one row
@@ -46,6 +50,7 @@ cdef struct Span:  # of one array
 cdef class Table:
     cdef Row *rows
     cdef Py_ssize_t n_rows
+    cdef readonly int64_t work      # the bytes of all params, each as whole cache lines
     cdef Py_ssize_t _capacity
     cdef Borrowed arrays[3]         # param, grad and ax of the row being made, before `settle`
     cdef Borrowed *_lent            # what must be given back, of all rows

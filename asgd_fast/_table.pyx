@@ -69,6 +69,7 @@ cdef class Table:
     def __cinit__(self, tuple names):
         self.rows = NULL
         self.n_rows = 0
+        self.work = 0
         self._capacity = 0
         self._lent = NULL
         self._n_lent = 0
@@ -94,6 +95,7 @@ cdef class Table:
     def clear(self):
         """Give every array back, and keep the memory of the rows for the next step."""
         self.n_rows = 0
+        self.work = 0
         self._give_back(0)
         while self._n_owners > 0:
             self._n_owners -= 1
@@ -332,7 +334,11 @@ cdef class Table:
 
     cdef int commit(self, owner) except -1:
         """Count the row. `owner` keeps an array alive that nothing else may."""
+        cdef Row *row = &self.rows[self.n_rows]
+        cdef int64_t size = row.n * (row.dtype.bits // 8)
         self._own(owner)
+        row.offset = self.work
+        self.work += (size + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
         self.n_rows += 1
         return 0
 

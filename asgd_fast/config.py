@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, overload
 
 from asgd_fast import _core, _dlpack
+from asgd_fast.threads import get_num_threads, openmp_runtime
 
 __all__ = ["show_config"]
 
@@ -55,13 +56,13 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
             "compiler": _core.BUILD["compiler"],
             "cython": _core.BUILD["cython"],
             "flags": _core.BUILD["flags"],
-            "openmp": "found, not used" if _core.BUILD["openmp"] else "not found",
         },
         "cpu": {
             "machine": platform.machine(),
             "simd": _core.simd_level(),
             "simd available": _core.simd_levels(),
-            "threads": 1,
+            "threads": get_num_threads(),
+            "openmp": openmp_runtime(),
         },
         "arrays": {name: _path_of(name) for name in _LIBRARIES},
         "cuda": {

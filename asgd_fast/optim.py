@@ -19,6 +19,7 @@ from asgd_fast import _core, _state
 from asgd_fast._slots import Slot, Slots, check_group
 from asgd_fast._state import Group, rounds_scalars
 from asgd_fast._table import Table
+from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -229,9 +230,10 @@ class ASGD(torch.optim.ASGD):
             with torch.set_grad_enabled(self.defaults["differentiable"]):
                 _step_by_torch(left, unscale)
         if table:
+            n_threads = threads_for(table)
             # Before the memory changes: nothing fails from here on.
             _increment_versions(slots.written)
-            _core.update(table)
+            _core.update(table, n_threads)
 
     def _gather(self, table: Table, unscale: float) -> tuple[Slots, list[_Left]]:
         """Put into the table what an engine can take as it is; return the rest."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from asgd_fast import _core
 from asgd_fast._table import Table, is_array
+from asgd_fast.threads import threads_for
 
 __all__ = ["as_arrays", "copy", "template", "update"]
 
@@ -65,7 +66,7 @@ def update(table: Table) -> None:
         Two arrays share memory, and one of them is written. Nothing is changed.
     """
     table.check_overlap()
-    _core.update(table)
+    _core.update(table, threads_for(table))
 
 
 def copy(table: Table) -> None:

@@ -1,0 +1,208 @@
+"""How many threads a step may use, and the OpenMP runtime that lends them.
+
+A process is to have one runtime: two would each keep threads that wait busily for work, and take
+the processor from the other's. So none is linked: the one that torch uses is taken, else one that
+is loaded already, else the system's. This module does not know what the threads do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import lru_cache
+from operator import index
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asgd_fast import _core
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from asgd_fast._table import Table
+
+__all__ = ["get_num_threads", "openmp_runtime", "set_num_threads", "threads_for"]
+
+# The entry that _core calls: GNU's, which LLVM's and Intel's runtimes have too.
+ENTRY = "GOMP_parallel"
+
+# The system's own, by the name under which the loader finds it.
+SYSTEM_RUNTIMES = ("libgomp.so.1", "libomp.so.5", "libomp.dylib")
+
+# By which users tell a runtime how its threads wait for work.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+# A thread more for so many bytes of params; with fewer it takes longer to start than to do the work
+# (measured: docs/performance.md). Beside torch the threads are awake, as it used them a moment ago.
+BYTES_PER_THREAD = 1 << 21
+BYTES_PER_THREAD_AWAKE = 1 << 17
+
+# What set_num_threads was told, and the runtime's own number at that time.
+_told: tuple[int, int] | None = None
+
+_is_forked = False
+
+
+def get_num_threads() -> int:
+    """Return how many threads a large step uses.
+
+    Returns
+    -------
+    int
+        What was said last: by `set_num_threads`, or to the OpenMP runtime by the environment
+        variable OMP_NUM_THREADS, by ``threadpoolctl`` or ``torch.set_num_threads``. 1 where there
+        is no OpenMP runtime, and in a process that was forked, which cannot rely on its threads.
+    """
+    runtime = _runtime()
+    if runtime is None or _is_forked:
+        return 1
+    own = _own_number(runtime)
+    return _told[0] if _told is not None and _told[1] == own else own
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads a large step uses, called from whichever Python thread.
+
+    torch and others that share the OpenMP runtime keep their number. When that changes later, as in
+    ``threadpoolctl.threadpool_limits``, it holds here too.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError
+        `n` is no integer.
+    ValueError
+        `n` is less than 1.
+    """
+    global _told
+    try:
+        n = index(n)
+    except TypeError:
+        raise TypeError(f"n: expected an integer, got {type(n).__name__}") from None
+    if n < 1:
+        raise ValueError(f"n: got {n}; expected at least 1")
+    runtime = _runtime()
+    _told = None if runtime is None else (n, _own_number(runtime))
+
+
+def threads_for(table: Table) -> int:
+    """Return how many threads are worth waking for a step.
+
+    Parameters
+    ----------
+    table : Table
+        With all its rows.
+
+    Returns
+    -------
+    int
+    """
+    most = table.work // BYTES_PER_THREAD_AWAKE
+    if most > 1 and _torch() is None:
+        most = table.work // BYTES_PER_THREAD
+    return min(most, get_num_threads()) if most > 1 else 1
+
+
+def openmp_runtime() -> str:
+    """Return the file of the OpenMP runtime that lends the threads, or "not found".
+
+    Returns
+    -------
+    str
+    """
+    runtime = _runtime()
+    if runtime is None:
+        return "not found"
+    found = _DlInfo()
+    ctypes.CDLL(None).dladdr(getattr(runtime, ENTRY), ctypes.byref(found))
+    return os.fsdecode(found.file)
+
+
+class _DlInfo(ctypes.Structure):
+    """What the loader knows of an address: ``Dl_info`` of dlfcn.h."""
+
+    file: bytes
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def _runtime() -> ctypes.CDLL | None:
+    """Return the OpenMP runtime, which the engine then uses."""
+    return _found(_torch() is not None)
+
+
+# Looked for once, and once more when torch has come.
+@lru_cache
+def _found(has_torch: bool) -> ctypes.CDLL | None:
+    for name in _candidates(has_torch):
+        try:
+            runtime = _loaded(name)
+            address = ctypes.cast(getattr(runtime, ENTRY), ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            continue
+        _core.use_fork(address)
+        return runtime
+    return None
+
+
+def _loaded(name: str) -> ctypes.CDLL:
+    """Return a library, whose threads sleep between steps if it is an OpenMP runtime new here.
+
+    A runtime reads the environment when it is loaded. Threads that wait busily, as they do by
+    default, are in the way of the other libraries' that compute the gradients; and on a virtual
+    machine it was measured that those which fall asleep after all take 7 ms to wake.
+    """
+    if any(variable in os.environ for variable in WAITING):
+        return ctypes.CDLL(name)
+    os.environ[WAITING[0]] = "passive"
+    try:
+        return ctypes.CDLL(name)
+    finally:
+        del os.environ[WAITING[0]]
+
+
+def _candidates(has_torch: bool) -> Iterator[str]:
+    """Yield the libraries to ask, the best first."""
+    if has_torch:
+        # A library that is asked for a function asks those that it was linked with: torch's own.
+        folder = Path(sys.modules["torch"].__file__ or "").parent / "lib"
+        yield from map(str, sorted(folder.glob("libtorch_cpu.*")))
+    # Imported when it is needed: most steps of most programs are too small for threads.
+    from threadpoolctl import threadpool_info
+
+    for library in threadpool_info():
+        if library["user_api"] == "openmp":
+            yield library["filepath"]
+    yield from SYSTEM_RUNTIMES
+
+
+def _own_number(runtime: ctypes.CDLL) -> int:
+    """Return the runtime's number of threads, as torch tells it where torch is."""
+    torch = _torch()
+    number: int = runtime.omp_get_max_threads() if torch is None else torch.get_num_threads()
+    return number
+
+
+def _torch() -> Any:
+    """Return torch if the program has imported it, else None."""
+    torch = sys.modules.get("torch")
+    return torch if hasattr(torch, "get_num_threads") else None  # not while it is being imported
+
+
+def _forget_threads() -> None:
+    """Stay with one thread in a child process: the runtime would wait for threads it has not."""
+    global _is_forked
+    _is_forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
