@@ -11,12 +11,15 @@ class Slot:
     param: torch.Tensor
     state: dict[str, Any]
     packed: bool
+    is_lazy: bool
+    average: torch.Tensor | None
     def __new__(
         cls,
         param: torch.Tensor,
         state: dict[str, Any],
         block: torch.Tensor | None = None,
         place: int = 0,
+        is_lazy: bool = False,
     ) -> Self: ...
     def is_whole(self) -> bool: ...
 
@@ -33,6 +36,7 @@ class Slots:
         eta_after: Callable[[torch.Tensor, float, float, float], float],
         version_of: Callable[[torch.Tensor], torch.Tensor],
         refer: Callable[[torch.Tensor], object],
+        alias: Callable[[torch.Tensor], torch.Tensor],
     ) -> Self: ...
     def is_current(self, state: object) -> bool: ...
     def gather(
@@ -52,5 +56,6 @@ class Slots:
         round_scalars: bool,
     ) -> bool: ...
 
+def same_kind(ax: torch.Tensor, param: torch.Tensor) -> bool: ...
 def check_group(group: dict[str, Any]) -> None: ...
 def number(name: str, value: object) -> float: ...

@@ -63,9 +63,12 @@ cdef class Slot:
         with "step", "eta", "mu" and "ax", in this order. Without a block the scalars are tensors of
         their own, and the slot is not for an engine.
     place : int
+    is_lazy : bool
+        The average is the param's own memory, until the first step that averages.
     """
 
     cdef readonly object param, state
+    cdef readonly bint is_lazy
     cdef object _block, _ax
     cdef Py_ssize_t _place
     cdef tuple _tensors
@@ -80,22 +83,34 @@ cdef class Slot:
     cdef const void *_known_address  # of its memory
     cdef bint _keeps_grad       # no grad that lasted for two steps has been replaced yet
 
-    def __cinit__(self, param, state, block=None, Py_ssize_t place=0):
+    def __cinit__(self, param, state, block=None, Py_ssize_t place=0, bint is_lazy=False):
         self.param = param
         self.state = state
+        self.is_lazy = is_lazy
         self._block = block
         self._place = place
         self._keeps_grad = True
         if block is not None:
-            self._ax = state["ax"]
-            self._tensors = tuple(state.values())[:4]
-            for i in range(4):
-                self._held[i] = <PyObject *>self._tensors[i]
+            self._hold()
+
+    cdef int _hold(self) except -1:
+        """Take note of the tensors that the state holds."""
+        self._ax = self.state["ax"]
+        self._tensors = tuple(self.state.values())[:4]
+        for i in range(4):
+            self._held[i] = <PyObject *>self._tensors[i]
+        self._state_version = 0
+        return 0
 
     @property
     def packed(self):
         """Whether the scalars have a place in a block."""
         return self._block is not None
+
+    @property
+    def average(self):
+        """The average that the state held when it last was whole; None without a block."""
+        return self._ax
 
     def is_whole(self):
         """Whether the state still holds the tensors that it held."""
@@ -153,6 +168,7 @@ cdef struct Common:
     double grad_scale   # negative to maximize
     bint round_scalars
     Scalars next        # often those of the next row too
+    PyObject *written   # the block that is listed as written
     PyObject *block     # of which the rest is known
     char *address
     bint double_scalars
@@ -176,6 +192,8 @@ cdef class Slots:
         Of a tensor; a tensor without memory that shares its version counter.
     refer : callable
         Of a tensor; an object through which torch itself refers to it.
+    alias : callable
+        Of a tensor; another one of the same memory, which is its average as long as that is lazy.
 
     Notes
     -----
@@ -186,7 +204,7 @@ cdef class Slots:
 
     cdef readonly list groups
     cdef readonly list written
-    cdef object _tensor, _parameter, _eta_after, _version_of, _refer, _grad, _is_neg
+    cdef object _tensor, _parameter, _eta_after, _version_of, _refer, _alias, _grad, _is_neg
     cdef descrgetfunc _get
     cdef list _keys, _values
     cdef list _packed               # the slots with a place in a block
@@ -194,13 +212,16 @@ cdef class Slots:
     cdef DLPackExchangeAPI *_api
     cdef Py_ssize_t _n_written
 
-    def __cinit__(self, state, list groups, tensor, parameter, eta_after, version_of, refer):
+    def __cinit__(
+        self, state, list groups, tensor, parameter, eta_after, version_of, refer, alias,
+    ):
         self.groups = groups
         self._tensor = tensor
         self._parameter = parameter
         self._eta_after = eta_after
         self._version_of = version_of
         self._refer = refer
+        self._alias = alias
         self._grad = tensor.grad
         property_type = type(self._grad)
         self._get = (<PyTypeObject *>property_type).tp_descr_get
@@ -244,7 +265,8 @@ cdef class Slots:
         Returns
         -------
         list of (dict, Slot), or None
-            The slots left out, with their groups; None if the slots are out of date.
+            The slots left out, with their groups; None if the slots are out of date, or averages
+            are to have memory of their own before the step.
 
         Raises
         ------
@@ -283,6 +305,8 @@ cdef class Slots:
                 slot = slots[i]
                 if slot is None or slot.param is not param or not slot._is_whole():
                     return None
+                if slot.is_lazy and self._mu_of(slot, &common) != 1:
+                    return None
                 if by_torch or not self._add(table, slot, grad, &common, lr):
                     left.append((group, slot))
         del self.written[self._n_written:]
@@ -311,19 +335,24 @@ cdef class Slots:
         if not (
             self._lend(table, PARAM, slot.param)
             and self._lend(table, GRAD, grad)
-            and self._lend(table, AX, slot._ax)
+            and (slot.is_lazy or self._lend(table, AX, slot._ax))
         ) or self._has_lazy_sign(slot, grad, row):
             table.abandon()
             return False
         if <PyObject *>slot._block != common.block:
             self._find(slot._block, common)
+        if common.written != common.block:
             self._write(slot._block)
-        if row.param != slot._address or slot._version is None:
-            self._renew(slot, row.param)
+            common.written = common.block
+        if (row.param != slot._address or slot._version is None) and (
+                not self._renew(slot, row.param)):
+            table.abandon()
+            return False
         self._schedule(row, slot, common, lr)
         table.commit(grad)
         self._write(slot._version)
-        self._write(slot._ax)
+        if not slot.is_lazy:
+            self._write(slot._ax)
         return True
 
     cdef bint _are_attached(self) except -1:
@@ -367,12 +396,20 @@ cdef class Slots:
         lr = group["lr"]
         return lr.detach() if isinstance(lr, self._tensor) else lr
 
-    cdef int _renew(self, Slot slot, const void *address) except -1:
-        """Take note of a param that is new, or whose memory is: it may be another tensor now."""
+    cdef bint _renew(self, Slot slot, const void *address) except -1:
+        """Take note of a param that is new, or whose memory is: it may be another tensor now.
+
+        False if a lazy average cannot follow, as the param has another dtype or layout.
+        """
+        if slot.is_lazy:
+            if not same_kind(slot._ax, slot.param):
+                return False
+            slot.state["ax"] = self._alias(slot.param)
+            slot._hold()
         slot._version = self._version_of(slot.param)
         slot._references = (self._refer(slot._version), self._refer(slot._ax))
         slot._address = address
-        return 0
+        return True
 
     cdef inline object _grad_of(self, param):
         """The same as param.grad, in fewer steps for the usual types."""
@@ -460,6 +497,13 @@ cdef class Slots:
         row.next = common.next
         return 0
 
+    cdef double _mu_of(self, Slot slot, Common *common) except? -1:
+        if <PyObject *>slot._block != common.block:
+            self._find(slot._block, common)
+        if common.double_scalars:
+            return (<double *>common.address)[3 * slot._place + 2]
+        return (<float *>common.address)[3 * slot._place + 2]
+
     cdef int _find(self, block, Common *common) except -1:
         """Look up where a block is. Not kept over steps: sharing it with a process moves it."""
         cdef Borrowed borrowed
@@ -472,6 +516,20 @@ cdef class Slots:
         common.double_scalars = borrowed.tensor.dtype.bits == 64
         common.block = <PyObject *>block
         return 0
+
+
+def same_kind(ax, param):
+    """Whether an average has the dtype and the layout of its param.
+
+    Parameters
+    ----------
+    ax, param : Tensor
+
+    Returns
+    -------
+    bool
+    """
+    return ax.dtype == param.dtype and ax.shape == param.shape and ax.stride() == param.stride()
 
 
 def check_group(group):

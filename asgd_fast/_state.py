@@ -12,12 +12,22 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from asgd_fast._slots import Slot, Slots, check_group, number
+from asgd_fast._slots import Slot, Slots, check_group, number, same_kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, MutableMapping
+    from collections.abc import Iterable, Iterator, MutableMapping
 
-__all__ = ["Group", "copied", "create", "find", "put_back", "rounds_scalars"]
+__all__ = [
+    "Group",
+    "copied",
+    "create",
+    "find",
+    "own",
+    "put_back",
+    "release",
+    "rounds_scalars",
+    "separated",
+]
 
 Group: TypeAlias = dict[str, Any]
 Entry: TypeAlias = dict[str, Any]  # the state of one param
@@ -30,7 +40,7 @@ SCALARS = ("step", "eta", "mu")
 BLOCK = 64
 
 
-def create(state: State, groups: list[Group]) -> None:
+def create(state: State, groups: list[Group], *, lazy: bool) -> None:
     """Give state to every param that has a gradient and no state yet.
 
     Parameters
@@ -39,6 +49,8 @@ def create(state: State, groups: list[Group]) -> None:
         The optimizer's.
     groups : list of dict
         The optimizer's param_groups.
+    lazy : bool
+        Whether averages are to have no memory of their own before the first step that averages.
 
     Raises
     ------
@@ -53,10 +65,10 @@ def create(state: State, groups: list[Group]) -> None:
     for group in groups:
         lr = group["lr"]
         lr = number("lr", lr.detach() if isinstance(lr, Tensor) else lr)
-        stepped += [(param, lr) for param in group["params"] if param.grad is not None]
-    if any(param.grad.is_sparse for param, _ in stepped):
+        stepped += [(param, lr, group) for param in group["params"] if param.grad is not None]
+    if any(param.grad.is_sparse for param, _, _ in stepped):
         raise RuntimeError("ASGD does not support sparse gradients")
-    for param, lr in stepped:
+    for param, lr, group in stepped:
         if state.get(param):
             continue
         like: dict[str, Any] = {"dtype": _scalar_dtype(), "device": param.device}
@@ -64,8 +76,74 @@ def create(state: State, groups: list[Group]) -> None:
             step=torch.zeros((), **like),
             eta=torch.full((), lr, **like),
             mu=torch.ones((), **like),
-            ax=torch.zeros_like(param, memory_format=torch.preserve_format),
+            ax=_alias(param)
+            if lazy and _may_be_lazy(param, group)
+            else torch.zeros_like(param, memory_format=torch.preserve_format),
         )
+
+
+def own(slots: Iterable[Slot]) -> None:
+    """Give averages memory of their own.
+
+    Parameters
+    ----------
+    slots : iterable of Slot
+        Those whose average may be lazy.
+
+    Raises
+    ------
+    RuntimeError
+        The memory runs out. Nothing is changed.
+    """
+    lazy = [slot for slot in slots if _is_alias(slot.state.get("ax"), slot.param) or slot.is_lazy]
+    with torch.inference_mode(False):
+        averages = [slot.state["ax"].clone() for slot in lazy]
+    for slot, average in zip(lazy, averages, strict=True):
+        slot.state["ax"] = average
+
+
+def release(state: State, groups: list[Group]) -> None:
+    """Give up the memory of averages that are the params, and stay so in the next step.
+
+    Parameters
+    ----------
+    state : dict of Tensor to dict
+        The optimizer's.
+    groups : list of dict
+        The optimizer's param_groups.
+    """
+    for group in groups:
+        for param in group["params"]:
+            entry = state.get(param)
+            if (
+                entry
+                and _may_be_lazy(param, group)
+                and _is_packable(param, entry, group)
+                and float(entry["mu"]) == 1
+                and type(entry["ax"]) is Tensor
+                and entry["ax"].dtype == param.dtype
+                and torch.equal(entry["ax"], param)
+            ):
+                entry["ax"] = _alias(param)
+
+
+def separated(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a checkpoint whose averages are copies where they were the params' own memory.
+
+    A hook after torch has made the checkpoint.
+    """
+    lazy = {
+        id(entry)
+        for param, entry in optimizer.state.items()
+        if isinstance(param, Tensor) and _is_alias(entry.get("ax"), param)
+    }
+    state = {
+        key: {**entry, "ax": entry["ax"].clone()} if id(entry) in lazy else entry
+        for key, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
 
 
 def find(state: State, groups: list[Group], before: Slots | None = None) -> Slots:
@@ -85,15 +163,19 @@ def find(state: State, groups: list[Group], before: Slots | None = None) -> Slot
     Slots
     """
     known = {}
+    lazy = set()
     if before is not None:
-        slots = (slot for slot in chain(*before.groups) if slot is not None)
+        slots = [slot for slot in chain(*before.groups) if slot is not None]
         known = {(id(slot.param), id(slot.state)): slot for slot in slots if slot.is_whole()}
+        lazy = {id(slot.average) for slot in slots if slot.is_lazy}
     owners = Counter(id(state.get(param)) for group in groups for param in set(group["params"]))
     loose: dict[torch.dtype, list[tuple[Tensor, Entry]]] = {}
     for group in groups:
         for param in group["params"]:
             entry = state.get(param)
             if entry and (id(param), id(entry)) not in known:
+                if id(entry.get("ax")) in lazy and not _is_alias(entry["ax"], param):
+                    entry["ax"] = entry["ax"].clone()  # of a param that the state was taken from
                 if owners[id(entry)] == 1 and _is_packable(param, entry, group):
                     loose.setdefault(_dtype_for(entry), []).append((param, entry))
                 else:
@@ -106,7 +188,9 @@ def find(state: State, groups: list[Group], before: Slots | None = None) -> Slot
         [known.get((id(param), id(state.get(param)))) for param in group["params"]]
         for group in groups
     ]
-    return Slots(state, found, Tensor, torch.nn.Parameter, _eta_after, _version_of, _refer)
+    return Slots(
+        state, found, Tensor, torch.nn.Parameter, _eta_after, _version_of, _refer, _alias
+    )
 
 
 def copied(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -159,14 +243,21 @@ class _Kept:
 def _is_packable(param: Tensor, entry: Entry, group: Group) -> bool:
     """Whether an engine may advance the scalars: those of an ordinary tensor in CPU memory."""
     return (
-        type(param) in (Tensor, torch.nn.Parameter)
-        and param.device.type == "cpu"
-        and not (param.is_neg() or param.is_conj())
-        and not (group["differentiable"] or group["capturable"])
+        _is_of_engine(param, group)
         and type(entry) is dict
         and entry.keys() >= {*SCALARS, "ax"}
         # Shared with other processes, where the views are tensors of their own.
         and not any(isinstance(x, Tensor) and x.is_shared() for x in map(entry.get, SCALARS))
+    )
+
+
+def _is_of_engine(param: Tensor, group: Group) -> bool:
+    """Whether the param is an ordinary tensor in CPU memory, not left to torch by its group."""
+    return (
+        type(param) in (Tensor, torch.nn.Parameter)
+        and param.device.type == "cpu"
+        and not (param.is_neg() or param.is_conj())
+        and not (group["differentiable"] or group["capturable"])
     )
 
 
@@ -185,7 +276,35 @@ def _packed(pairs: list[tuple[Tensor, Entry]], dtype: torch.dtype) -> Iterator[S
         others = {name: value for name, value in entry.items() if name not in packed}
         entry.clear()
         entry.update(packed, **others)
-        yield Slot(param, entry, block, place)
+        yield Slot(param, entry, block, place, _is_alias(entry["ax"], param))
+
+
+def _may_be_lazy(param: Tensor, group: Group) -> bool:
+    """Whether an engine takes the param as it is, at least with the gradients that most have."""
+    return (
+        _is_of_engine(param, group)
+        and (param.is_floating_point() or param.is_complex())
+        and not param.is_shared()  # with processes that would not see where the average moves
+        and torch.empty_like(param, device="meta").stride() == param.stride()
+    )
+
+
+def _is_alias(ax: Any, param: Tensor) -> bool:
+    """Whether an average is the memory of its param."""
+    return (
+        type(ax) is Tensor
+        and ax.device.type == param.device.type == "cpu"
+        and ax.layout == param.layout == torch.strided
+        and ax.numel() != 0
+        and same_kind(ax, param)
+        and ax.data_ptr() == param.data_ptr()
+    )
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Return another tensor of the same memory."""
+    with torch.inference_mode(False):
+        return tensor.detach()
 
 
 def _version_of(tensor: Tensor) -> Tensor:

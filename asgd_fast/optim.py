@@ -6,7 +6,7 @@ nor how the pass over the memory is made; what no engine takes goes to torch's o
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -23,6 +23,8 @@ from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch.optim.optimizer import ParamsT
 
 __all__ = ["ASGD"]
 
@@ -68,6 +70,11 @@ class ASGD(torch.optim.ASGD):
         Ascend instead.
     differentiable, capturable : bool, default=False
         As in torch, by torch's own implementation.
+    lazy_average : bool, default=True
+        Until averaging begins, an average equals its param: ``state[p]["ax"]`` is then the param's
+        own memory, which costs none and is not written to. The first step that averages gives it
+        memory of its own. False gives it that from the first step on, as torch does. Not kept in
+        checkpoints, which hold copies either way.
 
     Attributes
     ----------
@@ -125,6 +132,38 @@ class ASGD(torch.optim.ASGD):
 
     _slots: Slots | None = None
 
+    # Whether averages with memory of their own came from elsewhere, which lazy ones can give up.
+    _may_release = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lambd: float = 1e-4,
+        alpha: float = 0.75,
+        t0: float = 1e6,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        *,
+        lazy_average: bool = True,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            lambd,
+            alpha,
+            t0,
+            weight_decay,
+            foreach,
+            maximize,
+            differentiable,
+            capturable,
+        )
+        self.lazy_average = lazy_average
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of params, as in torch.
 
@@ -166,12 +205,34 @@ class ASGD(torch.optim.ASGD):
             return _step_uncompiled(self, closure)
         return self._step(closure)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or another process needs."""
+        return {**super().__getstate__(), "lazy_average": self.lazy_average}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of a checkpoint, a copy or another process."""
         _state.put_back(state.get("state", {}))
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._may_release = self.lazy_average
         with torch.inference_mode(False):
             self._slots = _state.find(self.state, self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a checkpoint, as torch does: its tensors are those of the state.
+
+        Averages that have no memory of their own are copied.
+
+        Returns
+        -------
+        dict
+            For ``load_state_dict`` of this class and of ``torch.optim.ASGD``.
+        """
+        # Before the user's own hooks.
+        hook = self.register_state_dict_post_hook(_state.separated, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where another optimizer stood, of this class or ``torch.optim.ASGD``.
@@ -234,6 +295,9 @@ class ASGD(torch.optim.ASGD):
             # Before the memory changes: nothing fails from here on.
             _increment_versions(slots.written)
             _core.update(table, n_threads)
+        if self._may_release:
+            _state.release(self.state, self.param_groups)
+            self._may_release = False
 
     def _gather(self, table: Table, unscale: float) -> tuple[Slots, list[_Left]]:
         """Put into the table what an engine can take as it is; return the rest."""
@@ -254,8 +318,10 @@ class ASGD(torch.optim.ASGD):
     def _read_slots(self) -> Slots:
         """Find the state of each param, new where there was none."""
         with torch.inference_mode(False):  # which the state is to outlive
-            _state.create(self.state, self.param_groups)
-            self._slots = _state.find(self.state, self.param_groups, self._slots)
+            _state.create(self.state, self.param_groups, lazy=self.lazy_average)
+            slots = _state.find(self.state, self.param_groups, self._slots)
+            _state.own(slot for slot in chain(*slots.groups) if slot is not None and _begins(slot))
+            self._slots = _state.find(self.state, self.param_groups, slots)
         return self._slots
 
     def _active(self, slots: Slots) -> list[_Left]:
@@ -320,6 +386,11 @@ def _is_watched() -> bool:
     )
 
 
+def _begins(slot: Slot) -> bool:
+    """Whether the next step is the first that averages."""
+    return slot.is_lazy and float(slot.state["mu"]) != 1
+
+
 def _inverse(grad_scale: Any) -> float:
     """Return the factor that ``GradScaler.unscale_`` multiplies by: a float32."""
     if grad_scale is None:
@@ -366,7 +437,8 @@ def _converted_grad(slot: Slot) -> Tensor | None:
         or like.stride() != param.stride()
     ):
         return None
-    if ax.dtype == param.dtype and ax.shape == param.shape and ax.stride() != param.stride():
+    stays = slot.is_lazy or ax.dtype != param.dtype or ax.shape != param.shape
+    if not stays and ax.stride() != param.stride():
         if ax.untyped_storage().nbytes() != ax.numel() * ax.itemsize:
             return None  # it is part of something larger
         ax.data = torch.empty_like(param).copy_(ax)
@@ -375,6 +447,7 @@ def _converted_grad(slot: Slot) -> Tensor | None:
 
 def _step_by_torch(left: list[_Left], unscale: float) -> None:
     """Update params by torch's own function."""
+    _state.own(slot for _, slot in left)
     for _, slot in left:
         shape = tuple(slot.param.shape)
         missing = {"step", "eta", "mu", "ax"} - slot.state.keys()

@@ -25,7 +25,12 @@ ERRORS = INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32)
 
 def test_it_is_a_torch_asgd_with_its_signature():
     assert issubclass(ASGD, torch.optim.ASGD)
-    assert inspect.signature(ASGD) == inspect.signature(torch.optim.ASGD)
+    ours, theirs = inspect.signature(ASGD), inspect.signature(torch.optim.ASGD)
+    assert list(ours.parameters) == [*theirs.parameters, "lazy_average"]
+    assert ours.parameters["lazy_average"].kind is inspect.Parameter.KEYWORD_ONLY
+    for name, parameter in theirs.parameters.items():
+        assert ours.parameters[name].default == parameter.default
+        assert ours.parameters[name].kind == parameter.kind
     params = parameters((3,))
     assert ASGD(params).defaults == torch.optim.ASGD(params).defaults
     assert repr(ASGD(params)) == repr(torch.optim.ASGD(params))

@@ -352,7 +352,7 @@ def test_an_average_of_another_shape_is_refused_before_anything_is_written():
 
 def test_state_moved_to_shared_memory_is_followed():
     """As asynchronous training over processes does before the first real step."""
-    twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
+    twins = Twins(parameters((3,), (4, 2)), lazy_average=False, **OPTIONS)
     twins.run(2)
     for entry in twins.ours.state.values():
         for value in entry.values():

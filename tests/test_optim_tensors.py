@@ -141,7 +141,7 @@ def test_a_param_that_repeats_its_memory_is_refused_as_by_torch():
 
 
 def test_the_layout_may_change_between_steps(by_torch):
-    twins = Twins([nn.Parameter(torch.randn(2, 3, 4, 5))], **OPTIONS)
+    twins = Twins([nn.Parameter(torch.randn(2, 3, 4, 5))], lazy_average=False, **OPTIONS)
     twins.run(4)
     for own in (twins.params, twins.theirs_params):
         own[0].data = own[0].data.to(memory_format=torch.channels_last)

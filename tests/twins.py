@@ -15,11 +15,11 @@ NAMES = ("step", "eta", "mu", "ax")
 class Twins:
     """Our optimizer and torch's, over copies of the same params."""
 
-    def __init__(self, params, groups=None, **options):
+    def __init__(self, params, groups=None, lazy_average=True, **options):
         self.params = list(params)
         self.theirs_params = [twin(p) for p in self.params]
         pick = groups or (lambda own: own)
-        self.ours = ASGD(pick(self.params), **options)
+        self.ours = ASGD(pick(self.params), lazy_average=lazy_average, **options)
         self.theirs = torch.optim.ASGD(pick(self.theirs_params), **{"foreach": False, **options})
 
     def set_grads(self, grads):
