@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -111,7 +112,11 @@ extensions = [
         f"asgd_fast.{name}",
         [f"asgd_fast/{name}.pyx"],
         depends=["asgd_fast/_loops.pxi", "asgd_fast/_simd.h"] if name.startswith("_loops") else [],
-        define_macros=[("CYTHON_TRACE_NOGIL", "1")] if TRACE else [],
+        include_dirs=[numpy.get_include()],
+        define_macros=[
+            ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+            *([("CYTHON_TRACE_NOGIL", "1")] if TRACE else []),
+        ],
     )
     for name in names
 ]

@@ -7,7 +7,6 @@ and creates or converts nothing: what cannot go to an engine as it is, it hands 
 from cpython.dict cimport PyDict_Next
 from cpython.exc cimport PyErr_Clear
 from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
-from cpython.weakref cimport PyWeakref_NewRef
 from libc.math cimport INFINITY, NAN, isfinite
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
@@ -15,10 +14,14 @@ from libc.string cimport memset
 from asgd_fast._dlpack cimport (
     Borrowed,
     DLPackExchangeAPI,
+    Known,
     borrow,
     exchange_api_of,
+    forget,
     give_back,
+    is_known,
     kDLComplex,
+    know,
 )
 from asgd_fast._schedule cimport Scalars, scalars_after
 from asgd_fast._table cimport AX, GRAD, PARAM, Row, Table
@@ -29,17 +32,6 @@ from asgd_fast.schedule import check_scalar
 
 cdef extern from *:
     """
-    #if PY_VERSION_HEX >= 0x030D0000
-    static int asgd_fast_refers_to(PyObject *reference, PyObject *object) {
-        PyObject *found = NULL;
-        int result = PyWeakref_GetRef(reference, &found);
-        Py_XDECREF(found);
-        return result < 0 ? -1 : found == object;
-    }
-    #else
-    #define asgd_fast_refers_to(reference, object) (PyWeakref_GetObject(reference) == (object))
-    #endif
-
     #if PY_VERSION_HEX < 0x030C0000  /* dictionaries then counted their changes, all together */
     #define asgd_fast_version_of(dict) (((PyDictObject *)(dict))->ma_version_tag)
     #else
@@ -47,7 +39,6 @@ cdef extern from *:
     #endif
     """
     uint64_t _version_of_dict "asgd_fast_version_of"(PyObject *dictionary) noexcept
-    int _refers_to "asgd_fast_refers_to"(object weak_reference, object other) except -1
 
 
 cdef class Slot:
@@ -78,10 +69,7 @@ cdef class Slot:
     cdef const void *_address   # of the param whose version that is
     cdef uint64_t _state_version  # when the state last was whole; 0 where Python does not tell
     cdef bint _is_detached      # a scalar is no longer a view of its place
-    cdef PyObject *_last_grad   # only compared, as it may be gone
-    cdef object _known_grad     # a weak reference to a grad without a pending negation, or None
-    cdef const void *_known_address  # of its memory
-    cdef bint _keeps_grad       # no grad that lasted for two steps has been replaced yet
+    cdef Known _known_grad
 
     def __cinit__(self, param, state, block=None, Py_ssize_t place=0, bint is_lazy=False):
         self.param = param
@@ -89,9 +77,11 @@ cdef class Slot:
         self.is_lazy = is_lazy
         self._block = block
         self._place = place
-        self._keeps_grad = True
         if block is not None:
             self._hold()
+
+    def __dealloc__(self):
+        forget(&self._known_grad)
 
     cdef int _hold(self) except -1:
         """Take note of the tensors that the state holds."""
@@ -135,28 +125,11 @@ cdef class Slot:
         self._state_version = version
         return True
 
-    cdef int _is_known(self, grad, const void *address) except -1:
-        """Whether a grad was found to have no pending negation before."""
-        if self._known_grad is None:
-            return False
-        if _refers_to(self._known_grad, grad) and self._known_address == address:
-            return True
-        self._known_grad = None
-        self._keeps_grad = False
-        return False
-
-    cdef int _know(self, grad, const void *address) except -1:
-        """Remember that a grad has no pending negation, if it is likely to come again."""
-        if self._keeps_grad and self._last_grad == <PyObject *>grad:
-            self._known_grad = PyWeakref_NewRef(grad, None)
-            self._known_address = address
-        self._last_grad = <PyObject *>grad
-        return 0
 
 
-# How many params' scalars each step asks in turn, which takes 0.1 us for each.
+# How many params' scalars each step asks in turn; 4 take half a microsecond.
 cdef enum:
-    ASKED_IN_TURN = 1
+    ASKED_IN_TURN = 4
 
 # What the rows of one group have in common, and what is known from the row before.
 cdef struct Common:
@@ -441,6 +414,7 @@ cdef class Slots:
 
     cdef bint _export(self, tensor, bint writing, Borrowed *borrowed) except -1:
         """Borrow a tensor, which may require grad; False if it has no memory to lend."""
+        cdef Known known
         if self._api != NULL:
             borrowed.versioned = NULL
             borrowed.legacy = NULL
@@ -449,7 +423,9 @@ cdef class Slots:
                 return False
         else:
             try:
-                borrow(tensor.detach(), writing, borrowed)
+                memset(&known, 0, sizeof(known))
+                borrow(tensor.detach(), writing, borrowed, &known)
+                forget(&known)
             except (BufferError, TypeError, ValueError):
                 return False
         return True
@@ -459,10 +435,10 @@ cdef class Slots:
 
         Torch takes 70 ns to tell, so a tensor is asked once, until it has other memory.
         """
-        if not slot._is_known(grad, row.grad):
+        if not is_known(&slot._known_grad, grad, row.grad):
             if self._is_neg(grad):
                 return True
-            slot._know(grad, row.grad)
+            know(&slot._known_grad, grad, row.grad)
         return (row.param != slot._address or slot._version is None) and (
             self._is_neg(slot.param) or self._is_neg(slot._ax))
 

@@ -3,7 +3,7 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uintptr_t
 
-from asgd_fast._dlpack cimport Borrowed, DLDataType
+from asgd_fast._dlpack cimport Borrowed, DLDataType, Known
 from asgd_fast._schedule cimport Scalars
 
 cdef enum:  # the roles of the three arrays of a row
@@ -58,8 +58,9 @@ cdef class Table:
     cdef Py_ssize_t _n_lent_before  # the row that is being made
     cdef Memory *_checked           # of the rows that were last found free of overlap
     cdef Py_ssize_t _n_checked
+    cdef Known *_known              # three for each row, kept over the steps
     cdef Span *_spans               # room for those of all rows, twice
-    cdef tuple _names
+    cdef public tuple names
     cdef PyObject **_owners         # what keeps the arrays alive for as long as they are borrowed
     cdef Py_ssize_t _n_owners
     cdef Py_ssize_t _owner_capacity

@@ -8,12 +8,15 @@ from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, realloc
+from libc.string cimport memset
 
 from asgd_fast._dlpack cimport (
     Borrowed,
     DLDataType,
     DLTensor,
+    Known,
     borrow,
+    forget,
     give_back,
     is_array as _is_array,
     kDLBfloat,
@@ -57,12 +60,13 @@ cdef class Table:
 
     Rows are added, then checked against each other by `check_overlap`; only then may an engine
     write. The arrays stay borrowed until `clear` or the table's end; a table that has raised has
-    given them back and is empty.
+    given them back and is empty. A table that is used again remembers what it found of the same
+    arrays.
 
     Parameters
     ----------
     names : tuple of str
-        What messages call the i-th param, grad and average, as format strings of i:
+        An attribute too. What messages call the i-th param, grad and average, as format strings of i:
         ``("params[{}]", "grads[{}]", "axs[{}]")``.
     """
 
@@ -75,15 +79,20 @@ cdef class Table:
         self._n_lent = 0
         self._checked = NULL
         self._n_checked = 0
+        self._known = NULL
         self._spans = NULL
-        self._names = names
+        self.names = names
         self._owners = NULL
         self._n_owners = 0
         self._owner_capacity = 0
 
     def __dealloc__(self):
+        cdef Py_ssize_t i
         self.clear()
         free(self._owners)
+        for i in range(3 * self._capacity):
+            forget(&self._known[i])
+        free(self._known)
         free(self._spans)
         free(self._checked)
         free(self._lent)
@@ -91,6 +100,10 @@ cdef class Table:
 
     def __len__(self):
         return self.n_rows
+
+    def __reduce__(self):
+        # What a table holds is only of use here and now.
+        return Table, (self.names,)
 
     def clear(self):
         """Give every array back, and keep the memory of the rows for the next step."""
@@ -280,6 +293,11 @@ cdef class Table:
         if checked == NULL:
             raise MemoryError
         self._checked = <Memory *>checked
+        cdef void *known = realloc(self._known, 3 * needed * sizeof(Known))
+        if known == NULL:
+            raise MemoryError
+        self._known = <Known *>known
+        memset(&self._known[3 * self._capacity], 0, 3 * (needed - self._capacity) * sizeof(Known))
         cdef void *spans = realloc(self._spans, 6 * needed * sizeof(Span))
         if spans == NULL:
             raise MemoryError
@@ -368,13 +386,12 @@ cdef class Table:
     cdef int _take(self, int role, object array) except -1:
         """Borrow one array of the row, and check it alone and against the row's param."""
         try:
-            borrow(array, role != GRAD, &self.arrays[role])
+            borrow(array, role != GRAD, &self.arrays[role], &self._known[3 * self.n_rows + role])
             fault = self.settle(role)
             if fault is not None:
                 raise ValueError(fault)
         except (TypeError, ValueError, BufferError) as error:
-            kind = next(k for k in (BufferError, TypeError, ValueError) if isinstance(error, k))
-            raise kind(f"{self._name(role, self.n_rows)}: {error}") from error.__cause__
+            raise _named(self._name(role, self.n_rows), error) from error.__cause__
         return 0
 
     cdef str _fault(self, int role):
@@ -415,7 +432,13 @@ cdef class Table:
         return f"{what} {got} does not match {name} of {what} {wanted}"
 
     cdef str _name(self, int role, Py_ssize_t row):
-        return self._names[role].format(self.rows[row].index)
+        return self.names[role].format(self.rows[row].index)
+
+
+def _named(str name, error):
+    """An error of the same kind that says which array it is about."""
+    kind = next(k for k in (BufferError, TypeError, ValueError) if isinstance(error, k))
+    return kind(f"{name}: {error}")
 
 
 cdef int _bytes_of_reals(DLDataType dtype) noexcept:

@@ -15,7 +15,7 @@ import numpy as np
 
 from asgd_fast._table import Table
 from asgd_fast.schedule import check_scalar
-from asgd_fast.update import as_arrays, copy, template, update
+from asgd_fast.update import as_arrays, copy, lent, template, update
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,6 +26,9 @@ __all__ = ["ArrayASGD", "asgd_"]
 
 # Any object that speaks DLPack. Whether it does is checked when its memory is asked for.
 Array: TypeAlias = Any
+
+# Between the calls of `asgd_` they wait here.
+_spare_tables: list[Table] = []
 
 # The hyperparameters of a group, with the least value that each may have.
 _LEAST = {"lr": 0.0, "lambd": 0.0, "alpha": 0.0, "t0": -math.inf, "weight_decay": 0.0}
@@ -111,19 +114,20 @@ def asgd_(
     array([0.375, 0.25 , 0.125])
     """
     scale = 1.0 if grad_scale is None else check_scalar("grad_scale", grad_scale)
-    table = Table((template("params", params), template("grads", grads), template("axs", axs)))
+    names = template("params", params), template("grads", grads), template("axs", axs)
     param_list = as_arrays("params", params)
-    table.extend(
-        param_list,
-        _one_for_each("grads", grads, len(param_list)),
-        None if axs is None else _one_for_each("axs", axs, len(param_list)),
-        eta=check_scalar("eta", eta),
-        mu=check_scalar("mu", mu, high=1.0),
-        lambd=check_scalar("lambd", lambd),
-        weight_decay=check_scalar("weight_decay", weight_decay),
-        grad_scale=-scale if maximize else scale,
-    )
-    update(table)
+    with lent(_spare_tables, names) as table:
+        table.extend(
+            param_list,
+            _one_for_each("grads", grads, len(param_list)),
+            None if axs is None else _one_for_each("axs", axs, len(param_list)),
+            eta=check_scalar("eta", eta),
+            mu=check_scalar("mu", mu, high=1.0),
+            lambd=check_scalar("lambd", lambd),
+            weight_decay=check_scalar("weight_decay", weight_decay),
+            grad_scale=-scale if maximize else scale,
+        )
+        update(table)
 
 
 class ArrayASGD:
@@ -212,6 +216,7 @@ class ArrayASGD:
         # One entry for each param, in the order of the groups. The columns are step, eta and mu.
         self._averages: list[Array] = []
         self._scalars = np.zeros((0, 3))
+        self._spare_tables: list[Table] = []
 
         groups = as_arrays("params", params)
         if not groups:
@@ -291,7 +296,7 @@ class ArrayASGD:
             Params were put into a group, or taken out, by hand. Nothing is changed.
         """
         grad_list = _one_for_each("grads", grads, len(self._averages))
-        table = Table(("params[{}]", template("grads", grads), "averages[{}]"))
+        names = "params[{}]", template("grads", grads), "averages[{}]"
         # Taken down before any library is asked for memory, which may run anything.
         groups = [list(group["params"]) for group in self.param_groups]
         hyperparameters = self._hyperparameters()
@@ -302,22 +307,23 @@ class ArrayASGD:
                 f"{len(self._averages)}; add params with add_param_group"
             )
         parts = map(slice, stops, stops[1:])
-        for params, own, part in zip(groups, hyperparameters, parts, strict=True):
-            table.extend(
-                params,
-                grad_list[part],
-                self._averages[part],
-                scalars=self._scalars[part],
-                lr=own["lr"],
-                lambd=own["lambd"],
-                alpha=own["alpha"],
-                t0=own["t0"],
-                weight_decay=own["weight_decay"],
-                grad_scale=-1.0 if own["maximize"] else 1.0,
-                first=part.start,
-                partial=True,
-            )
-        update(table)
+        with lent(self._spare_tables, names) as table:
+            for params, own, part in zip(groups, hyperparameters, parts, strict=True):
+                table.extend(
+                    params,
+                    grad_list[part],
+                    self._averages[part],
+                    scalars=self._scalars[part],
+                    lr=own["lr"],
+                    lambd=own["lambd"],
+                    alpha=own["alpha"],
+                    t0=own["t0"],
+                    weight_decay=own["weight_decay"],
+                    grad_scale=-1.0 if own["maximize"] else 1.0,
+                    first=part.start,
+                    partial=True,
+                )
+            update(table)
 
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """Return a snapshot of everything but the params: a flat dict of NumPy arrays.

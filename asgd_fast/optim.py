@@ -289,12 +289,12 @@ class ASGD(torch.optim.ASGD):
                 loss = closure()
         given = self.__dict__  # by a scaler, and taken away after the step
         if given.get("found_inf") is None or not given["found_inf"]:
+            scale = given.get("grad_scale")
             try:
                 table = _spare_tables.pop()
             except IndexError:
                 table = Table(("params[{}]", "grads[{}]", "averages[{}]"))
             try:
-                scale = given.get("grad_scale")
                 self._update(table, 1.0 if scale is None else _inverse(scale))
             finally:
                 table.clear()

@@ -6,13 +6,17 @@ schedules or how the pass is made.
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from asgd_fast import _core
 from asgd_fast._table import Table, is_array
 from asgd_fast.threads import threads_for
 
-__all__ = ["as_arrays", "copy", "template", "update"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["as_arrays", "copy", "lent", "template", "update"]
 
 
 def as_arrays(name: str, arrays: Any) -> list[Any]:
@@ -50,6 +54,29 @@ def as_arrays(name: str, arrays: Any) -> list[Any]:
 def template(name: str, arrays: Any) -> str:
     """Return what messages call the i-th array of an argument, as a format string of i."""
     return name if is_array(arrays) else f"{name}[{{}}]"
+
+
+@contextmanager
+def lent(spare: list[Table], names: tuple[str, str, str]) -> Iterator[Table]:
+    """Lend an empty table, which remembers the arrays that it held last.
+
+    Parameters
+    ----------
+    spare : list of Table
+        Those that nobody uses at the moment; a new one is made when there is none.
+    names : tuple of str
+        As for `Table`.
+    """
+    try:
+        table = spare.pop()
+    except IndexError:
+        table = Table(names)
+    table.names = names
+    try:
+        yield table
+    finally:
+        table.clear()
+        spare.append(table)
 
 
 def update(table: Table) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,8 +30,10 @@ def test_the_facts_are_those_of_this_process():
     facts = asgd_fast.show_config("dicts")
     assert facts["cpu"]["simd"] == _core.simd_level()
     assert facts["cpu"]["simd available"][-1] == "baseline"
-    assert facts["arrays"]["numpy"] == f"{np.__version__}, through its versioned capsule 1.0"
+    assert facts["arrays"]["numpy"] == f"{np.__version__}, through its C interface"
     assert facts["arrays"]["torch"] == f"{version('torch')}, through its exchange API 1.3"
+    assert facts["cpu"]["threads"] == asgd_fast.get_num_threads()
+    assert "omp" in Path(facts["cpu"]["openmp"]).name
     assert facts["build"]["compiler"].startswith(("gcc ", "clang ", "msvc "))
 
 
