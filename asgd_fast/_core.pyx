@@ -79,17 +79,9 @@ cdef extern from *:
     #else
       #define asgd_fast_fence() ((void)0)
     #endif
-
-    #if defined(__GLIBC__)
-      #include <unistd.h>
-      #define asgd_fast_cache() sysconf(_SC_LEVEL3_CACHE_SIZE)
-    #else
-      #define asgd_fast_cache() 0
-    #endif
     """
     int64_t _add "asgd_fast_add"(int64_t *counter, int64_t n) noexcept nogil
     void _fence "asgd_fast_fence"() noexcept nogil
-    int64_t _cache_size "asgd_fast_cache"() noexcept
 
 BUILD = {
     "compiler": _compiler.decode(),
@@ -112,8 +104,20 @@ cdef Fork _fork = NULL
 cdef Loops *_loops = NULL
 cdef str _level = ""
 
-# Where the system does not tell the size of the last cache, 32 MiB is likely less than it.
-cdef int64_t _streams_above = _cache_size() if _cache_size() > 0 else 1 << 25
+
+
+def _last_cache():
+    """The size of the last cache in bytes; 32 MiB where the system does not tell."""
+    # Not by sysconf, which on some virtual machines tells the sum of many.
+    try:
+        with open("/sys/devices/system/cpu/cpu0/cache/index3/size", encoding="ascii") as file:
+            return int(file.read().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 1 << 25
+
+
+# Above it, streaming is faster; below, two threads lose a quarter by it (docs/performance.md).
+cdef int64_t _streams_above = _last_cache()
 
 
 def simd_levels():

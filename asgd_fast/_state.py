@@ -127,9 +127,7 @@ def release(state: State, groups: list[Group]) -> None:
                 entry["ax"] = _alias(param)
 
 
-def separated(
-    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
-) -> dict[str, Any]:
+def separated(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint whose averages are copies where they were the params' own memory.
 
     A hook after torch has made the checkpoint.
@@ -188,9 +186,7 @@ def find(state: State, groups: list[Group], before: Slots | None = None) -> Slot
         [known.get((id(param), id(state.get(param)))) for param in group["params"]]
         for group in groups
     ]
-    return Slots(
-        state, found, Tensor, torch.nn.Parameter, _eta_after, _version_of, _refer, _alias
-    )
+    return Slots(state, found, Tensor, torch.nn.Parameter, _eta_after, _version_of, _refer, _alias)
 
 
 def copied(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -33,10 +33,10 @@ SYSTEM_RUNTIMES = ("libgomp.so.1", "libomp.so.5", "libomp.dylib")
 # By which users tell a runtime how its threads wait for work.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
-# A thread more for so many bytes of params; with fewer it takes longer to start than to do the work
-# (measured: docs/performance.md). Beside torch the threads are awake, as it used them a moment ago.
-BYTES_PER_THREAD = 1 << 21
-BYTES_PER_THREAD_AWAKE = 1 << 17
+# A thread more for so many bytes of params. Where threads are awake, as beside large operations of
+# torch, an eighth of it would gain already; where they must be woken, this much is needed
+# (docs/performance.md).
+BYTES_PER_THREAD = 1 << 20
 
 # What set_num_threads was told, and the runtime's own number at that time.
 _told: tuple[int, int] | None = None
@@ -102,9 +102,7 @@ def threads_for(table: Table) -> int:
     -------
     int
     """
-    most = table.work // BYTES_PER_THREAD_AWAKE
-    if most > 1 and _torch() is None:
-        most = table.work // BYTES_PER_THREAD
+    most = table.work // BYTES_PER_THREAD
     return min(most, get_num_threads()) if most > 1 else 1
 
 

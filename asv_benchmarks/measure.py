@@ -1,0 +1,104 @@
+"""Timing in turn, so that whatever else the machine does falls on all contenders alike."""
+
+from __future__ import annotations
+
+import gc
+from statistics import median
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Times", "from_memory", "in_turn", "ratio", "typical"]
+
+# The nanoseconds of one call in each round, for each contender.
+Times: TypeAlias = "dict[str, list[float]]"
+
+# So many nanoseconds of calls make one time, so that the clock and what came before do not matter.
+ENOUGH = 1_000_000
+
+# Larger than the caches.
+SCRATCH = torch.zeros(1 << 25)
+
+
+def in_turn(contenders: dict[str, Callable[[], object]], rounds: int) -> Times:
+    """Time each contender once in each round: many calls of it, after one that is not timed.
+
+    Parameters
+    ----------
+    contenders : dict of str to callable
+    rounds : int
+
+    Returns
+    -------
+    dict of str to list of float
+        The nanoseconds of one call, for each round.
+    """
+    calls = {}
+    for name, call in contenders.items():
+        quickest = min(_time_of(call, 1) for _ in range(4))
+        calls[name] = max(1, ENOUGH // max(1, quickest))
+
+    def measure(name: str) -> float:
+        contenders[name]()
+        return _time_of(contenders[name], calls[name]) / calls[name]
+
+    return _rounds(list(contenders), measure, rounds)
+
+
+def from_memory(contenders: dict[str, Callable[[], object]], rounds: int) -> Times:
+    """Time each contender once in each round: a single call, when the caches hold something else.
+
+    That is how an optimizer finds its arrays after a backward pass. The threads are awake.
+
+    Parameters
+    ----------
+    contenders : dict of str to callable
+    rounds : int
+
+    Returns
+    -------
+    dict of str to list of float
+        The nanoseconds of the call, for each round.
+    """
+    for call in contenders.values():
+        call()
+
+    def measure(name: str) -> float:
+        SCRATCH.add_(1)
+        return _time_of(contenders[name], 1)
+
+    return _rounds(list(contenders), measure, rounds)
+
+
+def _rounds(names: list[str], measure: Callable[[str], float], rounds: int) -> Times:
+    times: Times = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name in names:
+                times[name].append(measure(name))
+    finally:
+        gc.enable()
+    return times
+
+
+def _time_of(call: Callable[[], object], n: int) -> int:
+    start = perf_counter_ns()
+    for _ in range(n):
+        call()
+    return perf_counter_ns() - start
+
+
+def typical(times: Times, name: str) -> float:
+    """Return the median time of a contender in nanoseconds."""
+    return median(times[name])
+
+
+def ratio(times: Times, name: str, other: str) -> float:
+    """Return how many times as long as `other` a contender takes, the median over the rounds."""
+    return median(a / b for a, b in zip(times[name], times[other], strict=True))

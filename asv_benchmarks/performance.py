@@ -1,0 +1,464 @@
+"""Measure steps of asgd_fast beside torch's and beside plain loops of the same traffic.
+
+    OMP_PROC_BIND=true python asv_benchmarks/performance.py [section ...] [--threads 2] [--save docs]
+
+Bound threads stay apart; else some virtual machines let two of them share a processor. Sections: large,
+halves, small, arrays, scaling, streaming, threads; all by default. In each, the contenders are
+timed in turn in one process, every round each of them once, and the medians over the rounds are
+printed, as a table in Markdown; ratios are the medians of those of each round. Optimizers
+are timed whole: hooks, gradients gathered, params, averages and their scalars updated, versions
+counted. `--save` writes the figures as performance.json and a plot as performance.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from measure import Times, from_memory, in_turn, ratio, typical
+from plain import FLAGS, PlainLoops
+
+import asgd_fast
+from asgd_fast import ASGD, _core, asgd_
+from asgd_fast._table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+OURS = "asgd_fast"
+PLAIN = "plain loop"
+
+# For each phase: the options that bring an optimizer into it, the bytes that it moves for each
+# float32 element, and the plain loop of that traffic where arrays fit the caches, and else.
+PHASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
+    "averaging": ({"t0": 0}, 20, "averaging", "averaging"),
+    "copy": ({"lazy_average": False}, 16, "copying", "streaming"),
+    "lazy": ({}, 12, "stepping", "stepping"),
+}
+
+# Past this many bytes in all three arrays the average is streamed.
+CACHE = _core.use_streaming(0)
+_core.use_streaming(CACHE)
+
+
+def params_of(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return params with gradients that stay."""
+    torch.manual_seed(0)
+    params: list[Tensor] = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in sizes]
+    for p in params:
+        p.grad = torch.randn(p.shape).to(dtype)
+    return params
+
+
+def stepped(optimizer: torch.optim.Optimizer, ax: Tensor | None = None) -> Callable[[], object]:
+    """Return the step of an optimizer, past its first ones; the average is kept in `ax`."""
+    for _ in range(3):
+        optimizer.step()
+    if ax is not None:
+        for entry in optimizer.state.values():
+            entry["ax"].data = ax
+    return optimizer.step
+
+
+def torchs(
+    params: list[Tensor], phase: str, ax: Tensor | None = None, **options: Any
+) -> Callable[[], object]:
+    """Return the step of torch's ASGD, which copies where ours is lazy."""
+    t0 = {"t0": 0} if phase == "averaging" else {}
+    return stepped(torch.optim.ASGD(params, **t0, **options), ax)
+
+
+def compiled(p: Tensor, ax: Tensor, phase: str) -> Callable[[], object]:
+    """Return the same update as torch.compile makes it of plain operations: one loop."""
+    eta, mu = torch.tensor(0.01), torch.tensor(0.1)
+    param, grad = p.detach(), p.grad
+
+    def averaging() -> None:
+        param.copy_(param * 0.9999 - eta * grad)
+        ax.copy_(ax + (param - ax) * mu)
+
+    def copying() -> None:
+        param.copy_(param * 0.9999 - eta * grad)
+        ax.copy_(param)
+
+    call: Callable[[], object] = torch.compile(averaging if phase == "averaging" else copying)
+    call()
+    return call
+
+
+def table(title: str, header: list[str], rows: list[list[object]]) -> None:
+    """Print a table in Markdown."""
+    print(f"\n### {title}\n")
+    print("| " + " | ".join(header) + " |")
+    print("| " + " | ".join("---" for _ in header) + " |")
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
+
+
+def row_of(times: Times, name: str, n: int, width: int) -> list[object]:
+    """Return a row: the name, milliseconds, GB/s, and how many times as long as ours it takes."""
+    nanoseconds = typical(times, name)
+    return [
+        name,
+        f"{nanoseconds / 1e6:.3f}",
+        f"{n * width / nanoseconds:.1f}",
+        f"{ratio(times, name, OURS):.2f}",
+    ]
+
+
+HEADER = ["", "ms", "GB/s, if it moved no more than ours", "times ours"]
+
+
+def large(plain: PlainLoops) -> dict[str, Any]:
+    """One float32 tensor, in each phase."""
+    results = {}
+    for n in (10**6, 10**7, 10**8):
+        for phase, (options, width, cached, streamed) in PHASES.items():
+            (p,) = params_of(n)
+            assert p.grad is not None
+            floor = streamed if 12 * n > CACHE else cached
+            # All on the same memory, as some of it is faster than other.
+            ax = torch.zeros(n)
+            contenders = {
+                OURS: stepped(ASGD([p], **options), None if phase == "lazy" else ax),
+                PLAIN: plain.loop(floor, p.detach(), p.grad, ax),
+                "torch.optim.ASGD": torchs([p], phase, ax),
+                "torch.optim.ASGD(foreach=True)": torchs([p], phase, ax, foreach=True),
+                "torch.compile of the update": compiled(p, ax, phase),
+            }
+            if phase == "lazy":
+                contenders["torch.optim.SGD(fused=True)"] = stepped(
+                    torch.optim.SGD([p], lr=0.01, fused=True)
+                )
+            times = from_memory(contenders, max(15, min(60, 4 * 10**8 // n)))
+            table(
+                f"{n:,} float32, {phase}, {width} bytes an element",
+                HEADER,
+                [row_of(times, name, n, width) for name in times],
+            )
+            results[f"{n} {phase}"] = times
+    return results
+
+
+def halves(plain: PlainLoops) -> dict[str, Any]:
+    """One tensor of 10 million elements of each half type, in each phase."""
+    results = {}
+    n = 10**7
+    for dtype in (torch.bfloat16, torch.float16):
+        for phase, (options, width, _, floor) in PHASES.items():
+            (p,) = params_of(n, dtype=dtype)
+            assert p.grad is not None
+            ax = torch.zeros_like(p).detach()
+            contenders = {
+                OURS: stepped(ASGD([p], **options), None if phase == "lazy" else ax),
+                PLAIN: plain.loop(floor, p.detach(), p.grad, ax),
+                "torch.optim.ASGD": torchs([p], phase, ax),
+                "torch.optim.ASGD(foreach=True)": torchs([p], phase, ax, foreach=True),
+            }
+            times = from_memory(contenders, 30)
+            table(
+                f"{n:,} {str(dtype).removeprefix('torch.')}, {phase}, {width // 2} bytes an element",
+                HEADER,
+                [row_of(times, name, n, width // 2) for name in times],
+            )
+            results[f"{dtype} {phase}"] = times
+    return results
+
+
+def resnet50() -> list[int]:
+    """Return the sizes of the 161 tensors of ResNet-50, in their order."""
+    sizes = [64 * 3 * 7 * 7, 64, 64]
+    width_in = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            sizes += [width * width_in, width, width]
+            sizes += [width * width * 9, width, width]
+            sizes += [4 * width * width, 4 * width, 4 * width]
+            if block == 0:
+                sizes += [4 * width * width_in, 4 * width, 4 * width]
+            width_in = 4 * width
+    return [*sizes, 1000 * 2048, 1000]
+
+
+def small(_: PlainLoops) -> dict[str, Any]:
+    """Many tensors, or few tiny ones: what a step costs apart from memory."""
+    results = {}
+    cases = {
+        "1,000 tensors of 64": [64] * 1000,
+        "161 tensors of ResNet-50": resnet50(),
+        "4 tensors of 64": [64] * 4,
+    }
+    for title, sizes in cases.items():
+        params = params_of(*sizes)
+        contenders = {
+            OURS: stepped(ASGD(params)),
+            "asgd_fast, averaging": stepped(ASGD(params, t0=0)),
+            "torch.optim.ASGD": torchs(params, "averaging"),
+            "torch.optim.ASGD(foreach=True)": torchs(params, "averaging", foreach=True),
+            "torch.optim.SGD(fused=True)": stepped(torch.optim.SGD(params, lr=1e-3, fused=True)),
+            "torch.optim.SGD(foreach=True)": stepped(
+                torch.optim.SGD(params, lr=1e-3, foreach=True)
+            ),
+        }
+        times = in_turn(contenders, 21)
+        table(
+            f"{title}, float32",
+            ["", "us a step", "ns a tensor", "times ours"],
+            [
+                [
+                    name,
+                    f"{typical(times, name) / 1e3:.1f}",
+                    f"{typical(times, name) / len(sizes):.0f}",
+                    f"{ratio(times, name, OURS):.2f}",
+                ]
+                for name in times
+            ],
+        )
+        results[title] = times
+    return results
+
+
+def arrays(_: PlainLoops) -> dict[str, Any]:
+    """The raw update of 1,000 arrays of 64, without torch's optimizer around it."""
+    sizes = [64] * 1000
+    params = [p.detach() for p in params_of(*sizes)]
+    grads, axs = ([torch.randn(64) for _ in sizes] for _ in range(2))
+    as_numpy = [[x.numpy() for x in arrays] for arrays in (params, grads, axs)]
+    times = in_turn(
+        {
+            "torch tensors": lambda: asgd_(params, grads, axs, eta=0.01, mu=0.1),
+            "torch tensors, no average": lambda: asgd_(params, grads, eta=0.01),
+            "NumPy arrays": lambda: asgd_(*as_numpy, eta=0.01, mu=0.1),
+            "NumPy arrays, no average": lambda: asgd_(*as_numpy[:2], eta=0.01),
+        },
+        21,
+    )
+    table(
+        "asgd_ of 1,000 x 64 float32",
+        ["", "ns a param"],
+        [[name, f"{typical(times, name) / len(sizes):.0f}"] for name in times],
+    )
+    return {"1,000 x 64": times}
+
+
+def scaling(plain: PlainLoops) -> dict[str, Any]:
+    """The time of an element over sizes, and one thread beside all."""
+    results = {}
+    rows: list[list[object]] = []
+    everyone = torch.get_num_threads()
+    for n in (10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8, 3 * 10**8):
+        (p,) = params_of(n)
+        assert p.grad is not None
+        ax = torch.zeros(n)
+        step = stepped(ASGD([p], t0=0), ax)
+        loop = plain.loop("averaging", p.detach(), p.grad, ax)
+
+        def alone(call: Callable[[], object]) -> None:
+            torch.set_num_threads(1)
+            call()
+            torch.set_num_threads(everyone)
+
+        times = from_memory(
+            {
+                OURS: step,
+                PLAIN: loop,
+                "asgd_fast, 1 thread": partial(alone, step),
+                "plain loop, 1 thread": partial(alone, loop),
+            },
+            max(7, min(40, 4 * 10**8 // n)),
+        )
+        results[str(n)] = times
+        rows.append(
+            [
+                f"{n:,}",
+                *(f"{typical(times, name) / n:.3f}" for name in times),
+                f"{ratio(times, 'asgd_fast, 1 thread', OURS):.2f}",
+                f"{ratio(times, 'plain loop, 1 thread', PLAIN):.2f}",
+            ]
+        )
+    names = [f"{name}, ns an element" for name in times]
+    table(
+        "Averaging over sizes",
+        ["float32 elements", *names, f"gain of {everyone} threads", "gain of the plain loop"],
+        rows,
+    )
+    return results
+
+
+def streaming(_: PlainLoops) -> dict[str, Any]:
+    """Averages that are only written: past the caches, or through them."""
+    results = {}
+    rows: list[list[object]] = []
+    for n in (10**5, 10**6, 2 * 10**6, 3 * 10**6, 10**7, 10**8):
+        (p,) = params_of(n)
+        step = stepped(ASGD([p], lazy_average=False))
+
+        def streamed(above: int, step: Callable[[], object] = step) -> None:
+            before = _core.use_streaming(above)
+            step()
+            _core.use_streaming(before)
+
+        times = from_memory(
+            {"streamed": partial(streamed, 0), "cached": partial(streamed, 1 << 60)},
+            max(9, min(60, 4 * 10**8 // n)),
+        )
+        results[str(n)] = times
+        rows.append(
+            [
+                f"{n:,}",
+                *(f"{typical(times, name) / 1e3:.1f}" for name in times),
+                f"{ratio(times, 'cached', 'streamed'):.2f}",
+            ]
+        )
+    title = f"Copy phase, streamed and not (by default above {CACHE / 12e6:.1f} M elements)"
+    table(title, ["float32 elements", "streamed, us", "cached, us", "ratio"], rows)
+    return results
+
+
+def threads(_: PlainLoops) -> dict[str, Any]:
+    """When a second thread is worth its start, with the others awake."""
+    results = {}
+    rows: list[list[object]] = []
+    awake = torch.zeros(1 << 17)
+    everyone = torch.get_num_threads()
+    for kib in (32, 64, 128, 256, 512, 1024, 4096):
+        (p,) = params_of(kib * 256)
+        rows_of_step = Table(("param", "grad", "average"))
+        assert p.grad is not None
+        rows_of_step.extend([p.detach()], [p.grad], [torch.zeros_like(p)], eta=0.01, mu=0.1)
+
+        def step(n: int, rows_of_step: Table = rows_of_step) -> None:
+            awake.add_(1)  # what torch does in a training loop all the time
+            _core.update(rows_of_step, n)
+
+        times = in_turn(
+            {
+                "1": partial(step, 1),
+                str(everyone): partial(step, everyone),
+                "": lambda: awake.add_(1),
+            },
+            60,
+        )
+        results[str(kib)] = times
+        overhead = typical(times, "")
+        rows.append(
+            [
+                kib,
+                *(
+                    f"{(typical(times, name) - overhead) / 1e3:.1f}"
+                    for name in ("1", str(everyone))
+                ),
+            ]
+        )
+    table("Threads", ["KiB of params", "1 thread, us", f"{everyone} threads, us"], rows)
+    return results
+
+
+SECTIONS = {
+    section.__name__: section
+    for section in (large, halves, small, arrays, scaling, streaming, threads)
+}
+
+
+def plot(results: dict[str, dict[str, Times]], path: Path) -> None:
+    """Draw the bandwidth of each contender in each phase at 100 M elements, and over sizes."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    names = [
+        OURS,
+        PLAIN,
+        "torch.compile of the update",
+        "torch.optim.ASGD",
+        "torch.optim.ASGD(foreach=True)",
+    ]
+    for k, name in enumerate(names):
+        heights = [typical(results["large"][f"{10**8} {phase}"], name) / 1e6 for phase in PHASES]
+        places = [x + 0.16 * (k - 2) for x in range(len(PHASES))]
+        bars = left.bar(places, heights, 0.15, label=name)
+        left.bar_label(bars, fmt="%.0f", fontsize=8)
+    left.set_xticks(
+        range(len(PHASES)), [f"{phase}\n{PHASES[phase][1]} bytes an element" for phase in PHASES]
+    )
+    left.set_ylabel("ms a step")
+    left.set_title("One tensor of 100 million float32")
+    left.legend(fontsize=8)
+    sizes = [int(n) for n in results["scaling"]]
+    for name in (OURS, PLAIN, "asgd_fast, 1 thread", "plain loop, 1 thread"):
+        style = ":" if name.startswith("plain") else "-"
+        per_element = [typical(results["scaling"][str(n)], name) / n for n in sizes]
+        right.plot(sizes, per_element, style, marker=".", label=name)
+    right.set_xscale("log")
+    right.set_ylim(bottom=0)
+    right.set_xlabel("float32 elements")
+    right.set_ylabel("ns an element")
+    right.set_title("Averaging")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure, print, and save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("sections", nargs="*", help=f"any of {', '.join(SECTIONS)}")
+    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--save", type=Path, help="the folder for performance.json and .png")
+    arguments = parser.parse_args()
+    unknown = set(arguments.sections) - SECTIONS.keys()
+    if unknown:
+        parser.error(f"unknown sections {sorted(unknown)}; expected any of {', '.join(SECTIONS)}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    facts = asgd_fast.show_config("dicts")
+    machine = {
+        "processor": _processor(),
+        "cores": torch.multiprocessing.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "last cache": f"{CACHE / 2**20:.0f} MiB",
+        "simd": facts["cpu"]["simd"],
+        "compiler": facts["build"]["compiler"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "plain loops": " ".join(FLAGS),
+    }
+    for name, value in machine.items():
+        print(f"- {name}: {value}")
+    plain = PlainLoops()
+    results = {name: SECTIONS[name](plain) for name in arguments.sections or SECTIONS}
+    if arguments.save:
+        arguments.save.mkdir(exist_ok=True)
+        medians = {
+            section: {
+                case: {name: round(typical(times, name)) for name in times}
+                for case, times in cases.items()
+            }
+            for section, cases in results.items()
+        }
+        text = json.dumps({"machine": machine, "median ns a step": medians}, indent=1)
+        (arguments.save / "performance.json").write_text(text + "\n")
+        if {"large", "scaling"} <= results.keys():
+            plot(results, arguments.save / "performance.png")
+
+
+def _processor() -> str:
+    """Return the name of the processor, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    main()
