@@ -1,4 +1,4 @@
-"""The CPU engine: runs the rows of a table, in parallel, and advances the scalars that go with them.
+"""The CPU engine: runs the rows of a table in parallel, and advances the scalars that go with them.
 
 This module knows addresses, lengths and scalars; it does not know arrays, groups or optimizers. The
 loops themselves stand in _loops.pxi, compiled once for each SIMD level; the best level that this
@@ -89,21 +89,21 @@ BUILD = {
     "flags": _flags.decode(),
 }
 
-# The most that a thread takes at a time, in bytes of params. With 64 KiB, threads that work so close
-# to each other lose a tenth of the memory's bandwidth; with 1 MiB nothing.
+# The most that a thread takes at a time, in bytes of params. With 64 KiB, threads work so close to
+# each other that they lose a tenth of the memory's bandwidth; with 1 MiB nothing.
 cdef enum:
     LARGEST_CHUNK = 1 << 20
 
 # The interface of GNU's OpenMP runtime, which LLVM's and Intel's have too: calls a function in so
 # many threads, and waits for all of them.
 ctypedef void (*Task)(void *) noexcept nogil
-ctypedef void (*Fork)(Task task, void *data, unsigned int n_threads, unsigned int flags) noexcept nogil
+ctypedef void (*Fork)(
+    Task task, void *data, unsigned int n_threads, unsigned int flags) noexcept nogil
 
 cdef Fork _fork = NULL
 
 cdef Loops *_loops = NULL
 cdef str _level = ""
-
 
 
 def _last_cache():

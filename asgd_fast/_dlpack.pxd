@@ -90,8 +90,8 @@ cdef struct Known:
     int replaced             # how often another has come instead
 
 # Fills `out` with the memory of `array`, for reading, or for writing too. The caller holds
-# a reference to `array` for as long as it uses the memory, then calls give_back once. `known` begins
-# as zeros, is kept for the next array in the same place, and forgotten in the end.
+# a reference to `array` for as long as it uses the memory, then calls give_back once. `known` is
+# zeros at first, kept for the next array that comes in the same place, and forgotten in the end.
 cdef int borrow(object array, bint writing, Borrowed *out, Known *known) except -1
 cdef bint is_known(Known *known, object array, const void *address) except -1
 cdef int know(Known *known, object array, const void *address) except -1

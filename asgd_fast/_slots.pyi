@@ -19,7 +19,7 @@ class Slot:
         state: dict[str, Any],
         block: torch.Tensor | None = None,
         place: int = 0,
-        is_lazy: bool = False,
+        lazy_at: int = 0,
     ) -> Self: ...
     def is_whole(self) -> bool: ...
 
@@ -38,6 +38,7 @@ class Slots:
         refer: Callable[[torch.Tensor], object],
         alias: Callable[[torch.Tensor], torch.Tensor],
     ) -> Self: ...
+    def mark_detached(self) -> None: ...
     def is_current(self, state: object) -> bool: ...
     def gather(
         self,

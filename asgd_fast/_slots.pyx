@@ -8,7 +8,7 @@ from cpython.dict cimport PyDict_Next
 from cpython.exc cimport PyErr_Clear
 from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
 from libc.math cimport INFINITY, NAN, isfinite
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memset
 
 from asgd_fast._dlpack cimport (
@@ -54,8 +54,9 @@ cdef class Slot:
         with "step", "eta", "mu" and "ax", in this order. Without a block the scalars are tensors of
         their own, and the slot is not for an engine.
     place : int
-    is_lazy : bool
-        The average is the param's own memory, until the first step that averages.
+    lazy_at : int
+        The address of the param if its average is the same memory, until the first step that
+        averages; else 0.
     """
 
     cdef readonly object param, state
@@ -71,10 +72,11 @@ cdef class Slot:
     cdef bint _is_detached      # a scalar is no longer a view of its place
     cdef Known _known_grad
 
-    def __cinit__(self, param, state, block=None, Py_ssize_t place=0, bint is_lazy=False):
+    def __cinit__(self, param, state, block=None, Py_ssize_t place=0, uintptr_t lazy_at=0):
         self.param = param
         self.state = state
-        self.is_lazy = is_lazy
+        self.is_lazy = lazy_at != 0
+        self._address = <const void *>lazy_at
         self._block = block
         self._place = place
         if block is not None:
@@ -124,7 +126,6 @@ cdef class Slot:
                 return False
         self._state_version = version
         return True
-
 
 
 # How many params' scalars each step asks in turn; 4 take half a microsecond.
@@ -181,6 +182,7 @@ cdef class Slots:
     cdef descrgetfunc _get
     cdef list _keys, _values
     cdef list _packed               # the slots with a place in a block
+    cdef list _leaders              # those of them that come first in their group or block
     cdef Py_ssize_t _turn           # which of them is looked at in the next step
     cdef DLPackExchangeAPI *_api
     cdef Py_ssize_t _n_written
@@ -200,7 +202,12 @@ cdef class Slots:
         self._get = (<PyTypeObject *>property_type).tp_descr_get
         self._is_neg = tensor.is_neg
         self.written = []
-        self._packed = [slot for own in groups for slot in own if slot is not None and slot.packed]
+        self._packed = []
+        self._leaders = []
+        for own in groups:
+            packed = [slot for slot in own if slot is not None and slot.packed]
+            self._packed += packed
+            self._leaders += [slot for i, slot in enumerate(packed) if i == 0 or _leads(slot)]
         self._keys = list(state.keys())
         self._values = list(state.values())
         self._api = exchange_api_of(tensor)
@@ -329,25 +336,33 @@ cdef class Slots:
         return True
 
     cdef bint _are_attached(self) except -1:
-        """Whether the scalars still are views of the blocks, whose memory the engine writes.
+        """Whether the scalars still are views of the blocks, and lazy averages of their params.
 
-        To ask all would take half as long as the rest, so each step asks a few in turn, and the
-        first: what moves a state elsewhere moves all of it. Those found detached are marked.
+        The engine writes these without asking. To ask all would take half as long as the rest, so
+        each step asks a few in turn, and the first of each group and block: what moves a state
+        elsewhere moves that of a model, or of a part. If one is found detached, all are marked.
         """
         cdef Slot slot
         cdef Common common
         cdef Py_ssize_t _i, n = len(self._packed)
         cdef bint attached = True
         memset(&common, 0, sizeof(common))
-        if n:
-            attached = self._is_attached(self._packed[0], &common)
+        for slot in self._leaders:
+            attached = attached and self._is_attached(slot, &common)
         for _i in range(min(n, <Py_ssize_t>ASKED_IN_TURN)):
             self._turn = (self._turn + 1) % n
             attached = attached and self._is_attached(self._packed[self._turn], &common)
         if not attached:
-            for slot in self._packed:
-                self._is_attached(slot, &common)
+            self.mark_detached()
         return attached
+
+    def mark_detached(self):
+        """Ask all, so that no slot that is detached stays whole."""
+        cdef Slot slot
+        cdef Common common
+        memset(&common, 0, sizeof(common))
+        for slot in self._packed:
+            self._is_attached(slot, &common)
 
     cdef bint _is_attached(self, Slot slot, Common *common) except -1:
         cdef Borrowed borrowed
@@ -361,6 +376,13 @@ cdef class Slots:
                 give_back(&borrowed)
             if not lent or <char *>data_of(&borrowed.tensor) != common.address + (
                     3 * slot._place + i) * (8 if common.double_scalars else 4):
+                slot._is_detached = True
+                return False
+        if slot.is_lazy:
+            lent = self._export(slot._ax, True, &borrowed)
+            if lent:
+                give_back(&borrowed)
+            if not lent or data_of(&borrowed.tensor) != slot._address:
                 slot._is_detached = True
                 return False
         return True
@@ -494,6 +516,10 @@ cdef class Slots:
         return 0
 
 
+cdef bint _leads(Slot slot) noexcept:
+    return slot._place == 0
+
+
 def same_kind(ax, param):
     """Whether an average has the dtype and the layout of its param.
 
@@ -563,6 +589,8 @@ def number(str name, value):
     if type(value) is float:
         return value
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected a real number, got {value!r}") from error

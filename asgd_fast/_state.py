@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import chain
+from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from asgd_fast._schedule import next_scalars
 from asgd_fast._slots import Slot, Slots, check_group, number, same_kind
 
 if TYPE_CHECKING:
@@ -65,6 +67,12 @@ def create(state: State, groups: list[Group], *, lazy: bool) -> None:
     for group in groups:
         lr = group["lr"]
         lr = number("lr", lr.detach() if isinstance(lr, Tensor) else lr)
+        number("weight_decay", group["weight_decay"])
+        eta, _ = next_scalars(1, lr, group["lambd"], group["alpha"], group["t0"])
+        if lr < 0 and not isfinite(eta):
+            raise ValueError(
+                f"Invalid learning rate: {lr} (1 + lambd * lr * step must stay above 0)"
+            )
         stepped += [(param, lr, group) for param in group["params"] if param.grad is not None]
     if any(param.grad.is_sparse for param, _, _ in stepped):
         raise RuntimeError("ASGD does not support sparse gradients")
@@ -161,18 +169,19 @@ def find(state: State, groups: list[Group], before: Slots | None = None) -> Slot
     Slots
     """
     known = {}
-    lazy = set()
+    lazy = {}
     if before is not None:
+        before.mark_detached()
         slots = [slot for slot in chain(*before.groups) if slot is not None]
         known = {(id(slot.param), id(slot.state)): slot for slot in slots if slot.is_whole()}
-        lazy = {id(slot.average) for slot in slots if slot.is_lazy}
+        lazy = {id(slot.average): slot.param for slot in slots if slot.is_lazy}
     owners = Counter(id(state.get(param)) for group in groups for param in set(group["params"]))
     loose: dict[torch.dtype, list[tuple[Tensor, Entry]]] = {}
     for group in groups:
         for param in group["params"]:
             entry = state.get(param)
             if entry and (id(param), id(entry)) not in known:
-                if id(entry.get("ax")) in lazy and not _is_alias(entry["ax"], param):
+                if lazy.get(id(entry.get("ax")), param) is not param:
                     entry["ax"] = entry["ax"].clone()  # of a param that the state was taken from
                 if owners[id(entry)] == 1 and _is_packable(param, entry, group):
                     loose.setdefault(_dtype_for(entry), []).append((param, entry))
@@ -272,7 +281,8 @@ def _packed(pairs: list[tuple[Tensor, Entry]], dtype: torch.dtype) -> Iterator[S
         others = {name: value for name, value in entry.items() if name not in packed}
         entry.clear()
         entry.update(packed, **others)
-        yield Slot(param, entry, block, place, _is_alias(entry["ax"], param))
+        lazy_at = param.data_ptr() if _is_alias(entry["ax"], param) else 0
+        yield Slot(param, entry, block, place, lazy_at)
 
 
 def _may_be_lazy(param: Tensor, group: Group) -> bool:

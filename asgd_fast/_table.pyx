@@ -66,8 +66,8 @@ cdef class Table:
     Parameters
     ----------
     names : tuple of str
-        An attribute too. What messages call the i-th param, grad and average, as format strings of i:
-        ``("params[{}]", "grads[{}]", "axs[{}]")``.
+        What messages call the i-th param, grad and average, as format strings of i:
+        ``("params[{}]", "grads[{}]", "axs[{}]")``. An attribute, too.
     """
 
     def __cinit__(self, tuple names):

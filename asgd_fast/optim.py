@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.optim.asgd import asgd as torch_asgd
@@ -45,7 +46,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
+            or _profiler_enabled()
         ):
             return in_full(self, *args, **kwargs)
         return step(self, *args, **kwargs)
@@ -323,8 +324,9 @@ class ASGD(torch.optim.ASGD):
             _increment_versions(slots.written)
             _core.update(table, n_threads)
         if self._may_release:
-            _state.release(self.state, self.param_groups)
             self._may_release = False
+            _state.release(self.state, self.param_groups)
+            self._slots = _state.find(self.state, self.param_groups, slots)
 
     def _gather(self, table: Table, unscale: float) -> tuple[Slots, list[_Left]]:
         """Put into the table what an engine can take as it is; return the rest."""
@@ -436,10 +438,13 @@ def _extent(tensor: Tensor | None) -> tuple[int, int]:
     """Return where the memory of a tensor begins and ends; (0, 0) if it has no address."""
     if tensor is None or tensor.device.type != "cpu" or tensor.layout != torch.strided:
         return 0, 0
-    if tensor.numel() == 0 or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if tensor.numel() == 0:
+        return 0, 0
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # a subclass that only wraps others
         return 0, 0
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
     return start, start + (last + 1) * tensor.itemsize
 
 
@@ -479,8 +484,8 @@ def _step_by_torch(left: list[_Left], unscale: float) -> None:
         missing = {"step", "eta", "mu", "ax"} - slot.state.keys()
         if missing:
             raise KeyError(f"state: {sorted(missing)} missing for a param of shape {shape}")
-        if slot.state["ax"].shape != shape:
-            got = tuple(slot.state["ax"].shape)
+        got = tuple(slot.state["ax"].shape)
+        if not _broadcasts(shape, got):
             raise ValueError(
                 f"state: 'ax' of shape {got} does not match its param of shape {shape}"
             )
@@ -499,6 +504,14 @@ def _step_by_torch(left: list[_Left], unscale: float) -> None:
             has_complex=any(slot.param.is_complex() for slot in slots),
             **{name: groups[0][name] for name in _HYPERPARAMETERS},
         )
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether torch adds a tensor of one shape to one of the other, in place."""
+    try:
+        return bool(torch.broadcast_shapes(shape, to) == to)
+    except RuntimeError:
+        return False
 
 
 def _increment_versions(tensors: list[Tensor]) -> None:

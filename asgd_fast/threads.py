@@ -175,7 +175,7 @@ def _candidates(has_torch: bool) -> Iterator[str]:
         folder = Path(sys.modules["torch"].__file__ or "").parent / "lib"
         yield from map(str, sorted(folder.glob("libtorch_cpu.*")))
     # Imported when it is needed: most steps of most programs are too small for threads.
-    from threadpoolctl import threadpool_info
+    from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
 
     for library in threadpool_info():
         if library["user_api"] == "openmp":

@@ -530,3 +530,57 @@ def test_shared_state_is_shared_with_spawned_processes():
     process.join()
     assert process.exitcode == 0
     assert optimizer.state[params[0]]["step"] == 4
+
+
+def move(entry):
+    """Give each tensor of a state other memory, as frameworks do that place states."""
+    for value in entry.values():
+        value.data = value.data.clone()
+
+
+@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+def test_a_state_moved_while_a_group_is_added(lazy):
+    twins = Twins(parameters((3,)), lazy_average=lazy, **OPTIONS)
+    twins.run(2)
+    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        move(optimizer.state[own[0]])
+        own += parameters((4,), seed=1)
+        optimizer.add_param_group({"params": [own[1]]})
+    twins.run(T0 + 3)
+
+
+@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+@pytest.mark.parametrize("moved", range(1, 5))
+def test_a_state_moved_while_a_param_gets_its_first_gradient(moved, lazy):
+    twins = Twins(parameters(*[(3,)] * 10), lazy_average=lazy, **OPTIONS)
+    twins.run(1, skip=lambda _, i: i == 9)
+    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        move(optimizer.state[own[moved]])
+    twins.run(T0 + 3)
+
+
+@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+def test_the_state_of_one_group_is_moved(lazy):
+    """Noticed at once, however many params come before."""
+    twins = Twins(
+        parameters(*[(3,)] * 60),
+        lambda own: [{"params": own[:30]}, {"params": own[30:]}],
+        lazy_average=lazy,
+        **OPTIONS,
+    )
+    twins.run(2)
+    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        for p in own[30:]:
+            move(optimizer.state[p])
+    twins.run(T0 + 3)
+
+
+def test_a_step_that_is_refused_leaves_no_state():
+    for name, value, error in (("lr", -2.0, ValueError), ("weight_decay", "0.1", TypeError)):
+        (p,) = parameters((3,))
+        optimizer = ASGD([p], lambd=1.0)
+        p.grad = torch.ones(3)
+        optimizer.param_groups[0][name] = value
+        with pytest.raises(error):
+            optimizer.step()
+        assert not optimizer.state

@@ -585,3 +585,35 @@ def test_gradients_with_a_graph_of_their_own():
             same(p, q)
             assert p.requires_grad
             assert p.is_leaf
+
+
+def test_a_shape_that_changes_so_that_the_average_still_fits():
+    twins = Twins(parameters((1, 3)), lazy_average=False, **OPTIONS)
+    twins.run(4)
+    for own in (twins.params, twins.theirs_params):
+        own[0].grad = None
+        own[0].data = own[0].data[0]
+    for _ in range(4):
+        twins.step()
+        assert torch.equal(twins.params[0], twins.theirs_params[0])
+        ours = twins.ours.state[twins.params[0]]["ax"]
+        assert torch.equal(ours, twins.theirs.state[twins.theirs_params[0]]["ax"])
+
+
+def test_overlap_with_a_subclass():
+    class Special(nn.Parameter):
+        pass
+
+    def pair():
+        memory = torch.arange(6.0)
+        return memory, [nn.Parameter(memory), Special(memory[1:4])]
+
+    (ours, params), (theirs, others) = pair(), pair()
+    optimizer, torchs = ASGD(params, **OPTIONS), torch.optim.ASGD(others, foreach=False, **OPTIONS)
+    for _ in range(6):
+        for p, q in zip(params, others, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        torchs.step()
+        assert torch.equal(ours, theirs)
