@@ -94,13 +94,19 @@ BUILD = {
 cdef enum:
     LARGEST_CHUNK = 1 << 20
 
-# The interface of GNU's OpenMP runtime, which LLVM's and Intel's have too: calls a function in so
-# many threads, and waits for all of them.
+cdef enum:
+    MOST_THREADS = 128
+
+# The interface of GNU's OpenMP runtime, which LLVM's and Intel's have too: one function calls
+# another in so many threads and waits for all of them, one tells the number of a thread.
 ctypedef void (*Task)(void *) noexcept nogil
 ctypedef void (*Fork)(
     Task task, void *data, unsigned int n_threads, unsigned int flags) noexcept nogil
 
+ctypedef int (*ThreadNumber)() noexcept nogil
+
 cdef Fork _fork = NULL
+cdef ThreadNumber _thread_number = NULL
 
 cdef Loops *_loops = NULL
 cdef str _level = ""
@@ -177,16 +183,17 @@ def _loops_of(level):
         return None
 
 
-def use_fork(uintptr_t address):
+def use_runtime(uintptr_t fork, uintptr_t thread_number):
     """Make parallel regions by an OpenMP runtime.
 
     Parameters
     ----------
-    address : int
-        Of the runtime's function ``GOMP_parallel``.
+    fork, thread_number : int
+        The addresses of its functions ``GOMP_parallel`` and ``omp_get_thread_num``.
     """
-    global _fork
-    _fork = <Fork>address
+    global _fork, _thread_number
+    _fork = <Fork>fork
+    _thread_number = <ThreadNumber>thread_number
 
 
 def use_streaming(int64_t size):
@@ -215,11 +222,13 @@ cdef struct Work:
     const Row *rows
     Py_ssize_t n_rows
     int64_t size          # in bytes of params, each as whole cache lines
-    int64_t chunk         # what a thread takes of it at a time
-    int64_t next          # how much is taken
     const Loops *loops
     bint streams
     fenv_t environment    # how the caller's thread rounds and whether it flushes subnormal numbers
+    int n_shares          # one for each thread
+    int64_t share         # in bytes
+    int64_t chunk         # what a thread takes at a time
+    int64_t taken[MOST_THREADS][8]  # of each share, in a cache line of its own
 
 
 def update(Table table, unsigned int n_threads=1):
@@ -232,7 +241,7 @@ def update(Table table, unsigned int n_threads=1):
     table : Table
         With a grad in every row.
     n_threads : int
-        At least 1; effective after `use_fork`.
+        At least 1; effective after `use_runtime`.
     """
     cdef Work work
     cdef Py_ssize_t i
@@ -240,12 +249,11 @@ def update(Table table, unsigned int n_threads=1):
     work.rows = table.rows
     work.n_rows = table.n_rows
     work.size = table.work
-    work.chunk = _chunk_of(work.size, n_threads)
-    work.next = 0
     work.loops = _loops
     work.streams = 3 * table.work > _streams_above
     with nogil:
         if n_threads > 1 and _fork != NULL:
+            _share_out(&work, min(n_threads, <unsigned int>MOST_THREADS))
             fegetenv(&work.environment)
             _fork(_take_chunks, &work, n_threads, 0)
         else:
@@ -257,23 +265,42 @@ def update(Table table, unsigned int n_threads=1):
 
 
 cdef void _take_chunks(void *data) noexcept nogil:
-    """Update chunks until none is left, as one of the threads."""
+    """Update the chunks of one share, then what is left of the others, as one of the threads.
+
+    The share is the same in each step, and so may still be in the thread's own cache; a thread that
+    comes late, or never, finds its own done by the others.
+    """
     cdef Work *work = <Work *>data
+    cdef int64_t *taken
     cdef fenv_t own
-    cdef int64_t start
+    cdef int64_t start, first, stop
+    cdef int number = _thread_number(), i
     fegetenv(&own)
     fesetenv(&work.environment)
-    start = _add(&work.next, work.chunk)
-    while start < work.size:
-        _update_part(work, start, min(start + work.chunk, work.size))
-        start = _add(&work.next, work.chunk)
+    for i in range(work.n_shares):
+        first = (number + i) % work.n_shares * work.share
+        taken = work.taken[(number + i) % work.n_shares]
+        stop = min(first + work.share, work.size)
+        start = first + _add(taken, work.chunk)
+        while start < stop:
+            _update_part(work, start, min(start + work.chunk, stop))
+            start = first + _add(taken, work.chunk)
     fesetenv(&own)
 
 
-cdef int64_t _chunk_of(int64_t size, int64_t n_threads) noexcept:
-    """The size of chunks that are equal, and as many for each thread as for any other."""
-    cdef int64_t rounds = size // (n_threads * LARGEST_CHUNK) + 1
-    return (size // (n_threads * rounds * CACHE_LINE) + 1) * CACHE_LINE
+cdef void _share_out(Work *work, int n_shares) noexcept nogil:
+    """Cut the work into equal shares of equal chunks."""
+    cdef int i
+    work.n_shares = n_shares
+    work.share = _lines(work.size, n_shares)
+    work.chunk = _lines(work.share, work.share // LARGEST_CHUNK + 1)
+    for i in range(n_shares):
+        work.taken[i][0] = 0
+
+
+cdef inline int64_t _lines(int64_t size, int64_t n) noexcept nogil:
+    """An n-th of a size, rounded up to whole cache lines; one at least."""
+    return max(<int64_t>1, (size + n * CACHE_LINE - 1) // (n * CACHE_LINE)) * CACHE_LINE
 
 
 cdef void _update_part(const Work *work, int64_t start, int64_t stop) noexcept nogil:

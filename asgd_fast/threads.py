@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["get_num_threads", "openmp_runtime", "set_num_threads", "threads_for"]
 
-# The entry that _core calls: GNU's, which LLVM's and Intel's runtimes have too.
-ENTRY = "GOMP_parallel"
+# The functions that _core calls: GNU's, which LLVM's and Intel's runtimes have too.
+FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num")
 
 # The system's own, by the name under which the loader finds it.
 SYSTEM_RUNTIMES = ("libgomp.so.1", "libomp.so.5", "libomp.dylib")
@@ -117,7 +117,7 @@ def openmp_runtime() -> str:
     if runtime is None:
         return "not found"
     found = _DlInfo()
-    ctypes.CDLL(None).dladdr(getattr(runtime, ENTRY), ctypes.byref(found))
+    ctypes.CDLL(None).dladdr(getattr(runtime, FUNCTIONS[0]), ctypes.byref(found))
     return os.fsdecode(found.file)
 
 
@@ -144,10 +144,11 @@ def _found(has_torch: bool) -> ctypes.CDLL | None:
     for name in _candidates(has_torch):
         try:
             runtime = _loaded(name)
-            address = ctypes.cast(getattr(runtime, ENTRY), ctypes.c_void_p).value or 0
+            functions = [getattr(runtime, function) for function in FUNCTIONS]
         except (OSError, AttributeError):
             continue
-        _core.use_fork(address)
+        fork, thread_number = (ctypes.cast(x, ctypes.c_void_p).value or 0 for x in functions)
+        _core.use_runtime(fork, thread_number)
         return runtime
     return None
 

@@ -190,7 +190,7 @@ def test_without_a_runtime_one_thread_does_it_all():
     program = """
         import asgd_fast
         from asgd_fast import threads
-        threads.ENTRY = "no_such_function"
+        threads.FUNCTIONS = ("no_such_function",)
         print(asgd_fast.get_num_threads(), threads.openmp_runtime())
         asgd_fast.set_num_threads(2)
         print(asgd_fast.get_num_threads())
