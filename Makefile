@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard asgd_fast/*.p*)
+SOURCES := pyproject.toml setup.py $(wildcard asgd_fast/*.p* asgd_fast/*.h)
 
 .PHONY: demo test lint dist coverage bench clean
 
@@ -39,8 +39,9 @@ coverage: $(VENV)/test $(VENV)/dev
 	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet -m 'not heavy'
 	cd build/coverage && ../../$(BIN)/python -m coverage report
 
+# Bound threads: see docs/performance.md.
 bench: $(VENV)/test
-	$(BIN)/python asv_benchmarks/compare.py $(BENCH)
+	OMP_PROC_BIND=true $(BIN)/python asv_benchmarks/performance.py $(BENCH)
 
 clean:
 	rm -rf build dist *.egg-info asgd_fast/*.c asgd_fast/*.so $(VENV)

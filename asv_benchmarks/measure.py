@@ -18,7 +18,7 @@ __all__ = ["Times", "from_memory", "in_turn", "ratio", "typical"]
 Times: TypeAlias = "dict[str, list[float]]"
 
 # So many nanoseconds of calls make one time, so that the clock and what came before do not matter.
-ENOUGH = 1_000_000
+ENOUGH = 5_000_000
 
 # Larger than the caches.
 SCRATCH = torch.zeros(1 << 25)

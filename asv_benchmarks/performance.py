@@ -396,7 +396,8 @@ def plot(results: dict[str, dict[str, Times]], path: Path) -> None:
     )
     left.set_ylabel("ms a step")
     left.set_title("One tensor of 100 million float32")
-    left.legend(fontsize=8)
+    left.set_ylim(top=1.4 * left.get_ylim()[1])
+    left.legend(fontsize=8, ncols=2, loc="upper center")
     sizes = [int(n) for n in results["scaling"]]
     for name in (OURS, PLAIN, "asgd_fast, 1 thread", "plain loop, 1 thread"):
         style = ":" if name.startswith("plain") else "-"
