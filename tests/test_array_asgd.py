@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from asgd_fast import ArrayASGD
+from asgd_fast import ArrayASGD, get_num_threads
 
 OPTIONS = {"lr": 0.2, "lambd": 1e-2, "alpha": 0.6, "t0": 4, "weight_decay": 0.01}
 
@@ -460,6 +460,7 @@ def test_an_interrupt_finds_arrays_and_scalars_of_one_step():
     params = np.ones(4_000_000), np.ones(4_000_000)
     optimizer = ArrayASGD(params, lr=0.5, lambd=0.0)
     grads = [np.ones_like(param) for param in params]
+    get_num_threads()  # looks for a runtime, which lets other threads run
     started = threading.Event()
 
     def step_on():  # on a busy machine, the other thread may miss the first pass
@@ -503,3 +504,18 @@ def test_an_average_that_numpy_cannot_hold_is_named_when_saved():
         TypeError, match=r"^averages\[1\]: no NumPy array can hold it .*Unsupported"
     ):
         optimizer.state_dict()
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_the_optimizer_go_on_alike(way):
+    optimizer = ArrayASGD([np.ones(3), np.ones(4)], lr=0.1, t0=0)
+    grads = [np.arange(3.0), np.arange(4.0)]
+    optimizer.step(grads)
+    twin = way(optimizer)
+    for _ in range(4):
+        optimizer.step(grads)
+        twin.step(grads)
+    for ours, theirs in zip(optimizer.averages, twin.averages, strict=True):
+        assert ours is not theirs
+        assert np.array_equal(ours, theirs)
+        assert not np.array_equal(ours, np.ones(len(ours)))
