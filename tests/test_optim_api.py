@@ -12,7 +12,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 from twins import NAMES, Twins, parameters, same
 
@@ -165,6 +168,36 @@ def test_the_closure_is_called_with_grad_and_its_loss_returned():
     assert torch.equal(loss, before.sum())
     assert torch.equal(p, before - 0.1)
     assert optimizer.step() is None
+
+
+HOOKS = {
+    "pre": lambda optimizer, hook: optimizer.register_step_pre_hook(hook),
+    "post": lambda optimizer, hook: optimizer.register_step_post_hook(hook),
+    "global pre": lambda _, hook: register_optimizer_step_pre_hook(hook),
+    "global post": lambda _, hook: register_optimizer_step_post_hook(hook),
+}
+
+
+@pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
+def test_each_kind_of_hook_alone(register):
+    (p,) = parameters((3,))
+    optimizer = ASGD([p])
+    p.grad = torch.ones(3)
+    calls = []
+    handle = register(optimizer, lambda *given: calls.append(given))
+    optimizer.step()
+    handle.remove()
+    optimizer.step()
+    assert calls == [(optimizer, (optimizer,), {})]
+
+
+def test_the_profiler_range_without_hooks():
+    (p,) = parameters((3,))
+    optimizer = ASGD([p])
+    p.grad = torch.ones(3)
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert [e.count for e in profile.key_averages() if e.key == "Optimizer.step#ASGD.step"] == [1]
 
 
 def test_hooks_and_profiler_range():

@@ -288,3 +288,12 @@ def test_memory_that_runs_out_changes_nothing():
         timeout=120,
     )
     assert result.stdout.split() == ["True", "True", "[False,", "False]"], result.stderr
+
+
+def test_the_data_of_a_lazy_average_is_replaced():
+    """It becomes a tensor of its own, which the next step writes."""
+    twins = Twins(parameters((3,), (4,)), lr=0.3)
+    twins.run(2)
+    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        optimizer.state[own[1]]["ax"].data = torch.zeros(4)
+    twins.run(2)
