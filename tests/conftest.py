@@ -9,6 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from asgd_fast import _core
+
+
+@pytest.fixture(params=_core.simd_levels())
+def simd_level(request):
+    """Each SIMD level that this machine has, in turn."""
+    best = _core.simd_level()
+    _core.use_simd_level(request.param)
+    yield request.param
+    _core.use_simd_level(best)
+
 
 @pytest.fixture
 def double_scalars():

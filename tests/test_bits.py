@@ -12,19 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Reference, exact_step
 
-from asgd_fast import ArrayASGD, _core, asgd_
+from asgd_fast import ArrayASGD, asgd_
 
 STEPS = 310
 SIZES = (0, 1, 7, 16, 33, 1000)
 DTYPES = [pytest.param(np.float32, id="float32"), pytest.param(np.float64, id="float64")]
-
-
-@pytest.fixture(params=_core.simd_levels())
-def simd_level(request):
-    best = _core.simd_level()
-    _core.use_simd_level(request.param)
-    yield request.param
-    _core.use_simd_level(best)
 
 
 def shifted(rng, n, dtype, shift):

@@ -19,14 +19,6 @@ AVERAGES = {"none": None, "copied": 1.0, "averaged": 0.3}
 SCALARS = {"eta": 0.25, "lambd": 0.5, "weight_decay": 0.125}
 
 
-@pytest.fixture(params=_core.simd_levels())
-def simd_level(request):
-    best = _core.simd_level()
-    _core.use_simd_level(request.param)
-    yield request.param
-    _core.use_simd_level(best)
-
-
 @pytest.fixture(params=[0, 1 << 60], ids=["streamed", "cached"])
 def streaming(request):
     before = _core.use_streaming(request.param)

@@ -12,7 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.testing._internal.common_optimizers import optim_db
 from twins import NAMES, Twins, parameters, same
 
-from asgd_fast import ASGD, _core
+from asgd_fast import ASGD
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 HALVES = [torch.float16, torch.bfloat16]
@@ -31,14 +31,6 @@ SCHEDULERS = [
 LRS = [0.3, torch.tensor(0.3), torch.tensor([0.3]).double()][
     : 2 + hasattr(torch_optimizer, "_to_scalar")
 ]
-
-
-@pytest.fixture(params=_core.simd_levels())
-def simd_level(request):
-    best = _core.simd_level()
-    _core.use_simd_level(request.param)
-    yield request.param
-    _core.use_simd_level(best)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
