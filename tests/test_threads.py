@@ -215,3 +215,14 @@ def test_threads_of_a_runtime_that_is_new_sleep_between_steps(given, seen):
     result = started(program, **told)
     assert result.stdout.split() == [str(given)]
     assert f"OMP_WAIT_POLICY = '{seen}'" in result.stderr
+
+
+def test_fewer_threads_than_asked_for_do_all_the_work():
+    program = """
+        import numpy as np, asgd_fast
+        asgd_fast.set_num_threads(6)
+        param = np.ones(1 << 22)
+        asgd_fast.asgd_(param, np.ones(1 << 22), eta=0.5, lambd=0.0)
+        print(asgd_fast.get_num_threads(), (param == 0.5).all())
+    """
+    assert run(program, OMP_THREAD_LIMIT="2") == ["6", "True"]
