@@ -339,7 +339,7 @@ def test_a_negative_bit_that_comes_with_new_data(n):
     assert torch.equal(twins.params[0], twins.theirs_params[0])
     twins.step([grad])
     assert torch.equal(twins.params[0], twins.theirs_params[0])
-    twins = Twins(parameters((n,)), **OPTIONS)
+    twins = Twins(parameters((n,)), lazy_average=False, **OPTIONS)
     for p in (*twins.params, *twins.theirs_params):
         p.grad = torch.ones(n)
     for k in range(6):
