@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from asgd_fast.arrays import ArrayASGD, asgd_
 from asgd_fast.schedule import Schedule
 from asgd_fast.threads import get_num_threads, set_num_threads
+from asgd_fast.triggers import NonMonotonicTrigger
 
 if TYPE_CHECKING:
     from asgd_fast.config import show_config
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ASGD",
     "ArrayASGD",
+    "NonMonotonicTrigger",
     "Schedule",
     "asgd_",
     "get_num_threads",

@@ -12,8 +12,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memcpy
 
-from asgd_fast._dlpack cimport kDLBfloat
-from asgd_fast._loops cimport Loop, Loops
+from asgd_fast._loops cimport Loops
 from asgd_fast._table cimport CACHE_LINE, Row, Table
 
 cdef extern from *:
@@ -217,8 +216,15 @@ def use_streaming(int64_t size):
     return before
 
 
+cdef struct Work
+
+# Does what is to be done to elements [start, stop) of a row.
+ctypedef void (*Job)(
+    const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil
+
 # What all threads of a step share.
 cdef struct Work:
+    Job job
     const Row *rows
     Py_ssize_t n_rows
     int64_t size          # in bytes of params, each as whole cache lines
@@ -243,25 +249,115 @@ def update(Table table, unsigned int n_threads=1):
     n_threads : int
         At least 1; effective after `use_runtime`.
     """
-    cdef Work work
     cdef Py_ssize_t i
     cdef Row *row
+    with nogil:
+        _run(table, _update, n_threads)
+        for i in range(table.n_rows):
+            row = &table.rows[i]
+            if row.scalars != NULL:
+                _store_next(row)
+
+
+def exchange(Table table, bytearray is_done, unsigned int n_threads=1):
+    """Put the average of each row into its param; or, where that is done, the param back.
+
+    Cannot fail. Releases the GIL, and is one call so that no interrupt comes between the exchange
+    and its note.
+
+    Parameters
+    ----------
+    table : Table
+        With an average in every row. It gets the param; where it is wider, the grad, which must be
+        writable, gets the param instead.
+    is_done : bytearray of length 1
+        Whether the averages are in the params; changed.
+    n_threads : int
+    """
+    cdef Job job = _put_back if is_done[0] else _put_average
+    with nogil:
+        _run(table, job, n_threads)
+    is_done[0] ^= 1
+
+
+def assign(Table table, unsigned int n_threads=1):
+    """Make each param its average, rounded. Cannot fail; releases the GIL.
+
+    Parameters
+    ----------
+    table : Table
+        With an average in every row.
+    n_threads : int
+    """
+    with nogil:
+        _run(table, _assign, n_threads)
+
+
+cdef void _run(Table table, Job job, unsigned int n_threads) noexcept nogil:
+    cdef Work work
+    work.job = job
     work.rows = table.rows
     work.n_rows = table.n_rows
     work.size = table.work
     work.loops = _loops
     work.streams = 3 * table.work > _streams_above
-    with nogil:
-        if n_threads > 1 and _fork != NULL:
-            _share_out(&work, min(n_threads, <unsigned int>MOST_THREADS))
-            fegetenv(&work.environment)
-            _fork(_take_chunks, &work, n_threads, 0)
-        else:
-            _update_part(&work, 0, work.size)
-        for i in range(table.n_rows):
-            row = &table.rows[i]
-            if row.scalars != NULL:
-                _store_next(row)
+    if n_threads > 1 and _fork != NULL:
+        _share_out(&work, min(n_threads, <unsigned int>MOST_THREADS))
+        fegetenv(&work.environment)
+        _fork(_take_chunks, &work, n_threads, 0)
+    else:
+        _do_part(&work, 0, work.size)
+
+
+cdef void _update(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    work.loops.update[row.kind][row.ax_size](row, start, stop, work.streams)
+
+
+cdef void _assign(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    cdef int64_t size = row.size
+    if row.ax_size != row.size:
+        work.loops.narrow[row.kind][row.ax_size](row, start, stop, False)
+    else:
+        memcpy(
+            <char *>row.param + start * size, <char *>row.ax + start * size, (stop - start) * size)
+
+
+cdef void _put_average(
+    const Work *work, const Row *row, int64_t start, int64_t stop,
+) noexcept nogil:
+    cdef int64_t size = row.size
+    if row.ax_size != row.size:
+        memcpy(
+            <char *>row.grad + start * size, <char *>row.param + start * size,
+            (stop - start) * size)
+        _assign(work, row, start, stop)
+    else:
+        _swap(<char *>row.param + start * size, <char *>row.ax + start * size,
+              (stop - start) * size)
+
+
+cdef void _put_back(const Work *_work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    cdef int64_t size = row.size
+    if row.ax_size != row.size:
+        memcpy(
+            <char *>row.param + start * size, <char *>row.grad + start * size,
+            (stop - start) * size)
+    else:
+        _swap(<char *>row.param + start * size, <char *>row.ax + start * size,
+              (stop - start) * size)
+
+
+cdef void _swap(char *one, char *other, int64_t size) noexcept nogil:
+    cdef char unit[CACHE_LINE]
+    cdef int64_t _i
+    for _i in range(size // CACHE_LINE):
+        memcpy(unit, one, CACHE_LINE)
+        memcpy(one, other, CACHE_LINE)
+        memcpy(other, unit, CACHE_LINE)
+        one, other = one + CACHE_LINE, other + CACHE_LINE
+    memcpy(unit, one, size % CACHE_LINE)
+    memcpy(one, other, size % CACHE_LINE)
+    memcpy(other, unit, size % CACHE_LINE)
 
 
 cdef void _take_chunks(void *data) noexcept nogil:
@@ -283,7 +379,7 @@ cdef void _take_chunks(void *data) noexcept nogil:
         stop = min(first + work.share, work.size)
         start = first + _add(taken, work.chunk)
         while start < stop:
-            _update_part(work, start, min(start + work.chunk, stop))
+            _do_part(work, start, min(start + work.chunk, stop))
             start = first + _add(taken, work.chunk)
     fesetenv(&own)
 
@@ -303,17 +399,17 @@ cdef inline int64_t _lines(int64_t size, int64_t n) noexcept nogil:
     return max(<int64_t>1, (size + n * CACHE_LINE - 1) // (n * CACHE_LINE)) * CACHE_LINE
 
 
-cdef void _update_part(const Work *work, int64_t start, int64_t stop) noexcept nogil:
-    """Update the bytes [start, stop) of the work, both multiples of a cache line."""
+cdef void _do_part(const Work *work, int64_t start, int64_t stop) noexcept nogil:
+    """Do the job to the bytes [start, stop) of the work, both multiples of a cache line."""
     cdef Py_ssize_t i = _row_at(work, start)
     cdef const Row *row
     cdef int64_t size
     while i < work.n_rows and work.rows[i].offset < stop:
         row = &work.rows[i]
-        size = row.dtype.bits // 8
-        _loop_for(row, work.loops)(
-            row, max(start - row.offset, <int64_t>0) // size,
-            min((stop - row.offset) // size, row.n), work.streams)
+        size = row.size
+        work.job(
+            work, row, max(start - row.offset, <int64_t>0) // size,
+            min((stop - row.offset) // size, row.n))
         i += 1
     if work.streams:
         _fence()
@@ -329,14 +425,6 @@ cdef Py_ssize_t _row_at(const Work *work, int64_t offset) noexcept nogil:
         else:
             high = middle
     return low
-
-
-cdef inline Loop _loop_for(const Row *row, const Loops *loops) noexcept nogil:
-    if row.dtype.bits == 32:
-        return loops.float32
-    if row.dtype.bits == 64:
-        return loops.float64
-    return loops.bfloat16 if row.dtype.code == kDLBfloat else loops.float16
 
 
 cdef inline void _store_next(const Row *row) noexcept nogil:
@@ -365,7 +453,7 @@ def copy(Table table):
     with nogil:
         for i in range(table.n_rows):
             row = &table.rows[i]
-            memcpy(row.param, row.grad, row.n * (row.dtype.bits // 8))
+            memcpy(row.param, row.grad, row.n * row.size)
 
 
 use_simd_level(

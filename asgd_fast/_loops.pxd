@@ -2,15 +2,17 @@
 
 from libc.stdint cimport int64_t
 
-from asgd_fast._table cimport Row
+from asgd_fast._table cimport N_KINDS, Row
 
-# Updates elements [start, stop) of one row. An average that is only written may be streamed: stored
+# Works on elements [start, stop) of one row. An average that is only written may be streamed: stored
 # past the caches, to be fenced by the caller.
 ctypedef void (*Loop)(
     const Row *row, int64_t start, int64_t stop, bint streams) noexcept nogil
 
+cdef enum:
+    LARGEST_NUMBER = 8  # bytes
+
+# By the kind of the params and the size of the averages.
 cdef struct Loops:
-    Loop float32
-    Loop float64
-    Loop float16
-    Loop bfloat16
+    Loop update[N_KINDS][LARGEST_NUMBER + 1]
+    Loop narrow[N_KINDS][LARGEST_NUMBER + 1]  # the params become their wider averages, rounded

@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from asgd_fast._loops cimport Loops
-from asgd_fast._table cimport Row
+from asgd_fast._table cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Row
 
 cdef extern from *:
     """
@@ -22,6 +22,10 @@ cdef extern from *:
     """
 
 ctypedef fused real:
+    float
+    double
+
+ctypedef fused mean:  # the numbers of an average
     float
     double
 
@@ -63,16 +67,16 @@ cdef inline real _step(
     return _fma(neg_eta, g, p * decay)
 
 
-cdef inline real _mean(real ax, real p, real mu) noexcept nogil:
+cdef inline mean _mean(mean ax, mean p, mean mu) noexcept nogil:
     return ax + (p - ax) * mu
 
 
 cdef inline void _update(
-    const Row *row, real *param, const real *grad, real *ax, int64_t n,
+    const Row *row, real *param, const real *grad, mean *ax, int64_t n,
 ) noexcept nogil:
     """Update n elements; without an average if ax is NULL."""
     cdef real neg_eta = <real>-row.eta
-    cdef real mu = <real>row.mu
+    cdef mean mu = <mean>row.mu
     cdef real decay = <real>row.decay
     cdef real weight_decay = <real>row.weight_decay
     cdef real grad_scale = <real>row.grad_scale
@@ -88,16 +92,16 @@ cdef inline void _update(
         for i in range(n):
             p = _step(param[i], grad[i], neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
             param[i] = p
-            ax[i] = p
+            ax[i] = <mean>p
     else:
         for i in range(n):
             p = _step(param[i], grad[i], neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
             param[i] = p
-            ax[i] = _mean(ax[i], p, mu)
+            ax[i] = _mean(ax[i], <mean>p, mu)
 
 
 cdef inline void _update_reals(
-    const Row *row, real *param, const real *grad, real *ax, int64_t start, int64_t stop,
+    const Row *row, real *param, const real *grad, mean *ax, int64_t start, int64_t stop,
     bint streams,
 ) noexcept nogil:
     param, grad, ax = param + start, grad + start, NULL if ax == NULL else ax + start
@@ -108,21 +112,25 @@ cdef inline void _update_reals(
 
 
 cdef inline void _update_streaming(
-    const Row *shared, real *param, const real *grad, real *ax, int64_t n,
+    const Row *shared, real *param, const real *grad, mean *ax, int64_t n,
 ) noexcept nogil:
     """Update n elements where ax gets the param itself, by stores that bypass the caches."""
     # A copy, which what is stored in between cannot change: its scalars stay in registers.
     cdef Row own = shared[0]
     cdef const Row *row = &own
     cdef real unit[UNIT]
-    cdef int64_t _i, head = min(n, _until_aligned(ax, sizeof(real)))
+    cdef mean averages[UNIT]
+    cdef int64_t _i, head = min(n, _until_aligned(ax, sizeof(mean)))
+    cdef int k
     _update(row, param, grad, ax, head)
     param, grad, ax, n = param + head, grad + head, ax + head, n - head
     for _i in range(n // UNIT):
         memcpy(unit, param, sizeof(unit))
-        _update(row, unit, grad, <real *>NULL, UNIT)
+        _update(row, unit, grad, <mean *>NULL, UNIT)
         memcpy(param, unit, sizeof(unit))
-        _stream(ax, unit, sizeof(unit))
+        for k in range(UNIT):
+            averages[k] = <mean>unit[k]
+        _stream(ax, averages, sizeof(averages))
         param, grad, ax = param + UNIT, grad + UNIT, ax + UNIT
     _update(row, param, grad, ax, n % UNIT)
 
@@ -132,12 +140,20 @@ cdef inline int64_t _until_aligned(const void *address, int size) noexcept nogil
     return (0 - <uintptr_t>address) % (UNIT * size) // size
 
 
+cdef inline void _narrow_reals(
+    const Row *row, real *param, const mean *ax, int64_t start, int64_t stop,
+) noexcept nogil:
+    cdef int64_t i
+    for i in range(start, stop):
+        param[i] = <real>ax[i]
+
+
 # float16 and bfloat16 are computed in float32, a unit at a time.
 
 # The scalars of a row, rounded once for all units, and what becomes of the average.
 cdef struct Halves:
     float neg_eta
-    float mu
+    double mu
     float decay
     float weight_decay
     float grad_scale
@@ -145,17 +161,19 @@ cdef struct Halves:
     bint averages
     bint copies
     bint streams
+    int ax_size
 
 
 cdef inline void _update_halves(
-    const Row *row, half *param, const half *grad, half *ax, int64_t start, int64_t stop,
-    bint streams,
+    const Row *row, half *param, const half *grad, int64_t start, int64_t stop, bint streams,
 ) noexcept nogil:
     cdef int64_t _i, head, n = stop - start
     cdef Halves how
-    param, grad, ax = param + start, grad + start, NULL if ax == NULL else ax + start
+    cdef int64_t ax_size = row.ax_size
+    cdef char *ax = NULL if row.ax == NULL else <char *>row.ax + start * ax_size
+    param, grad = param + start, grad + start
     how.neg_eta = <float>-row.eta
-    how.mu = <float>row.mu
+    how.mu = row.mu
     how.decay = <float>row.decay
     how.weight_decay = <float>row.weight_decay
     how.grad_scale = <float>row.grad_scale
@@ -163,26 +181,27 @@ cdef inline void _update_halves(
     how.averages = ax != NULL and row.mu != 1
     how.copies = ax != NULL and row.mu == 1
     how.streams = False
+    how.ax_size = row.ax_size
     if streams and how.copies:
-        head = min(n, _until_aligned(ax, sizeof(half)))
+        head = min(n, _until_aligned(ax, row.ax_size))
         _update_part(&how, param, grad, ax, head)
-        param, grad, ax, n = param + head, grad + head, ax + head, n - head
+        param, grad, ax, n = param + head, grad + head, ax + head * ax_size, n - head
         how.streams = True
     for _i in range(n // UNIT):
         _update_unit(&how, param, grad, ax)
         param, grad = param + UNIT, grad + UNIT
-        ax = NULL if ax == NULL else ax + UNIT
+        ax = NULL if ax == NULL else ax + UNIT * ax_size
     how.streams = False
     _update_part(&how, param, grad, ax, n % UNIT)
 
 
 cdef inline void _update_part(
-    const Halves *how, half *param, const half *grad, half *ax, int64_t n,
+    const Halves *how, half *param, const half *grad, char *ax, int64_t n,
 ) noexcept nogil:
     """Update fewer elements than a unit."""
     cdef half p[UNIT]
     cdef half g[UNIT]
-    cdef half a[UNIT]
+    cdef double a[UNIT]
     cdef size_t size = n * sizeof(half)
     if n == 0:
         return
@@ -192,15 +211,15 @@ cdef inline void _update_part(
     memcpy(p, param, size)
     memcpy(g, grad, size)
     if ax != NULL:
-        memcpy(a, ax, size)
-    _update_unit(how, p, g, a)
+        memcpy(a, ax, n * how.ax_size)
+    _update_unit(how, p, g, <char *>a)
     memcpy(param, p, size)
     if ax != NULL:
-        memcpy(ax, a, size)
+        memcpy(ax, a, n * how.ax_size)
 
 
 cdef inline void _update_unit(
-    const Halves *how, half *param, const half *grad, half *ax,
+    const Halves *how, half *param, const half *grad, char *ax,
 ) noexcept nogil:
     cdef float p[UNIT]
     cdef float g[UNIT]
@@ -213,17 +232,56 @@ cdef inline void _update_unit(
         p[i] = _step(
             p[i], g[i], how.neg_eta, how.decay, how.has_weight_decay, how.weight_decay,
             how.grad_scale)
-    if how.averages:
-        _widen(ax, a)
-        for i in range(UNIT):
-            a[i] = _mean(a[i], p[i], how.mu)
-        _narrow(a, ax)
     _narrow(p, halves)
     memcpy(param, halves, sizeof(halves))
-    if how.streams:
+    if how.ax_size != sizeof(half):
+        _widen(halves, p)  # a wider average is of what the param has become
+        if how.ax_size == sizeof(float):
+            _mean_of_unit(how, p, <float *>ax)
+        else:
+            _mean_of_unit(how, p, <double *>ax)
+    elif how.averages:
+        _widen(<half *>ax, a)
+        for i in range(UNIT):
+            a[i] = _mean(a[i], p[i], <float>how.mu)
+        _narrow(a, <half *>ax)
+    elif how.streams:
         _stream(ax, halves, sizeof(halves))
     elif how.copies:
         memcpy(ax, halves, sizeof(halves))
+
+
+cdef inline void _mean_of_unit(const Halves *how, const float *p, mean *ax) noexcept nogil:
+    cdef mean unit[UNIT]
+    cdef mean mu = <mean>how.mu
+    cdef int i
+    if how.averages:
+        for i in range(UNIT):
+            ax[i] = _mean(ax[i], <mean>p[i], mu)
+    elif how.copies:
+        for i in range(UNIT):
+            unit[i] = <mean>p[i]
+        if how.streams:
+            _stream(ax, unit, sizeof(unit))
+        else:
+            memcpy(ax, unit, sizeof(unit))
+
+
+cdef inline void _narrow_halves(
+    const Row *row, half *param, const mean *ax, int64_t start, int64_t stop,
+) noexcept nogil:
+    cdef float unit[UNIT]
+    cdef half halves[UNIT]
+    cdef int64_t n
+    cdef int i
+    memset(unit, 0, sizeof(unit))
+    while start < stop:
+        n = min(<int64_t>UNIT, stop - start)
+        for i in range(n):
+            unit[i] = <float>ax[start + i]
+        _narrow(unit, halves)
+        memcpy(param + start, halves, n * sizeof(half))
+        start += n
 
 
 cdef inline void _widen(const half *halves, float *unit) noexcept nogil:
@@ -245,29 +303,61 @@ cdef void _update_float32(const Row *row, int64_t start, int64_t stop, bint stre
         row, <float *>row.param, <const float *>row.grad, <float *>row.ax, start, stop, streams)
 
 
+cdef void _update_float32_wide(
+    const Row *row, int64_t start, int64_t stop, bint streams,
+) noexcept nogil:
+    _update_reals(
+        row, <float *>row.param, <const float *>row.grad, <double *>row.ax, start, stop, streams)
+
+
 cdef void _update_float64(const Row *row, int64_t start, int64_t stop, bint streams) noexcept nogil:
     _update_reals(
         row, <double *>row.param, <const double *>row.grad, <double *>row.ax, start, stop, streams)
 
 
 cdef void _update_float16(const Row *row, int64_t start, int64_t stop, bint streams) noexcept nogil:
-    _update_halves(
-        row, <float16 *>row.param, <const float16 *>row.grad, <float16 *>row.ax, start, stop,
-        streams)
+    _update_halves(row, <float16 *>row.param, <const float16 *>row.grad, start, stop, streams)
 
 
 cdef void _update_bfloat16(
     const Row *row, int64_t start, int64_t stop, bint streams,
 ) noexcept nogil:
-    _update_halves(
-        row, <bfloat16 *>row.param, <const bfloat16 *>row.grad, <bfloat16 *>row.ax, start, stop,
-        streams)
+    _update_halves(row, <bfloat16 *>row.param, <const bfloat16 *>row.grad, start, stop, streams)
+
+
+cdef void _narrow_to_float32(
+    const Row *row, int64_t start, int64_t stop, bint _streams,
+) noexcept nogil:
+    _narrow_reals(row, <float *>row.param, <const double *>row.ax, start, stop)
+
+
+cdef void _narrow_to_float16(
+    const Row *row, int64_t start, int64_t stop, bint _streams,
+) noexcept nogil:
+    if row.ax_size == sizeof(float):
+        _narrow_halves(row, <float16 *>row.param, <const float *>row.ax, start, stop)
+    else:
+        _narrow_halves(row, <float16 *>row.param, <const double *>row.ax, start, stop)
+
+
+cdef void _narrow_to_bfloat16(
+    const Row *row, int64_t start, int64_t stop, bint _streams,
+) noexcept nogil:
+    if row.ax_size == sizeof(float):
+        _narrow_halves(row, <bfloat16 *>row.param, <const float *>row.ax, start, stop)
+    else:
+        _narrow_halves(row, <bfloat16 *>row.param, <const double *>row.ax, start, stop)
 
 
 cdef Loops _loops
-_loops.float32 = _update_float32
-_loops.float64 = _update_float64
-_loops.float16 = _update_float16
-_loops.bfloat16 = _update_bfloat16
+_loops.update[FLOAT32][sizeof(float)] = _update_float32
+_loops.update[FLOAT32][sizeof(double)] = _update_float32_wide
+_loops.update[FLOAT64][sizeof(double)] = _update_float64
+_loops.narrow[FLOAT32][sizeof(double)] = _narrow_to_float32
+for _size in (sizeof(float16), sizeof(float), sizeof(double)):
+    _loops.update[FLOAT16][_size] = _update_float16
+    _loops.update[BFLOAT16][_size] = _update_bfloat16
+    _loops.narrow[FLOAT16][_size] = _narrow_to_float16
+    _loops.narrow[BFLOAT16][_size] = _narrow_to_bfloat16
 
 loops = PyCapsule_New(&_loops, b"asgd_fast.loops", NULL)

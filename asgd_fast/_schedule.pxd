@@ -5,5 +5,14 @@ cdef struct Scalars:
     double eta
     double mu
 
-cdef Scalars scalars_after(
-    double step, double lr, double lambd, double alpha, double t0) noexcept nogil
+# What they follow from.
+cdef struct Plan:
+    double lr
+    double lambd
+    double alpha
+    double t0
+    double average_every
+    bint current  # whether lr acts at once, and the decay of eta begins with averaging
+
+cdef Scalars scalars_after(double step, const Plan *plan) noexcept nogil
+cdef double decay_of(double eta, double step, const Plan *plan) noexcept nogil

@@ -1,3 +1,9 @@
 def next_scalars(
-    step: float, lr: float, lambd: float, alpha: float, t0: float
+    step: float,
+    lr: float,
+    lambd: float,
+    alpha: float,
+    t0: float,
+    average_every: float = 1,
+    current: bool = False,
 ) -> tuple[float, float]: ...

@@ -7,7 +7,7 @@ and creates or converts nothing: what cannot go to an engine as it is, it hands 
 from cpython.dict cimport PyDict_Next
 from cpython.exc cimport PyErr_Clear
 from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
-from libc.math cimport INFINITY, NAN, isfinite
+from libc.math cimport INFINITY, NAN, isfinite, isnan
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memset
 
@@ -23,11 +23,11 @@ from asgd_fast._dlpack cimport (
     kDLComplex,
     know,
 )
-from asgd_fast._schedule cimport Scalars, scalars_after
+from asgd_fast._schedule cimport Plan, Scalars, decay_of, scalars_after
 from asgd_fast._table cimport AX, GRAD, PARAM, Row, Table
 from asgd_fast._tensor cimport data_of
 
-from asgd_fast.schedule import check_scalar
+from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
 
 
 cdef extern from *:
@@ -48,7 +48,7 @@ cdef class Slot:
     ----------
     param : Tensor
     state : dict
-        The param's own; exactly a dict if there is a block.
+        The param's own; exactly a dict if there is a block. An entry "t0" overrules the group's.
     block : Tensor of shape (n, 3), optional
         Row `place` holds step, eta and mu, of which the state's are views: the state then begins
         with "step", "eta", "mu" and "ax", in this order. Without a block the scalars are tensors of
@@ -63,6 +63,7 @@ cdef class Slot:
     cdef readonly bint is_lazy
     cdef object _block, _ax
     cdef Py_ssize_t _place
+    cdef double _t0             # nan: the group's holds
     cdef tuple _tensors
     cdef PyObject *_held[4]     # the same
     cdef object _references     # for which see `Slots`
@@ -79,6 +80,7 @@ cdef class Slot:
         self._address = <const void *>lazy_at
         self._block = block
         self._place = place
+        self._t0 = state.get("t0", NAN)
         if block is not None:
             self._hold()
 
@@ -134,14 +136,12 @@ cdef enum:
 
 # What the rows of one group have in common, and what is known from the row before.
 cdef struct Common:
-    double lr
-    double lambd
-    double alpha
-    double t0
+    Plan plan
     double weight_decay
     double grad_scale   # negative to maximize
     bint round_scalars
-    Scalars next        # often those of the next row too
+    double now          # the step count of the row before,
+    Scalars next        # and its scalars after the step: often those of the next row too
     PyObject *written   # the block that is listed as written
     PyObject *block     # of which the rest is known
     char *address
@@ -251,8 +251,8 @@ cdef class Slots:
         Raises
         ------
         ValueError
-            A group's lambd, alpha or t0 was changed to what `check_group` refuses, or its lr to
-            something so negative that eta has no value.
+            A group was changed to what `check_group` refuses, or its lr to something so negative
+            that eta has no value.
         """
         cdef list left = [], slots
         cdef object lr = None
@@ -309,13 +309,15 @@ cdef class Slots:
         self, Table table, Slot slot, grad, Common *common, lr,
     ) except -1:
         cdef Row *row
+        cdef bint averages
         if slot._block is None:
             return False
+        averages = not slot.is_lazy and self._mu_of(slot, common) != 0
         row = table.begin(0)
         if not (
             self._lend(table, PARAM, slot.param)
             and self._lend(table, GRAD, grad)
-            and (slot.is_lazy or self._lend(table, AX, slot._ax))
+            and (not averages or self._lend(table, AX, slot._ax))
         ) or self._has_lazy_sign(slot, grad, row):
             table.abandon()
             return False
@@ -331,7 +333,7 @@ cdef class Slots:
         self._schedule(row, slot, common, lr)
         table.commit(grad)
         self._write(slot._version)
-        if not slot.is_lazy:
+        if averages:
             self._write(slot._ax)
         return True
 
@@ -469,31 +471,51 @@ cdef class Slots:
         cdef double step
         cdef double *doubles
         cdef float *floats
+        cdef Plan own
         if common.double_scalars:
             doubles = <double *>common.address + 3 * slot._place
             row.scalars = doubles
-            step, row.eta, row.mu = doubles[0] + 1, doubles[1], doubles[2]
+            step, row.eta, row.mu = doubles[0], doubles[1], doubles[2]
         else:
             floats = <float *>common.address + 3 * slot._place
             row.scalars = floats
-            step, row.eta, row.mu = <float>(floats[0] + 1), floats[1], floats[2]
+            step, row.eta, row.mu = floats[0], floats[1], floats[2]
         row.double_scalars = common.double_scalars
-        row.decay = 1.0 - common.lambd * row.eta
         row.weight_decay = common.weight_decay
         row.grad_scale = common.grad_scale
-        if common.next.step != step:
-            common.next = scalars_after(step, common.lr, common.lambd, common.alpha, common.t0)
-            if isinstance(lr, self._tensor):
-                common.next.eta = self._eta_after(lr, common.lambd, common.alpha, step)
-            elif common.lr < 0 and not isfinite(common.next.eta):
-                raise ValueError(
-                    f"Invalid learning rate: {lr} (1 + lambd * lr * step must stay above 0)")
-            elif common.round_scalars:
-                common.next.eta = <float>common.next.eta
-            if common.round_scalars:
-                common.next.mu = <float>common.next.mu
+        if not isnan(slot._t0):
+            own = common.plan
+            own.t0 = slot._t0
+            row.next = self._scalars_after(step, &own, common, lr)
+            self._set_step_size(row, step, &own)
+            return 0
+        if common.now != step:
+            common.now = step
+            common.next = self._scalars_after(step, &common.plan, common, lr)
         row.next = common.next
+        self._set_step_size(row, step, &common.plan)
         return 0
+
+    cdef inline void _set_step_size(self, Row *row, double step, const Plan *plan) noexcept:
+        if plan.current:
+            row.eta = scalars_after(step, plan).eta
+        row.decay = decay_of(row.eta, step, plan)
+
+    cdef Scalars _scalars_after(self, double step, const Plan *plan, Common *common, lr) except *:
+        """The scalars after one step more, rounded as torch rounds them."""
+        cdef Scalars scalars
+        step = step + 1 if common.double_scalars else <float>(step + 1)
+        scalars = scalars_after(step, plan)
+        if isinstance(lr, self._tensor) and not plan.current:
+            scalars.eta = self._eta_after(lr, plan.lambd, plan.alpha, step)
+        elif plan.lr < 0 and not isfinite(scalars.eta):
+            raise ValueError(
+                f"Invalid learning rate: {lr} (1 + lambd * lr * step must stay above 0)")
+        elif common.round_scalars:
+            scalars.eta = <float>scalars.eta
+        if common.round_scalars:
+            scalars.mu = <float>scalars.mu
+        return scalars
 
     cdef double _mu_of(self, Slot slot, Common *common) except? -1:
         if <PyObject *>slot._block != common.block:
@@ -535,7 +557,7 @@ def same_kind(ax, param):
 
 
 def check_group(group):
-    """Refuse the hyperparameters that torch lets through and then divides by zero with.
+    """Refuse hyperparameters that torch lets through or does not know.
 
     Parameters
     ----------
@@ -544,26 +566,35 @@ def check_group(group):
     Raises
     ------
     TypeError, ValueError
-        lambd, alpha or t0 is no finite number, or one of the first two is negative.
+        lambd, alpha or t0 is no finite number, or one of the first two is negative; lr_schedule or
+        average_every is not what it may be, or is to go to torch's implementation.
     """
     for name, low in (("lambd", 0.0), ("alpha", 0.0), ("t0", -INFINITY)):
         value = group[name]
         if type(value) is not float or not isfinite(value) or value < low:
             check_scalar(name, value, low=low)
+    check_lr_schedule(group["lr_schedule"])
+    check_average_every(group["average_every"])
+    for option in ("differentiable", "capturable"):
+        if group[option] and (group["lr_schedule"] != "torch" or group["average_every"] != 1):
+            raise ValueError(
+                f"{option}: goes only with lr_schedule='torch' and average_every=1")
 
 
 cdef Common _common_of(group, lr, double unscale, bint round_scalars) except *:
     cdef Common common
     memset(&common, 0, sizeof(common))
     check_group(group)
-    common.lr = number("lr", lr)
-    common.lambd = group["lambd"]
-    common.alpha = group["alpha"]
-    common.t0 = group["t0"]
+    common.plan.lr = number("lr", lr)
+    common.plan.lambd = group["lambd"]
+    common.plan.alpha = group["alpha"]
+    common.plan.t0 = group["t0"]
+    common.plan.average_every = group["average_every"]
+    common.plan.current = group["lr_schedule"] != "torch"
     common.weight_decay = number("weight_decay", group["weight_decay"])
     common.grad_scale = -unscale if group["maximize"] else unscale
     common.round_scalars = round_scalars
-    common.next.step = NAN  # of no row yet
+    common.now = NAN  # of no row yet
     return common
 
 

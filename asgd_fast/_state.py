@@ -20,15 +20,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, MutableMapping
 
 __all__ = [
+    "OWN_HYPERPARAMETERS",
+    "Entry",
     "Group",
+    "State",
+    "alias",
     "copied",
     "create",
     "find",
+    "is_alias",
     "own",
     "put_back",
     "release",
     "rounds_scalars",
     "separated",
+    "start",
+    "wide",
 ]
 
 Group: TypeAlias = dict[str, Any]
@@ -41,8 +48,13 @@ SCALARS = ("step", "eta", "mu")
 # it stays small; more would spare the step less than a nanosecond a param.
 BLOCK = 64
 
+# The hyperparameters that torch does not have, with the values that are its own way.
+OWN_HYPERPARAMETERS = {"lr_schedule": "torch", "average_every": 1}
 
-def create(state: State, groups: list[Group], *, lazy: bool) -> None:
+
+def create(
+    state: State, groups: list[Group], *, lazy: bool, average_dtype: torch.dtype | None
+) -> None:
     """Give state to every param that has a gradient and no state yet.
 
     Parameters
@@ -53,6 +65,8 @@ def create(state: State, groups: list[Group], *, lazy: bool) -> None:
         The optimizer's param_groups.
     lazy : bool
         Whether averages are to have no memory of their own before the first step that averages.
+    average_dtype : torch.dtype, optional
+        As for `wide`.
 
     Raises
     ------
@@ -84,28 +98,87 @@ def create(state: State, groups: list[Group], *, lazy: bool) -> None:
             step=torch.zeros((), **like),
             eta=torch.full((), lr, **like),
             mu=torch.ones((), **like),
-            ax=_alias(param)
+            ax=alias(param)
             if lazy and _may_be_lazy(param, group)
-            else torch.zeros_like(param, memory_format=torch.preserve_format),
+            else torch.zeros_like(
+                param, dtype=wide(param, average_dtype), memory_format=torch.preserve_format
+            ),
         )
+        if group.get("averaging_started") and group["t0"] != _T0_BEFORE_FIRST:
+            state[param]["t0"] = _T0_BEFORE_FIRST
 
 
-def own(slots: Iterable[Slot]) -> None:
+def wide(param: Tensor, average_dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of a param's average: its own, or a wider one that was asked for.
+
+    Parameters
+    ----------
+    param : Tensor
+    average_dtype : torch.dtype, optional
+        float32 or float64, or the complex type of such numbers for a complex param.
+
+    Returns
+    -------
+    torch.dtype
+    """
+    if average_dtype is None or param.dtype not in _WIDENED:
+        return param.dtype
+    return torch.promote_types(param.dtype, average_dtype)
+
+
+def start(state: State, group: Group, *, lazy: bool) -> None:
+    """Make the next iterate of each param of a group the first one in its average.
+
+    Params that have no state yet are averaged from their first iterate on.
+
+    Parameters
+    ----------
+    state : dict of Tensor to dict
+        The optimizer's.
+    group : dict
+        One of the optimizer's param_groups.
+    lazy : bool
+        Whether averages are to give up their memory until then.
+    """
+    stepped = [(param, state[param]) for param in group["params"] if state.get(param)]
+    steps = [float(entry["step"]) for _, entry in stepped]
+    # The next one is number step + 1, and number t0 + 2 is the first.
+    t0 = max(steps, default=0.0) - 1
+    for (param, entry), step in zip(stepped, steps, strict=True):
+        entry.pop("t0", None)
+        if step - 1 != t0:
+            entry["t0"] = step - 1
+        if isinstance(entry["mu"], Tensor):
+            with torch.no_grad(), torch.inference_mode(False):
+                entry["mu"].fill_(1)
+        else:
+            entry["mu"] = 1.0
+        if lazy and _may_give_up(param, entry, group):
+            entry["ax"] = alias(param)
+    group["t0"] = t0
+    group["averaging_started"] = True
+
+
+def own(slots: Iterable[Slot], average_dtype: torch.dtype | None) -> None:
     """Give averages memory of their own.
 
     Parameters
     ----------
     slots : iterable of Slot
         Those whose average may be lazy.
+    average_dtype : torch.dtype, optional
+        As for `wide`.
 
     Raises
     ------
     RuntimeError
         The memory runs out. Nothing is changed.
     """
-    lazy = [slot for slot in slots if _is_alias(slot.state.get("ax"), slot.param) or slot.is_lazy]
+    lazy = [slot for slot in slots if is_alias(slot.state.get("ax"), slot.param) or slot.is_lazy]
     with torch.inference_mode(False):
-        averages = [slot.state["ax"].clone() for slot in lazy]
+        averages = [
+            slot.state["ax"].to(wide(slot.state["ax"], average_dtype), copy=True) for slot in lazy
+        ]
     for slot, average in zip(lazy, averages, strict=True):
         slot.state["ax"] = average
 
@@ -125,14 +198,11 @@ def release(state: State, groups: list[Group]) -> None:
             entry = state.get(param)
             if (
                 entry
-                and _may_be_lazy(param, group)
-                and _is_packable(param, entry, group)
+                and _may_give_up(param, entry, group)
                 and float(entry["mu"]) == 1
-                and type(entry["ax"]) is Tensor
-                and entry["ax"].dtype == param.dtype
-                and torch.equal(entry["ax"], param)
+                and torch.equal(entry["ax"], param.to(entry["ax"].dtype))
             ):
-                entry["ax"] = _alias(param)
+                entry["ax"] = alias(param)
 
 
 def separated(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +213,7 @@ def separated(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> d
     lazy = {
         id(entry)
         for param, entry in optimizer.state.items()
-        if isinstance(param, Tensor) and _is_alias(entry.get("ax"), param)
+        if isinstance(param, Tensor) and is_alias(entry.get("ax"), param)
     }
     state = {
         key: {**entry, "ax": entry["ax"].clone()} if id(entry) in lazy else entry
@@ -195,13 +265,14 @@ def find(state: State, groups: list[Group], before: Slots | None = None) -> Slot
         [known.get((id(param), id(state.get(param)))) for param in group["params"]]
         for group in groups
     ]
-    return Slots(state, found, Tensor, torch.nn.Parameter, _eta_after, _version_of, _refer, _alias)
+    return Slots(state, found, Tensor, torch.nn.Parameter, _eta_after, _version_of, _refer, alias)
 
 
-def copied(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def copied(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint whose tensors are copies, a hook before torch loads it.
 
-    Torch would share them, and cast eta and mu to the dtype of their params.
+    Torch would share them, and cast them to the dtype of their params. Hyperparameters that a
+    checkpoint of torch does not have stay as they are.
     """
     state = {}
     with torch.inference_mode(False):  # which the copies are to outlive
@@ -211,19 +282,29 @@ def copied(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, An
                     name: value.clone() if isinstance(value, Tensor) else value
                     for name, value in entry.items()
                 }
-                for name in SCALARS:
+                for name in (*SCALARS, "ax"):
                     if isinstance(entry.get(name), Tensor):
                         entry[name] = _Kept(entry[name])
             state[key] = entry
-    return {**state_dict, "state": state}
+    groups = state_dict["param_groups"]
+    if len(groups) == len(optimizer.param_groups):
+        groups = [
+            {**{name: own[name] for name in OWN_HYPERPARAMETERS}, **group}
+            for own, group in zip(optimizer.param_groups, groups, strict=True)
+        ]
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
-def put_back(state: MutableMapping[Any, Any]) -> None:
-    """Put the scalars that `copied` kept from torch into the state that torch has loaded."""
+def put_back(state: MutableMapping[Any, Any], average_dtype: torch.dtype | None) -> None:
+    """Put what `copied` kept from torch into the state that torch has loaded.
+
+    Scalars keep their dtype; averages get the one that they have in this optimizer.
+    """
     for param, entry in state.items():
         for name, value in list(entry.items()) if isinstance(entry, dict) else ():
             if isinstance(value, _Kept):
-                entry[name] = value.on(param)
+                as_param = name == "ax" and isinstance(param, Tensor) and param.is_floating_point()
+                entry[name] = value.on(param, wide(param, average_dtype) if as_param else None)
 
 
 def rounds_scalars() -> bool:
@@ -234,15 +315,24 @@ def rounds_scalars() -> bool:
     return torch.get_default_dtype() != torch.float64
 
 
+# The dtypes that have a wider one.
+_WIDENED = {torch.float16, torch.bfloat16, torch.float32, torch.complex32, torch.complex64}
+
+# The t0 with which the first iterate of all is the first one in the average.
+_T0_BEFORE_FIRST = -1.0
+
+
 class _Kept:
     """A tensor of the state that torch is not to convert while it loads the rest."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
 
-    def on(self, param: Any) -> Tensor:
+    def on(self, param: Any, dtype: torch.dtype | None) -> Tensor:
         """Return it on the device of its param, if that is one of the optimizer's."""
-        return self._tensor.to(param.device) if isinstance(param, Tensor) else self._tensor
+        if not isinstance(param, Tensor):
+            return self._tensor
+        return self._tensor.to(device=param.device, dtype=dtype)
 
 
 def _is_packable(param: Tensor, entry: Entry, group: Group) -> bool:
@@ -281,7 +371,7 @@ def _packed(pairs: list[tuple[Tensor, Entry]], dtype: torch.dtype) -> Iterator[S
         others = {name: value for name, value in entry.items() if name not in packed}
         entry.clear()
         entry.update(packed, **others)
-        lazy_at = param.data_ptr() if _is_alias(entry["ax"], param) else 0
+        lazy_at = param.data_ptr() if is_alias(entry["ax"], param) else 0
         yield Slot(param, entry, block, place, lazy_at)
 
 
@@ -295,7 +385,18 @@ def _may_be_lazy(param: Tensor, group: Group) -> bool:
     )
 
 
-def _is_alias(ax: Any, param: Tensor) -> bool:
+def _may_give_up(param: Tensor, entry: Entry, group: Group) -> bool:
+    """Whether an average that has memory of its own may be lazy instead."""
+    return (
+        _may_be_lazy(param, group)
+        and _is_packable(param, entry, group)
+        and type(entry["ax"]) is Tensor
+        and entry["ax"].shape == param.shape
+        and torch.promote_types(entry["ax"].dtype, param.dtype) == entry["ax"].dtype
+    )
+
+
+def is_alias(ax: Any, param: Tensor) -> bool:
     """Whether an average is the memory of its param."""
     return (
         type(ax) is Tensor
@@ -307,7 +408,7 @@ def _is_alias(ax: Any, param: Tensor) -> bool:
     )
 
 
-def _alias(tensor: Tensor) -> Tensor:
+def alias(tensor: Tensor) -> Tensor:
     """Return another tensor of the same memory."""
     with torch.inference_mode(False):
         return tensor.detach()

@@ -3,7 +3,7 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uintptr_t
 
-from asgd_fast._dlpack cimport Borrowed, DLDataType, Known
+from asgd_fast._dlpack cimport Borrowed, Known
 from asgd_fast._schedule cimport Scalars
 
 cdef enum:  # the roles of the three arrays of a row
@@ -14,13 +14,22 @@ cdef enum:  # the roles of the three arrays of a row
 cdef enum:
     CACHE_LINE = 64  # bytes
 
+cdef enum:  # the kinds of real numbers
+    FLOAT16 = 0
+    BFLOAT16 = 1
+    FLOAT32 = 2
+    FLOAT64 = 3
+    N_KINDS = 4
+
 # One array's update. The scalars are double here; a loop rounds each once to its compute dtype.
 cdef struct Row:
     void *param
     const void *grad
     void *ax                # NULL: no average is kept
     int64_t n               # real numbers: two for each element of a complex array
-    DLDataType dtype        # of the real numbers of param, grad and ax
+    int kind                # of the numbers of param and grad
+    int size                # of each, in bytes
+    int ax_size             # of those of ax: the same kind, or wider ones, float32 or float64
     double eta
     double mu               # 1: the average is the param itself
     double decay            # 1 - lambd * eta
@@ -37,7 +46,8 @@ cdef struct Memory:  # of one row
     const void *param
     const void *grad
     const void *ax
-    int64_t size  # in bytes, of each
+    int64_t size     # in bytes, of param and grad
+    int64_t ax_size
 
 
 cdef struct Span:  # of one array
@@ -68,6 +78,7 @@ cdef class Table:
     cdef int reserve(self, Py_ssize_t more) except -1
     cdef Row *begin(self, Py_ssize_t index) noexcept
     cdef str settle(self, int role)
+    cdef bint _goes_with_param(self, int role) noexcept
     cdef int commit(self, owner) except -1
     cdef int _own(self, owner) except -1
     cdef void abandon(self) noexcept

@@ -5,6 +5,7 @@ import numpy.typing as npt
 from typing_extensions import Self
 
 def is_array(candidate: object) -> bool: ...
+def dtype_of(array: Any) -> str: ...
 
 @final
 class Table:
@@ -23,6 +24,9 @@ class Table:
         lambd: float = 0.0,
         alpha: float = 0.0,
         t0: float = 0.0,
+        starts: npt.NDArray[np.float64] | None = None,
+        average_every: float = 1.0,
+        current: bool = False,
         weight_decay: float = 0.0,
         grad_scale: float = 1.0,
         first: int = 0,

@@ -6,6 +6,7 @@ This module knows what makes arrays fit for one in-place pass; it does not know 
 
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.math cimport isnan
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
@@ -26,13 +27,13 @@ from asgd_fast._dlpack cimport (
     kDLFloat,
     kDLROCMHost,
 )
-from asgd_fast._schedule cimport Scalars, scalars_after
+from asgd_fast._schedule cimport Plan, Scalars, decay_of, scalars_after
 from asgd_fast._tensor cimport (
     data_of,
     device_name,
     dtype_name,
     is_dense,
-    same_description,
+    same_form,
     same_layout,
     same_shape,
     shape_of,
@@ -53,6 +54,34 @@ def is_array(candidate):
     bool
     """
     return _is_array(candidate)
+
+
+def dtype_of(array):
+    """The dtype of an array, by its name.
+
+    Parameters
+    ----------
+    array : array
+        Of any library that speaks DLPack.
+
+    Returns
+    -------
+    str
+        "float32", for instance.
+
+    Raises
+    ------
+    TypeError, ValueError, BufferError
+        `array` lends no memory.
+    """
+    cdef Borrowed borrowed
+    cdef Known known
+    memset(&known, 0, sizeof(known))
+    borrow(array, False, &borrowed, &known)
+    name = dtype_name(borrowed.tensor.dtype)
+    give_back(&borrowed)
+    forget(&known)
+    return name
 
 
 cdef class Table:
@@ -127,6 +156,9 @@ cdef class Table:
         double lambd=0.0,
         double alpha=0.0,
         double t0=0.0,
+        const double[::1] starts=None,
+        double average_every=1.0,
+        bint current=False,
         double weight_decay=0.0,
         double grad_scale=1.0,
         Py_ssize_t first=0,
@@ -143,14 +175,17 @@ cdef class Table:
             Of the shape, dtype, device and memory layout of their params; may be read-only.
             Without the list the rows are of params alone, and only good for checking them.
         axs : list of array, optional
-            The averages, like their params. Without the list none is kept.
+            The averages, like their params, or in a wider dtype: float32 or float64. Without the
+            list none is kept.
         eta, mu : float
             For all rows, where there are no scalars.
         scalars : float64 array of shape (len(params), 3), optional
             The step, eta and mu of each param, which the engine advances with the step. The eta of
-            step 0 is not read: it is lr.
-        lr, alpha, t0 : float
-            What scalars are advanced with.
+            step 0 is not read: it is lr. The average of a param whose mu is 0 is left as it is.
+        lr, alpha, t0, average_every, current
+            What scalars are advanced with: see `next_scalars`.
+        starts : float64 array of shape (len(params),), optional
+            The t0 of single params; nan where `t0` holds.
         lambd, weight_decay : float
         grad_scale : float
             Multiplies each grad first; negative to maximize.
@@ -171,7 +206,8 @@ cdef class Table:
         cdef Py_ssize_t i, n = len(params)
         cdef Row *row
         cdef Scalars *now
-        for each in (grads, axs, scalars):
+        cdef Plan plan = Plan(lr, lambd, alpha, t0, average_every, current)
+        for each in (grads, axs, scalars, starts):
             if each is not None and len(each) != n:
                 raise ValueError(f"got {len(each)} for {n} params; expected one for each")
         self.reserve(n)
@@ -184,18 +220,23 @@ cdef class Table:
                 self._take(PARAM, params[i])
                 if grads is not None:
                     self._take(GRAD, grads[i])
-                if axs is not None:
-                    self._take(AX, axs[i])
                 row.eta = eta
                 row.mu = mu
+                row.decay = 1.0 - lambd * eta
                 if scalars is not None:
                     now = <Scalars *>&scalars[i, 0]
-                    row.eta = lr if now.step == 0 else now.eta
+                    plan.t0 = t0 if starts is None or isnan(starts[i]) else starts[i]
+                    if current:
+                        row.eta = scalars_after(now.step, &plan).eta
+                    else:
+                        row.eta = lr if now.step == 0 else now.eta
                     row.mu = now.mu
+                    row.decay = decay_of(row.eta, now.step, &plan)
                     row.scalars = now
                     row.double_scalars = True
-                    row.next = scalars_after(now.step + 1, lr, lambd, alpha, t0)
-                row.decay = 1.0 - lambd * row.eta
+                    row.next = scalars_after(now.step + 1, &plan)
+                if axs is not None and (scalars is None or row.mu != 0):
+                    self._take(AX, axs[i])
                 row.weight_decay = weight_decay
                 row.grad_scale = grad_scale
                 self.commit(None)
@@ -225,7 +266,7 @@ cdef class Table:
                 if memory.size == 0 or address == NULL:
                     continue
                 spans[n].start = <uintptr_t>address
-                spans[n].stop = spans[n].start + memory.size
+                spans[n].stop = spans[n].start + (memory.ax_size if role == AX else memory.size)
                 spans[n].row = i
                 spans[n].role = role
                 n += 1
@@ -255,7 +296,8 @@ cdef class Table:
             memory = _memory_of(&self.rows[i])
             for role in range(3):
                 address = <uintptr_t>_address(&memory, role)
-                if address < stop and start < address + memory.size:
+                if address < stop and start < address + (
+                        memory.ax_size if role == AX else memory.size):
                     return True
         return False
 
@@ -270,7 +312,7 @@ cdef class Table:
             now = _memory_of(&self.rows[i])
             same &= (
                 memory.param == now.param and memory.grad == now.grad and memory.ax == now.ax
-                and memory.size == now.size
+                and memory.size == now.size and memory.ax_size == now.ax_size
             )
             memory[0] = now
         self._n_checked = self.n_rows
@@ -327,9 +369,10 @@ cdef class Table:
         if role == PARAM:
             fault = self._fault(role)
         elif (
-            same_description(tensor, &self.arrays[PARAM].tensor)
+            same_form(tensor, &self.arrays[PARAM].tensor)
             and tensor.data != NULL
-            and <uintptr_t>data % (row.dtype.bits // 8) == 0
+            and self._goes_with_param(role)
+            and <uintptr_t>data % (row.ax_size if role == AX else row.size) == 0
         ):
             fault = None
         else:
@@ -342,18 +385,33 @@ cdef class Table:
             row.ax = data
         else:
             row.param = data
-            row.n = size_of(tensor)
-            row.dtype = tensor.dtype
-            if row.dtype.code == kDLComplex:
-                row.n *= 2
-                row.dtype.code = kDLFloat
-                row.dtype.bits //= 2
+            row.n = size_of(tensor) * (2 if tensor.dtype.code == kDLComplex else 1)
+            row.size = row.ax_size = _bytes_of_reals(tensor.dtype)
+            if tensor.dtype.code == kDLBfloat:
+                row.kind = BFLOAT16
+            else:
+                row.kind = FLOAT16 if row.size == 2 else FLOAT32 if row.size == 4 else FLOAT64
         return None
+
+    cdef bint _goes_with_param(self, int role) noexcept:
+        """Whether the dtype of the array goes with that of its param; notes that of an average."""
+        cdef Row *row = &self.rows[self.n_rows]
+        cdef DLDataType dtype = self.arrays[role].tensor.dtype
+        cdef DLDataType param = self.arrays[PARAM].tensor.dtype
+        cdef int size
+        if dtype.code == param.code and dtype.bits == param.bits and dtype.lanes == param.lanes:
+            return True
+        size = _bytes_of_reals(dtype)
+        if role != AX or size <= row.size or size == 2 or (
+                (dtype.code == kDLComplex) != (param.code == kDLComplex)):
+            return False
+        row.ax_size = size
+        return True
 
     cdef int commit(self, owner) except -1:
         """Count the row. `owner` keeps an array alive that nothing else may."""
         cdef Row *row = &self.rows[self.n_rows]
-        cdef int64_t size = row.n * (row.dtype.bits // 8)
+        cdef int64_t size = row.n * row.size
         self._own(owner)
         row.offset = self.work
         self.work += (size + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
@@ -420,7 +478,7 @@ cdef class Table:
         """Why an array of the row does not go with its param; or None."""
         cdef DLTensor *tensor = &self.arrays[role].tensor
         cdef DLTensor *param = &self.arrays[PARAM].tensor
-        if tensor.dtype.code != param.dtype.code or tensor.dtype.bits != param.dtype.bits:
+        if not self._goes_with_param(role):
             what, got, wanted = "dtype", dtype_name(tensor.dtype), dtype_name(param.dtype)
         elif not same_shape(tensor, param):
             what, got, wanted = "shape", shape_of(tensor), shape_of(param)
@@ -429,7 +487,8 @@ cdef class Table:
         else:
             return None
         name = self._name(PARAM, self.n_rows)
-        return f"{what} {got} does not match {name} of {what} {wanted}"
+        wider = " and is no wider one" if what == "dtype" and role == AX else ""
+        return f"{what} {got} does not match {name} of {what} {wanted}{wider}"
 
     cdef str _name(self, int role, Py_ssize_t row):
         return self.names[role].format(self.rows[row].index)
@@ -459,7 +518,8 @@ cdef inline Memory _memory_of(const Row *row) noexcept:
     memory.param = row.param
     memory.grad = row.grad
     memory.ax = row.ax
-    memory.size = row.n * (row.dtype.bits // 8)
+    memory.size = row.n * row.size
+    memory.ax_size = row.n * row.ax_size
     return memory
 
 

@@ -8,14 +8,11 @@ cdef inline void *data_of(const DLTensor *tensor) noexcept:
     return <char *>tensor.data + tensor.byte_offset
 
 
-cdef inline bint same_description(const DLTensor *one, const DLTensor *other) noexcept:
-    """Whether all but the memory is the same, number by number."""
+cdef inline bint same_form(const DLTensor *one, const DLTensor *other) noexcept:
+    """Whether all but the memory and the dtype is the same, number by number."""
     cdef int32_t axis
     if (
         one.ndim != other.ndim
-        or one.dtype.code != other.dtype.code
-        or one.dtype.bits != other.dtype.bits
-        or one.dtype.lanes != other.dtype.lanes
         or one.device.device_type != other.device.device_type
         or one.device.device_id != other.device.device_id
         or (one.strides == NULL) != (other.strides == NULL)

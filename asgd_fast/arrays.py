@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from contextlib import contextmanager
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from asgd_fast._table import Table
-from asgd_fast.schedule import check_scalar
-from asgd_fast.update import as_arrays, copy, lent, template, update
+from asgd_fast._table import Table, dtype_of
+from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
+from asgd_fast.update import as_arrays, assign, copy, exchanged, lent, template, update
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     import numpy.typing as npt
 
@@ -68,8 +69,10 @@ def asgd_(
     grads : array or iterable of array
         One for each param, of its shape, dtype and memory layout. Read, and may be read-only.
     axs : array or iterable of array, optional
-        The averages, one for each param, of its shape, dtype and memory layout. Written. Without
-        them none is kept.
+        The averages, one for each param, of its shape and memory layout, and of its dtype or a
+        wider one: float32 or float64, or the complex type of such numbers. With a wider one the
+        last two lines are computed in it, from the p that was stored. Written. Without them none is
+        kept.
     eta : float
         Step size, >= 0. A `Schedule` gives it.
     mu : float, default=1.0
@@ -153,12 +156,28 @@ class ArrayASGD:
         L2 penalty, >= 0.
     maximize : bool, default=False
         Ascend instead.
+    average_dtype : dtype, optional
+        float32 or float64, as NumPy or another library writes them: averages are kept in it where
+        it is wider than their params. By default they are kept in the dtype of their params, and
+        stop moving when their changes become too small for it.
+    lr_schedule : {"torch", "current"}, default="torch"
+        "current" makes eta follow lr at once, and makes the steps before averaging begins those of
+        plain SGD. In the step that follows k steps::
+
+            eta = lr, and no decay of p                              if k <= t0
+            eta = lr / (1 + lambd * lr * (k - t0)) ** alpha          otherwise
+
+    average_every : int, default=1
+        Average each so many-th iterate only, from the first one of the average on. The other steps
+        do not touch the average.
 
     Attributes
     ----------
     param_groups : list of dict
         "params" and the hyperparameters of each group. Hyperparameters may be changed between
-        steps; a changed lr acts one step late, as it does in torch.
+        steps; unless `lr_schedule` is "current", a changed lr acts one step late, as in torch.
+    average_dtype : numpy.dtype or None
+        As given.
 
     Raises
     ------
@@ -187,7 +206,8 @@ class ArrayASGD:
     >>> for _ in range(2000):
     ...     noisy_grad = w - 1.0 + rng.normal(size=3)
     ...     optimizer.step([noisy_grad])
-    >>> bool(np.abs(optimizer.averages[0] - 1.0).max() < 0.1)
+    >>> with optimizer.averaged_parameters():
+    ...     bool(np.abs(w - 1.0).max() < 0.1)
     True
     """
 
@@ -201,7 +221,11 @@ class ArrayASGD:
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        average_dtype: npt.DTypeLike | None = None,
+        lr_schedule: str = "torch",
+        average_every: int = 1,
     ) -> None:
+        self.average_dtype = _checked_average_dtype(average_dtype)
         self.defaults = _checked_hyperparameters(
             {
                 "lr": lr,
@@ -210,12 +234,18 @@ class ArrayASGD:
                 "t0": t0,
                 "weight_decay": weight_decay,
                 "maximize": maximize,
+                "lr_schedule": lr_schedule,
+                "average_every": average_every,
             }
         )
         self.param_groups: list[dict[str, Any]] = []
         # One entry for each param, in the order of the groups. The columns are step, eta and mu.
         self._averages: list[Array] = []
         self._scalars = np.zeros((0, 3))
+        # The t0 of single params; nan where that of the group holds.
+        self._starts = np.zeros(0)
+        # Params that hold their averages at the moment, by their places.
+        self._exchanged: dict[int, Array] | None = None
         self._spare_tables: list[Table] = []
 
         groups = as_arrays("params", params)
@@ -238,11 +268,13 @@ class ArrayASGD:
     def averages(self) -> list[Array]:
         """The averages, one for each param in the order of the groups.
 
-        Each is an array of the param's library, dtype and layout, which the steps update in place.
-        Until averaging starts it equals the param, as of the param's latest step or, before one, of
-        the optimizer's making.
+        Each is an array of the param's library and layout, in its dtype or `average_dtype`, which
+        the steps update in place. Until averaging starts it equals the param, as of the param's
+        latest step or, before one, of the optimizer's making. Inside `averaged_parameters` it is
+        the param itself, if that has its dtype.
         """
-        return list(self._averages)
+        here = self._exchanged or {}
+        return [here.get(i, ax) for i, ax in enumerate(self._averages)]
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         """Add a group of params, for instance to train further arrays from now on.
@@ -273,10 +305,11 @@ class ArrayASGD:
         table = Table(("params[{}]", "", ""))
         table.extend([*self._params(), *params])
         table.check_overlap()
-        self._averages += [_clone(param) for param in params]
+        self._averages += [_clone(param, self._wide(param)) for param in params]
         self.param_groups.append({"params": params, **hyperparameters})
         fresh = np.tile([0.0, hyperparameters["lr"], 1.0], (len(params), 1))
         self._scalars = np.concatenate([self._scalars, fresh])
+        self._starts = np.concatenate([self._starts, np.full(len(params), np.nan)])
 
     def step(self, grads: Array | Iterable[Array | None]) -> None:
         """Make one step: update every param that has a grad, and its average, in place.
@@ -293,19 +326,16 @@ class ArrayASGD:
             As `asgd_`, and for a hyperparameter of a group changed to what the constructor refuses.
             Nothing is changed.
         RuntimeError
-            Params were put into a group, or taken out, by hand. Nothing is changed.
+            Params were put into a group, or taken out, by hand; or the averages stand in the params
+            (see `averaged_parameters`). Nothing is changed.
         """
+        self._refuse_exchanged("step")
         grad_list = _one_for_each("grads", grads, len(self._averages))
         names = "params[{}]", template("grads", grads), "averages[{}]"
         # Taken down before any library is asked for memory, which may run anything.
-        groups = [list(group["params"]) for group in self.param_groups]
+        groups = self._params_of_groups()
         hyperparameters = self._hyperparameters()
         stops = list(accumulate(map(len, groups), initial=0))
-        if stops[-1] != len(self._averages):
-            raise RuntimeError(
-                f"param_groups: holds {stops[-1]} params, but the optimizer was given "
-                f"{len(self._averages)}; add params with add_param_group"
-            )
         parts = map(slice, stops, stops[1:])
         with lent(self._spare_tables, names) as table:
             for params, own, part in zip(groups, hyperparameters, parts, strict=True):
@@ -318,6 +348,9 @@ class ArrayASGD:
                     lambd=own["lambd"],
                     alpha=own["alpha"],
                     t0=own["t0"],
+                    starts=self._starts[part],
+                    average_every=own["average_every"],
+                    current=own["lr_schedule"] == "current",
                     weight_decay=own["weight_decay"],
                     grad_scale=-1.0 if own["maximize"] else 1.0,
                     first=part.start,
@@ -325,38 +358,148 @@ class ArrayASGD:
                 )
             update(table)
 
+    @contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Hold the averages in the params for as long as the context lasts, to evaluate them.
+
+        They trade places in one pass; the params keep their memory, and get their bits back on the
+        way out, after an exception too. A param whose averaging has not begun stays as it is.
+        Averages that are wider than their params need memory of the size of the params meanwhile.
+
+        Inside, steps are refused, and what is written into the params is lost. `state_dict` gives
+        what it gives outside.
+
+        Yields
+        ------
+        None
+
+        Raises
+        ------
+        RuntimeError
+            The averages stand in the params already. Nothing is changed.
+        """
+        self._refuse_exchanged("averaged_parameters")
+        arrays = []
+        exchanged_ones = {}
+        for i, param in self._begun():
+            ax = self._averages[i]
+            spare = None if dtype_of(ax) == dtype_of(param) else _clone(param)
+            arrays.append((param, spare, ax))
+            if spare is None:
+                exchanged_ones[i] = param
+        self._exchanged = exchanged_ones
+        try:
+            with exchanged(arrays):
+                yield
+        finally:
+            self._exchanged = None
+
+    def copy_averages_to(self, arrays: Array | Iterable[Array]) -> None:
+        """Copy the averages into arrays.
+
+        A param whose averaging has not begun is copied itself.
+
+        Parameters
+        ----------
+        arrays : array or iterable of array
+            One for each param in the order of the groups, of its shape, dtype and memory layout:
+            other arrays, or the params themselves, which are overwritten by their averages for
+            good. Written; averages that are wider are rounded.
+
+        Raises
+        ------
+        TypeError, ValueError, BufferError
+            As `asgd_`. Nothing is changed.
+        """
+        targets = _one_for_each("arrays", arrays, len(self._averages))
+        begun = dict(self._begun())
+        averages = self.averages
+        sources = [averages[i] if i in begun else x for i, x in enumerate(self._params())]
+        table = Table((template("arrays", arrays), "", "averages[{}]"))
+        for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+            if target is not source:
+                table.extend([target], None, [source], first=i)
+        assign(table)
+
+    def start_averaging(self, group: int | None = None) -> None:
+        """Make the next step's iterate the first one in the averages.
+
+        Averages that have begun are begun anew. Params that have no grad in the next step begin
+        with their own next step.
+
+        Parameters
+        ----------
+        group : int, optional
+            The place of a group in `param_groups`. By default all of them start.
+
+        Raises
+        ------
+        IndexError, TypeError
+            There is no such group.
+        RuntimeError
+            The averages stand in the params: see `averaged_parameters`.
+        """
+        self._refuse_exchanged("start_averaging")
+        if group is None:
+            chosen = np.ones(len(self._starts), dtype=bool)
+        else:
+            chosen = self._group_of_each() == range(len(self.param_groups))[group]
+        # The next one is number step + 1, and number t0 + 2 is the first.
+        self._starts[chosen] = self._scalars[chosen, 0] - 1
+        self._scalars[chosen, 2] = 1
+
+    def reset_averages(self, group: int | None = None) -> None:
+        """Forget the averages, and begin them anew: the same as `start_averaging`.
+
+        Parameters
+        ----------
+        group : int, optional
+            The place of a group in `param_groups`. By default all of them.
+
+        Raises
+        ------
+        IndexError, TypeError, RuntimeError
+            As `start_averaging`.
+        """
+        self.start_averaging(group)
+
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """Return a snapshot of everything but the params: a flat dict of NumPy arrays.
 
         Returns
         -------
         dict of str to numpy.ndarray
-            "step", "eta", "mu" and "group" of shape (n,) for n params; each hyperparameter, of
-            shape (len(param_groups),); and the averages, copied, as "ax.0" to "ax.{n - 1}". It goes
+            "step", "eta", "mu", "start" and "group" of shape (n,) for n params, where "start" is
+            t0, of the group or as `start_averaging` has set it; each hyperparameter, of shape
+            (len(param_groups),); and the averages, copied, as "ax.0" to "ax.{n - 1}". It goes
             through ``np.savez(file, **state)`` and ``np.load(file)``, pickle and ``copy.deepcopy``.
 
         Raises
         ------
         TypeError
             NumPy does not have the dtype of an average (bfloat16).
+        RuntimeError
+            Params were put into a group, or taken out, by hand.
         """
         hyperparameters = self._hyperparameters()
         state: dict[str, npt.NDArray[Any]] = {
             "step": self._scalars[:, 0].astype(np.int64),
             "eta": self._scalars[:, 1].copy(),
             "mu": self._scalars[:, 2].copy(),
+            "start": np.where(np.isnan(self._starts), self._t0_of_each(), self._starts),
             "group": self._group_of_each(),
         }
         for name in self.defaults:
             state[name] = np.array([own[name] for own in hyperparameters])
-        for i, ax in enumerate(self._averages):
+        for i, ax in enumerate(self.averages):
             state[f"ax.{i}"] = _saved(f"averages[{i}]", ax)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where another optimizer stood, over params that it also held.
 
-        The params themselves are yours to restore. Nothing is shared with `state_dict` afterwards.
+        The params themselves are yours to restore. Averages get the dtype that they have in this
+        optimizer. Nothing is shared with `state_dict` afterwards.
 
         Parameters
         ----------
@@ -366,9 +509,13 @@ class ArrayASGD:
         Raises
         ------
         TypeError, ValueError
-            A name is missing or unknown; the number of params or groups, or the shape or dtype of
-            an average is another; a value is out of range. Nothing is changed.
+            A name is missing or unknown; the number of params or groups, or the shape of an average
+            is another, or its numbers are of another kind; a value is out of range. Nothing is
+            changed.
+        RuntimeError
+            The averages stand in the params: see `averaged_parameters`.
         """
+        self._refuse_exchanged("load_state_dict")
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
         expected = self.state_dict()
@@ -387,8 +534,9 @@ class ArrayASGD:
                     f"state_dict[{name!r}]: shape {value.shape} does not match the "
                     f"optimizer's {wanted.shape}"
                 )
-            casting: Literal["no", "same_kind"] = "no" if name.startswith("ax.") else "same_kind"
-            if not np.can_cast(value.dtype, wanted.dtype, casting):
+            if not np.can_cast(value.dtype, wanted.dtype, "same_kind") or (
+                name.startswith("ax.") and value.dtype.kind != wanted.dtype.kind
+            ):
                 raise ValueError(
                     f"state_dict[{name!r}]: dtype {value.dtype} does not match the "
                     f"optimizer's {wanted.dtype}"
@@ -398,7 +546,12 @@ class ArrayASGD:
                 f"state_dict['group']: the params are grouped as {state['group'].tolist()}, "
                 f"the optimizer's as {expected['group'].tolist()}"
             )
-        for name, low, high in (("step", 0, math.inf), ("eta", 0, math.inf), ("mu", 0, 1)):
+        for name, low, high in (
+            ("step", 0, math.inf),
+            ("eta", 0, math.inf),
+            ("mu", 0, 1),
+            ("start", -math.inf, math.inf),
+        ):
             for i, value in enumerate(state[name]):
                 check_scalar(f"state_dict[{name!r}][{i}]", value, low=low, high=high)
         hyperparameters = [
@@ -418,9 +571,42 @@ class ArrayASGD:
         self._scalars[:] = np.column_stack([state["step"], state["eta"], state["mu"]])
         for group, own in zip(self.param_groups, hyperparameters, strict=True):
             group.update(own)
+        start = state["start"]
+        self._starts[:] = np.where(start == self._t0_of_each(), np.nan, start)
+
+    def _params_of_groups(self) -> list[list[Array]]:
+        groups = [list(group["params"]) for group in self.param_groups]
+        n = sum(map(len, groups))
+        if n != len(self._averages):
+            raise RuntimeError(
+                f"param_groups: holds {n} params, but the optimizer was given "
+                f"{len(self._averages)}; add params with add_param_group"
+            )
+        return groups
 
     def _params(self) -> list[Array]:
-        return [param for group in self.param_groups for param in group["params"]]
+        return list(chain.from_iterable(self._params_of_groups()))
+
+    def _begun(self) -> Iterator[tuple[int, Array]]:
+        """Yield the places of the params whose averages have begun, and the params."""
+        for i, param in enumerate(self._params()):
+            if self._scalars[i, 2] != 1:
+                yield i, param
+
+    def _wide(self, param: Array) -> str | None:
+        """Return the dtype of a param's average, if that is not the param's own."""
+        dtype = dtype_of(param)
+        if self.average_dtype is None:
+            return None
+        narrow = "float16" if dtype == "bfloat16" else dtype
+        wide = np.promote_types(narrow, self.average_dtype).name
+        return None if wide == narrow else wide
+
+    def _refuse_exchanged(self, call: str) -> None:
+        if self._exchanged is not None:
+            raise RuntimeError(
+                f"{call}: not inside averaged_parameters(), where the averages stand in the params"
+            )
 
     def _hyperparameters(self) -> list[dict[str, Any]]:
         return [
@@ -428,26 +614,48 @@ class ArrayASGD:
             for k, group in enumerate(self.param_groups)
         ]
 
+    def _t0_of_each(self) -> npt.NDArray[np.float64]:
+        t0s = [float(group["t0"]) for group in self.param_groups]
+        return np.array(t0s)[self._group_of_each()]
+
     def _group_of_each(self) -> npt.NDArray[np.int64]:
         return np.repeat(
-            np.arange(len(self.param_groups), dtype=np.int64),
-            [len(group["params"]) for group in self.param_groups],
+            np.arange(len(self.param_groups), dtype=np.int64), [*map(len, self._params_of_groups())]
         )
 
 
 def _checked_hyperparameters(group: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Return a group's hyperparameters alone, each a float in its range or a bool."""
-    missing = {*_LEAST, "maximize"} - group.keys()
+    missing = {*_LEAST, "maximize", "lr_schedule", "average_every"} - group.keys()
     if missing:
         raise ValueError(f"{where}missing {sorted(missing)}")
     try:
         checked: dict[str, Any] = {
             name: check_scalar(name, group[name], low=low) for name, low in _LEAST.items()
         }
+        checked["maximize"] = bool(group["maximize"])
+        checked["lr_schedule"] = check_lr_schedule(group["lr_schedule"])
+        checked["average_every"] = check_average_every(group["average_every"])
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}{error}") from None
-    checked["maximize"] = bool(group["maximize"])
     return checked
+
+
+def _checked_average_dtype(average_dtype: Any) -> np.dtype[Any] | None:
+    if average_dtype is None:
+        return None
+    try:
+        dtype: np.dtype[Any] = np.dtype(average_dtype)
+    except TypeError:
+        try:
+            dtype = np.dtype(str(average_dtype).rpartition(".")[2])  # torch.float32
+        except TypeError:
+            raise TypeError(
+                f"average_dtype: expected None, float32 or float64, got {average_dtype!r}"
+            ) from None
+    if dtype.name not in ("float32", "float64"):
+        raise ValueError(f"Invalid average_dtype: {dtype} (expected None, float32 or float64)")
+    return dtype
 
 
 def _one_for_each(name: str, arrays: Any, n: int) -> list[Array | None]:
@@ -469,10 +677,21 @@ def _saved(name: str, ax: Array) -> npt.NDArray[Any]:
     return saved
 
 
-def _clone(array: Array) -> Array:
-    """Return a copy of an array in its dtype and layout, and its library if that can copy."""
+def _clone(array: Array, dtype: str | None = None) -> Array:
+    """Return a copy of an array in its layout, and its library if that can copy.
+
+    Parameters
+    ----------
+    array : array
+    dtype : str, optional
+        "float32", "float64" or "complex128", if not its own.
+    """
     if hasattr(array, "clone"):  # torch
-        return array.clone()
-    if hasattr(array, "copy"):  # NumPy, CuPy
-        return array.copy(order="K")
-    return np.from_dlpack(array).copy(order="K")
+        return array.clone() if dtype is None else getattr(array, _TORCH_NAMES[dtype])()
+    if not hasattr(array, "copy"):
+        array = np.from_dlpack(array)
+    return array.copy(order="K") if dtype is None else array.astype(dtype, order="K")
+
+
+# The methods that convert a torch tensor.
+_TORCH_NAMES = {"float32": "float", "float64": "double", "complex128": "cdouble"}

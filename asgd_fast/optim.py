@@ -6,6 +6,8 @@ nor how the pass over the memory is made; what no engine takes goes to torch's o
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from functools import wraps
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,18 +16,19 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 from torch.optim.asgd import asgd as torch_asgd
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from asgd_fast import _core, _state
+from asgd_fast import _averages, _core, _state
+from asgd_fast._schedule import next_scalars
 from asgd_fast._slots import Slot, Slots, check_group
-from asgd_fast._state import Group, rounds_scalars
+from asgd_fast._state import OWN_HYPERPARAMETERS, Group, rounds_scalars
 from asgd_fast._table import Table
+from asgd_fast._versions import increment_versions
 from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch.optim.optimizer import ParamsT
 
@@ -102,23 +105,44 @@ class ASGD(torch.optim.ASGD):
         memory of its own. False gives it that from the first step on, as torch does. Not kept in
         checkpoints, which hold copies either way.
 
+    average_dtype : torch.dtype, optional
+        float32 or float64: averages are kept in it where it is wider than their params (complex
+        ones as pairs of such numbers), and the lines of ax above are computed in it. By default
+        they are kept in the dtype of their params, as in torch; there they stop moving when their
+        changes become too small for it. Not kept in checkpoints, whose averages are converted.
+    lr_schedule : {"torch", "current"}, default="torch"
+        "current" makes eta follow lr at once, and makes the steps before averaging begins those of
+        ``torch.optim.SGD(lr, weight_decay=weight_decay)``, bit for bit in float32 and float64. In
+        the step that follows k steps::
+
+            eta = lr, and no decay of p                              if k <= t0
+            eta = lr / (1 + lambd * lr * (k - t0)) ** alpha          otherwise
+
+    average_every : int, default=1
+        Average each so many-th iterate only, from the first one of the average on; the m-th has the
+        weight mu = 1 / m. The other steps have mu = 0 and do not touch the average.
+
     Attributes
     ----------
     param_groups : list of dict
-        The groups; hyperparameters may be changed between steps.
+        The groups; hyperparameters, lr_schedule and average_every among them, may be changed
+        between steps.
     state : dict of Tensor to dict
-        For each param that has been stepped: "ax", its average, in its dtype and layout; "step",
-        "eta" and "mu", tensors of no dimension. All are updated in place by the steps.
+        For each param that has been stepped: "ax", its average, in its layout; "step", "eta" and
+        "mu", tensors of no dimension, of which the last two are for the next step. All are updated
+        in place by the steps. "t0", a number, stands instead of the group's where
+        `start_averaging` found params of different step counts.
 
     Raises
     ------
     TypeError, ValueError
         As ``torch.optim.ASGD``; and for what that lets through: lambd, alpha or t0 that is not
-        finite, negative lambd or alpha.
+        finite, negative lambd or alpha. A keyword of this class is not what it may be.
 
     See Also
     --------
     asgd_fast.ArrayASGD : the same without torch.
+    asgd_fast.NonMonotonicTrigger : starts averaging when the validation loss stalls.
 
     Notes
     -----
@@ -149,7 +173,8 @@ class ASGD(torch.optim.ASGD):
     ...     optimizer.zero_grad()
     ...     torch.nn.functional.mse_loss(model(x), noisy).backward()
     ...     optimizer.step()
-    >>> bool((optimizer.state[model.weight]["ax"] - 1.0).abs().max() < 0.05)
+    >>> with optimizer.averaged_parameters():
+    ...     bool((model.weight - 1.0).abs().max() < 0.05)
     True
     """
 
@@ -160,6 +185,11 @@ class ASGD(torch.optim.ASGD):
 
     # Whether averages with memory of their own came from elsewhere, which lazy ones can give up.
     _may_release = False
+
+    average_dtype: torch.dtype | None = None
+
+    # Whether the averages stand in the params at the moment.
+    _is_exchanged = False
 
     def __init__(
         self,
@@ -175,7 +205,21 @@ class ASGD(torch.optim.ASGD):
         capturable: bool = False,
         *,
         lazy_average: bool = True,
+        average_dtype: torch.dtype | None = None,
+        lr_schedule: str = "torch",
+        average_every: int = 1,
     ) -> None:
+        if average_dtype is not None and not isinstance(average_dtype, torch.dtype):
+            raise TypeError(
+                "average_dtype: expected None, torch.float32 or torch.float64, got "
+                f"{average_dtype!r} of type {type(average_dtype).__name__}"
+            )
+        if average_dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(
+                f"Invalid average_dtype: {average_dtype} (expected None, torch.float32 or "
+                "torch.float64)"
+            )
+        self._own_defaults = {"lr_schedule": lr_schedule, "average_every": average_every}
         super().__init__(
             params,
             lr,
@@ -189,6 +233,7 @@ class ASGD(torch.optim.ASGD):
             capturable,
         )
         self.lazy_average = lazy_average
+        self.average_dtype = average_dtype
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of params, as in torch.
@@ -203,6 +248,8 @@ class ASGD(torch.optim.ASGD):
         TypeError, ValueError
             As the constructor.
         """
+        # Torch's constructor comes here with its own defaults only.
+        self.defaults = {**self._own_defaults, **self.defaults}
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -227,6 +274,8 @@ class ASGD(torch.optim.ASGD):
             A gradient is sparse. Nothing is changed.
         TypeError, ValueError
             A hyperparameter was changed to what the constructor refuses. Nothing is changed.
+        RuntimeError
+            The averages stand in the params: see `averaged_parameters`. Nothing is changed.
         """
         if torch.compiler.is_compiling():
             return _step_uncompiled(self, closure)
@@ -234,11 +283,13 @@ class ASGD(torch.optim.ASGD):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or another process needs."""
-        return {**super().__getstate__(), "lazy_average": self.lazy_average}
+        self._refuse_exchanged("copying the optimizer")
+        own = ("lazy_average", "average_dtype", "_own_defaults")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of a checkpoint, a copy or another process."""
-        _state.put_back(state.get("state", {}))
+        _state.put_back(state.get("state", {}), self.average_dtype)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._may_release = self.lazy_average
         with torch.inference_mode(False):
@@ -247,7 +298,9 @@ class ASGD(torch.optim.ASGD):
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint, as torch does: its tensors are those of the state.
 
-        Averages that have no memory of their own are copied.
+        Averages that have no memory of their own are copied. Inside `averaged_parameters` it is the
+        same checkpoint; but the model then saves its averages, and neither has the iterate to go on
+        from. So take a checkpoint to resume from outside.
 
         Returns
         -------
@@ -264,7 +317,9 @@ class ASGD(torch.optim.ASGD):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where another optimizer stood, of this class or ``torch.optim.ASGD``.
 
-        As in torch; but the state is copied, and step, eta and mu keep their precision.
+        As in torch; but the state is copied, step, eta and mu keep their precision, and averages
+        get the dtype that they have in this optimizer. Where `lr_schedule` and `average_every` are
+        not in the checkpoint, as it is torch's, they stay.
 
         Parameters
         ----------
@@ -275,7 +330,10 @@ class ASGD(torch.optim.ASGD):
         ------
         ValueError
             It has other groups, or other numbers of params in them.
+        RuntimeError
+            The averages stand in the params: see `averaged_parameters`.
         """
+        self._refuse_exchanged("load_state_dict")
         # Added last, so that the user's own hooks see the dict that they were given.
         hook = self.register_load_state_dict_pre_hook(_state.copied)
         try:
@@ -283,7 +341,204 @@ class ASGD(torch.optim.ASGD):
         finally:
             hook.remove()
 
+    @contextmanager
+    def averaged_parameters(self) -> Iterator[None]:
+        """Hold the averages in the params for as long as the context lasts, to evaluate the model.
+
+        They trade places in one pass; the params keep their memory, and get their bits back on the
+        way out, after an exception too. A param whose averaging has not begun stays as it is.
+        Buffers are not touched. Averages that are wider than their params, and those that no engine
+        takes, need memory of the size of the params meanwhile.
+
+        Inside, steps are refused, and what is written into the params is lost. `state_dict` gives
+        what it gives outside; ``model.state_dict()`` holds the averages.
+
+        Yields
+        ------
+        None
+
+        Raises
+        ------
+        RuntimeError
+            The averages stand in the params already. Nothing is changed.
+        ValueError
+            The state has an average of another shape than its param. Nothing is changed.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from asgd_fast import ASGD
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = ASGD([weight], lr=1.0, lambd=0.0, t0=-1)  # averages from the first step on
+        >>> for _ in range(3):
+        ...     weight.grad = torch.ones(1)
+        ...     optimizer.step()
+        >>> with optimizer.averaged_parameters():
+        ...     print(weight.item())
+        -2.0
+        >>> weight.item()
+        -3.0
+        """
+        self._refuse_exchanged("averaged_parameters")
+        self._is_exchanged = True
+        try:
+            with _averages.exchanged(self.state, self.param_groups):
+                yield
+        finally:
+            self._is_exchanged = False
+
+    def copy_averages_to(self, target: torch.nn.Module | Iterable[Tensor]) -> None:
+        """Copy the averages into a model, or into tensors.
+
+        A param whose averaging has not begun is copied itself.
+
+        Parameters
+        ----------
+        target : Module or iterable of Tensor
+            The model that is trained, whose params are overwritten by their averages for good. Or
+            another model: its parameters go by name where the optimizer was given names; else they
+            must be, in their order, those of its only group. Or tensors, one for each param in the
+            order of the groups. Values are rounded to the dtypes of the target.
+
+        Raises
+        ------
+        TypeError
+            `target` is neither.
+        ValueError
+            It has another number of tensors than the optimizer, other names or other shapes; or it
+            is not clear which belongs to which. Nothing is changed.
+
+        See Also
+        --------
+        averaged_state_dict : finds the params in any model, by names.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+        if isinstance(target, torch.nn.Module):
+            targets = self._params_in(target, params)
+        else:
+            targets = list(target) if hasattr(target, "__iter__") else []
+            if isinstance(target, Tensor) or not all(isinstance(x, Tensor) for x in targets):
+                raise TypeError(
+                    "target: expected a torch.nn.Module or an iterable of tensors, got "
+                    f"{type(target).__name__}"
+                )
+        if len(targets) != len(params):
+            raise ValueError(
+                f"target: got {len(targets)} tensors for {len(params)} params; expected one for "
+                "each"
+            )
+        for i, (param, other) in enumerate(zip(params, targets, strict=True)):
+            if param.shape != other.shape:
+                raise ValueError(
+                    f"target: tensor {i} of shape {tuple(other.shape)} does not match its param of "
+                    f"shape {tuple(param.shape)}"
+                )
+        _averages.copy_to(self.state, self.param_groups, zip(params, targets, strict=True))
+
+    def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Return the state dict of the model with the averages in it: the model to ship.
+
+        To resume training, save ``model.state_dict()`` and ``optimizer.state_dict()`` instead.
+
+        Parameters
+        ----------
+        model : Module
+            The one that is trained, or a part of it.
+
+        Returns
+        -------
+        dict
+            What ``model.state_dict()`` returns, copied: averages for the params whose averaging has
+            begun, and the rest of the model as it is. Running statistics of batch normalization
+            stay those of the iterates: see ``torch.optim.swa_utils.update_bn``.
+
+        Raises
+        ------
+        ValueError
+            The model has none of the optimizer's params.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from asgd_fast import ASGD
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = ASGD(model.parameters(), t0=0)
+        >>> shipped = torch.nn.Linear(3, 1)
+        >>> shipped.load_state_dict(optimizer.averaged_state_dict(model))
+        <All keys matched successfully>
+        """
+        own = {id(param) for group in self.param_groups for param in group["params"]}
+        if not any(id(param) in own for param in model.parameters()):
+            raise ValueError("model: has none of the optimizer's params")
+        with nullcontext() if self._is_exchanged else self.averaged_parameters():
+            return deepcopy(model.state_dict())
+
+    def start_averaging(self, group: int | None = None) -> None:
+        """Make the next step's iterate the first one in the averages.
+
+        Averages that have begun are begun anew. Params that have no gradient in the next step
+        begin with their own next step. Sets t0 of the group.
+
+        Parameters
+        ----------
+        group : int, optional
+            The place of a group in `param_groups`. By default all of them start.
+
+        Raises
+        ------
+        IndexError, TypeError
+            There is no such group.
+        RuntimeError
+            The averages stand in the params: see `averaged_parameters`.
+        """
+        self._refuse_exchanged("start_averaging")
+        for own in self.param_groups if group is None else [self.param_groups[group]]:
+            _state.start(self.state, own, lazy=self.lazy_average)
+        self._slots = None
+
+    def reset_averages(self, group: int | None = None) -> None:
+        """Forget the averages, and begin them anew: the same as `start_averaging`.
+
+        Parameters
+        ----------
+        group : int, optional
+            The place of a group in `param_groups`. By default all of them.
+
+        Raises
+        ------
+        IndexError, TypeError, RuntimeError
+            As `start_averaging`.
+        """
+        self.start_averaging(group)
+
+    def _refuse_exchanged(self, call: str) -> None:
+        if self._is_exchanged:
+            raise RuntimeError(
+                f"{call}: not inside averaged_parameters(), where the averages stand in the params"
+            )
+
+    def _params_in(self, model: torch.nn.Module, params: list[Tensor]) -> list[Tensor]:
+        """Return the parameter of a model that belongs to each of the optimizer's."""
+        others: list[Tensor] = list(model.parameters())
+        if {id(param) for param in params} <= {id(other) for other in others}:
+            return params
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        if len(names) == len(params):
+            by_name = dict(model.named_parameters(remove_duplicate=False))
+            missing = [name for name in names if name not in by_name]
+            if missing:
+                raise ValueError(f"target: has no parameters named {missing}")
+            return [by_name[name] for name in names]
+        if len(self.param_groups) > 1:
+            raise ValueError(
+                "target: it is not clear which of its parameters belong to which of the "
+                f"{len(self.param_groups)} groups; give the optimizer named_parameters(), or load "
+                "averaged_state_dict() into it"
+            )
+        return others
+
     def _step(self, closure: Callable[[], Any] | None) -> Any:
+        self._refuse_exchanged("step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -317,11 +572,11 @@ class ASGD(torch.optim.ASGD):
             left = self._active(slots)
         if left:
             with torch.set_grad_enabled(self.defaults["differentiable"]):
-                _step_by_torch(left, unscale)
+                _step_by_torch(left, unscale, self.average_dtype)
         if table:
             n_threads = threads_for(table)
             # Before the memory changes: nothing fails from here on.
-            _increment_versions(slots.written)
+            increment_versions(slots.written)
             _core.update(table, n_threads)
         if self._may_release:
             self._may_release = False
@@ -348,9 +603,15 @@ class ASGD(torch.optim.ASGD):
     def _read_slots(self) -> Slots:
         """Find the state of each param, new where there was none."""
         with torch.inference_mode(False):  # which the state is to outlive
-            _state.create(self.state, self.param_groups, lazy=self.lazy_average)
+            _state.create(
+                self.state,
+                self.param_groups,
+                lazy=self.lazy_average,
+                average_dtype=self.average_dtype,
+            )
             slots = _state.find(self.state, self.param_groups, self._slots)
-            _state.own(slot for slot in chain(*slots.groups) if slot is not None and _begins(slot))
+            begins = [slot for slot in chain(*slots.groups) if slot is not None and _begins(slot)]
+            _state.own(begins, self.average_dtype)
             self._slots = _state.find(self.state, self.param_groups, slots)
         return self._slots
 
@@ -468,17 +729,17 @@ def _converted_grad(slot: Slot) -> Tensor | None:
         or like.stride() != param.stride()
     ):
         return None
-    stays = slot.is_lazy or ax.dtype != param.dtype or ax.shape != param.shape
+    stays = slot.is_lazy or ax.shape != param.shape
     if not stays and ax.stride() != param.stride():
         if ax.untyped_storage().nbytes() != ax.numel() * ax.itemsize:
             return None  # it is part of something larger
-        ax.data = torch.empty_like(param).copy_(ax)
+        ax.data = torch.empty_like(param, dtype=ax.dtype).copy_(ax)
     return like.copy_(grad)
 
 
-def _step_by_torch(left: list[_Left], unscale: float) -> None:
+def _step_by_torch(left: list[_Left], unscale: float, average_dtype: torch.dtype | None) -> None:
     """Update params by torch's own function."""
-    _state.own(slot for _, slot in left)
+    _state.own([slot for _, slot in left], average_dtype)
     for _, slot in left:
         shape = tuple(slot.param.shape)
         missing = {"step", "eta", "mu", "ax"} - slot.state.keys()
@@ -489,11 +750,19 @@ def _step_by_torch(left: list[_Left], unscale: float) -> None:
             raise ValueError(
                 f"state: 'ax' of shape {got} does not match its param of shape {shape}"
             )
-    for _, pairs in groupby(left, key=lambda pair: id(pair[0])):
+    for _, pairs in groupby(left, key=_what_torch_takes_together):
         groups, slots = zip(*pairs, strict=True)
         grads = [_grad_of(slot) for slot in slots]
         if unscale != 1:
             grads = [grad * unscale for grad in grads]
+        if any(groups[0][name] != value for name, value in OWN_HYPERPARAMETERS.items()):
+            for slot, grad in zip(slots, grads, strict=True):
+                _step_one_by_torch(groups[0], slot, grad)
+            continue
+        options = {name: groups[0][name] for name in _HYPERPARAMETERS}
+        options["t0"] = slots[0].state.get("t0", options["t0"])
+        if slots[0].state["ax"].dtype != slots[0].param.dtype:
+            options["foreach"] = False
         torch_asgd(
             [slot.param for slot in slots],
             grads,
@@ -502,8 +771,43 @@ def _step_by_torch(left: list[_Left], unscale: float) -> None:
             [slot.state["eta"] for slot in slots],
             [slot.state["step"] for slot in slots],
             has_complex=any(slot.param.is_complex() for slot in slots),
-            **{name: groups[0][name] for name in _HYPERPARAMETERS},
+            **options,
         )
+
+
+def _what_torch_takes_together(pair: _Left) -> tuple[Any, ...]:
+    group, slot = pair
+    ax, t0 = slot.state.get("ax"), slot.state.get("t0")
+    return id(group), isinstance(ax, Tensor) and ax.dtype != slot.param.dtype, t0
+
+
+def _step_one_by_torch(group: Group, slot: Slot, grad: Tensor) -> None:
+    """Update a param by torch's own function, with scalars that torch would not compute."""
+    state, param = slot.state, slot.param
+    options = {name: group[name] for name in _HYPERPARAMETERS}
+    lr, lambd, alpha = (float(group[name]) for name in ("lr", "lambd", "alpha"))
+    step, eta, mu = (float(state[name]) for name in ("step", "eta", "mu"))
+    t0 = float(state["t0"] if "t0" in state else group["t0"])
+    is_current = group["lr_schedule"] == "current"
+    every = group["average_every"]
+    if is_current:
+        eta, _ = next_scalars(step, lr, lambd, alpha, t0, every, is_current)
+        if step <= t0:
+            options["lambd"] = 0.0
+    ax = state["ax"] if mu != 0 else torch.empty_like(param)
+    torch_asgd(
+        [param],
+        [grad],
+        [ax],
+        [torch.tensor(mu or 1.0, dtype=torch.float64)],
+        [torch.tensor(eta, dtype=torch.float64)],
+        [torch.tensor(step, dtype=torch.float64)],
+        has_complex=param.is_complex(),
+        **{**options, "foreach": False},
+    )
+    eta, mu = next_scalars(step + 1, lr, lambd, alpha, t0, every, is_current)
+    for name, value in (("step", step + 1), ("eta", eta), ("mu", mu)):
+        state[name].fill_(value)
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
@@ -512,27 +816,6 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
         return bool(torch.broadcast_shapes(shape, to) == to)
     except RuntimeError:
         return False
-
-
-def _increment_versions(tensors: list[Tensor]) -> None:
-    """Tell autograd that tensors have changed, so that it refuses a backward through old values."""
-    if _VERSIONS_IN_ONE_CALL:
-        increment_version(tensors)
-    else:
-        for tensor in tensors:
-            increment_version(tensor)
-
-
-def _takes_lists() -> bool:
-    try:
-        increment_version([])
-    except Exception:
-        return False
-    return True
-
-
-# Since torch 2.5.
-_VERSIONS_IN_ONE_CALL = _takes_lists()
 
 
 def _check_graph_capture(optimizer: ASGD) -> None:

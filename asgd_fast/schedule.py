@@ -7,6 +7,7 @@ scalars of many params.
 from __future__ import annotations
 
 import math
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from asgd_fast._schedule import next_scalars
@@ -14,7 +15,9 @@ from asgd_fast._schedule import next_scalars
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Schedule", "check_scalar", "check_step"]
+__all__ = ["Schedule", "check_average_every", "check_lr_schedule", "check_scalar", "check_step"]
+
+LR_SCHEDULES = ("torch", "current")
 
 # What torch calls them in its messages, where it has a message; the others follow its manner.
 _TITLES = {"lr": "learning rate"} | {
@@ -89,6 +92,59 @@ def check_step(name: str, value: Any) -> int:
     if not step.is_integer():
         raise ValueError(f"Invalid {name}: {value} (expected a whole number)")
     return int(step)
+
+
+def check_lr_schedule(value: Any) -> str:
+    """Check that an lr_schedule is one of those that there are.
+
+    Parameters
+    ----------
+    value : str
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ValueError
+        It is neither "torch" nor "current".
+    """
+    if value is not LR_SCHEDULES[0] and value not in LR_SCHEDULES:
+        raise ValueError(f"Invalid lr_schedule: {value!r} (expected 'torch' or 'current')")
+    return str(value)
+
+
+def check_average_every(value: Any) -> int:
+    """Check that a distance between averaged iterates is a whole number >= 1.
+
+    Parameters
+    ----------
+    value : int
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    TypeError
+        `value` is no integer.
+    ValueError
+        `value` is below 1.
+    """
+    if type(value) is not int:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            value = index(value)
+        except TypeError:
+            raise TypeError(
+                f"average_every: expected an integer, got {value!r} of type {type(value).__name__}"
+            ) from None
+    if value < 1:
+        raise ValueError(f"Invalid average_every: {value} (expected 1 <= average_every)")
+    return int(value)
 
 
 class Schedule:

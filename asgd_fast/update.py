@@ -7,16 +7,31 @@ schedules or how the pass is made.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asgd_fast import _core
 from asgd_fast._table import Table, is_array
 from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["as_arrays", "copy", "lent", "template", "update"]
+__all__ = [
+    "Exchange",
+    "are_fit",
+    "as_arrays",
+    "assign",
+    "copy",
+    "exchanged",
+    "lent",
+    "template",
+    "update",
+]
+
+# A param, what keeps it meanwhile unless the average can, and the average.
+Exchange: TypeAlias = tuple[Any, Any, Any]
+
+_spare_tables: list[Table] = []
 
 
 def as_arrays(name: str, arrays: Any) -> list[Any]:
@@ -111,3 +126,74 @@ def copy(table: Table) -> None:
     """
     table.check_overlap()
     _core.copy(table)
+
+
+def assign(table: Table) -> None:
+    """Make each param of the table its average, rounded where that is wider.
+
+    Parameters
+    ----------
+    table : Table
+        With an average in every row.
+
+    Raises
+    ------
+    ValueError
+        Two arrays share memory, and one of them is written. Nothing is changed.
+    """
+    table.check_overlap()
+    _core.assign(table, threads_for(table))
+
+
+@contextmanager
+def exchanged(arrays: Sequence[Exchange]) -> Iterator[None]:
+    """Hold averages in their params for as long as the context lasts.
+
+    On the way out everything gets its bits back. What was written in the params meanwhile is lost,
+    or stays in the averages.
+
+    Parameters
+    ----------
+    arrays : sequence of (array, array or None, array)
+        Each a param, spare memory in its dtype if the average is wider, and its average.
+
+    Raises
+    ------
+    ValueError, BufferError
+        As `Table.extend` and `Table.check_overlap`.
+    """
+    is_done = bytearray(1)
+    try:
+        _exchange(arrays, is_done)
+        yield
+    finally:
+        try:
+            if is_done[0]:
+                _exchange(arrays, is_done)
+        finally:
+            if is_done[0]:  # interrupted, as people do who press Ctrl-C once more
+                _exchange(arrays, is_done)
+
+
+def _exchange(arrays: Sequence[Exchange], is_done: bytearray) -> None:
+    with _listed(arrays) as table:
+        _core.exchange(table, is_done, threads_for(table))
+
+
+def are_fit(arrays: Sequence[Exchange]) -> bool:
+    """Whether the engine can exchange params with their averages, as for `exchanged`."""
+    try:
+        with _listed(arrays):
+            return True
+    except (TypeError, ValueError, BufferError):
+        return False
+
+
+@contextmanager
+def _listed(arrays: Sequence[Exchange]) -> Iterator[Table]:
+    """Lend a checked table of what is to be exchanged."""
+    with lent(_spare_tables, ("params[{}]", "spare memory[{}]", "averages[{}]")) as table:
+        for i, (param, spare, ax) in enumerate(arrays):
+            table.extend([param], None if spare is None else [spare], [ax], first=i)
+        table.check_overlap()
+        yield table

@@ -62,9 +62,24 @@ REFUSED = {
         r"^grads\[0\]: dtype float64 does not match params\[0\] of dtype float32$",
     ),
     "average of another dtype": (
-        lambda: (f32(3), f32(3), np.ones(3), {}),
+        lambda: (np.ones(3), np.ones(3), f32(3), {}),
         ValueError,
-        "^axs: dtype float64 does not match params of dtype float32$",
+        "^axs: dtype float32 does not match params of dtype float64 and is no wider one$",
+    ),
+    "average of half precision": (
+        lambda: (torch.ones(3).half(), torch.ones(3).half(), torch.ones(3).bfloat16(), {}),
+        ValueError,
+        "^axs: dtype bfloat16 does not match params of dtype float16 and is no wider one$",
+    ),
+    "complex average": (
+        lambda: (f32(3), f32(3), np.ones(3, np.complex128), {}),
+        ValueError,
+        "^axs: dtype complex128 does not match params of dtype float32 and is no wider one$",
+    ),
+    "real average": (
+        lambda: (np.ones(3, np.complex64), np.ones(3, np.complex64), np.ones(3), {}),
+        ValueError,
+        "^axs: dtype float64 does not match params of dtype complex64 and is no wider one$",
     ),
     "integers": (
         lambda: (np.ones(3, np.int64), np.ones(3, np.int64), None, {}),

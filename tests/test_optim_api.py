@@ -29,14 +29,22 @@ ERRORS = INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32)
 def test_it_is_a_torch_asgd_with_its_signature():
     assert issubclass(ASGD, torch.optim.ASGD)
     ours, theirs = inspect.signature(ASGD), inspect.signature(torch.optim.ASGD)
-    assert list(ours.parameters) == [*theirs.parameters, "lazy_average"]
-    assert ours.parameters["lazy_average"].kind is inspect.Parameter.KEYWORD_ONLY
+    own = ["lazy_average", "average_dtype", "lr_schedule", "average_every"]
+    assert list(ours.parameters) == [*theirs.parameters, *own]
+    for name in own:
+        assert ours.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
     for name, parameter in theirs.parameters.items():
         assert ours.parameters[name].default == parameter.default
         assert ours.parameters[name].kind == parameter.kind
     params = parameters((3,))
-    assert ASGD(params).defaults == torch.optim.ASGD(params).defaults
-    assert repr(ASGD(params)) == repr(torch.optim.ASGD(params))
+    ours, theirs = ASGD(params), torch.optim.ASGD(params)
+    defaults = {**theirs.defaults, "lr_schedule": "torch", "average_every": 1}
+    assert ours.defaults == defaults
+    assert ours.param_groups == [{"params": params, **defaults}]
+    assert set(repr(ours).splitlines()) - set(repr(theirs).splitlines()) == {
+        "    lr_schedule: torch",
+        "    average_every: 1",
+    }
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: e.optimizer_error_input.desc)

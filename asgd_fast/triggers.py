@@ -1,0 +1,175 @@
+"""When to start averaging, as the validation loss tells it."""
+
+from __future__ import annotations
+
+import math
+from operator import index
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["NonMonotonicTrigger"]
+
+
+class Averaging(Protocol):
+    """An optimizer whose averages can be started: `ASGD`, `ArrayASGD`."""
+
+    def start_averaging(self) -> None:
+        """Make the next step's iterate the first one in the averages."""
+
+
+class NonMonotonicTrigger:
+    """Starts averaging when the validation loss stalls: NT-ASGD.
+
+    It fires at the first check whose loss is greater than the least of all earlier losses but the
+    last `patience` of them.
+
+    Parameters
+    ----------
+    optimizer : ASGD or ArrayASGD
+        Whose ``start_averaging()`` is called, for all of its groups. Make it with a `t0` that the
+        run does not reach, such as the default.
+    patience : int, default=5
+        How many of the latest checks do not count as better ones yet, >= 0: the paper's n, the
+        non-monotone interval.
+
+    Attributes
+    ----------
+    has_fired : bool
+        Whether averaging was started.
+    patience : int
+    losses : list of float
+        Those of all checks until it fired.
+
+    Raises
+    ------
+    TypeError
+        `optimizer` has no ``start_averaging``; `patience` is no integer.
+    ValueError
+        `patience` is negative.
+
+    Notes
+    -----
+    Merity, Keskar and Socher, "Regularizing and Optimizing LSTM Language Models" (2017), algorithm
+    1. There the loss is compared with the least of the last n; the authors' code, which this
+    follows, compares it with the least of all but the last n.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from asgd_fast import ArrayASGD, NonMonotonicTrigger
+    >>> optimizer = ArrayASGD([np.zeros(3)], lr=0.1, lambd=0.0)
+    >>> trigger = NonMonotonicTrigger(optimizer, patience=2)
+    >>> [trigger.step(loss) for loss in (5.0, 3.0, 4.0, 3.5, 3.2)]
+    [False, False, False, False, True]
+    """
+
+    def __init__(self, optimizer: Averaging, patience: int = 5) -> None:
+        if not callable(getattr(optimizer, "start_averaging", None)):
+            raise TypeError(
+                "optimizer: expected one with start_averaging(), such as asgd_fast.ASGD, got "
+                f"{type(optimizer).__name__}"
+            )
+        self.optimizer = optimizer
+        self.patience = _checked_patience(patience)
+        self.losses: list[float] = []
+        self.has_fired = False
+
+    def step(self, validation_loss: float) -> bool:
+        """Take note of a validation loss, and start averaging if it has stalled.
+
+        Parameters
+        ----------
+        validation_loss : float
+            A number or an array of one element, less where the model is better. Infinite if the
+            model has diverged. Ignored once it has fired.
+
+        Returns
+        -------
+        bool
+            Whether it has fired at this check.
+
+        Raises
+        ------
+        TypeError
+            `validation_loss` is no number.
+        ValueError
+            `validation_loss` is nan. The check does not count.
+        """
+        loss = _checked_loss("validation_loss", validation_loss)
+        if self.has_fired:
+            return False
+        earlier = self.losses[: max(0, len(self.losses) - self.patience)]
+        fires = loss > min(earlier, default=math.inf)
+        if fires:
+            self.optimizer.start_averaging()
+            self.has_fired = True
+        self.losses.append(loss)
+        return fires
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a trigger needs to go on: plain numbers, by name.
+
+        Returns
+        -------
+        dict
+            "patience", "losses" and "has_fired".
+        """
+        return {
+            "patience": self.patience,
+            "losses": list(self.losses),
+            "has_fired": self.has_fired,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where another trigger stood. The optimizer is restored by its own checkpoint.
+
+        Parameters
+        ----------
+        state_dict : mapping
+            What `state_dict` returned.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A name is missing or unknown, or a value is not what it must be. Nothing is changed.
+        """
+        expected = self.state_dict()
+        if set(state_dict) != set(expected):
+            raise ValueError(
+                f"state_dict: expected the names {sorted(expected)}, got {sorted(state_dict)}"
+            )
+        patience = _checked_patience(state_dict["patience"])
+        losses = [
+            _checked_loss(f"state_dict['losses'][{i}]", loss)
+            for i, loss in enumerate(state_dict["losses"])
+        ]
+        self.patience, self.losses = patience, losses
+        self.has_fired = bool(state_dict["has_fired"])
+
+
+def _checked_patience(patience: Any) -> int:
+    try:
+        patience = index(patience)
+    except TypeError:
+        raise TypeError(
+            f"patience: expected an integer, got {patience!r} of type {type(patience).__name__}"
+        ) from None
+    if patience < 0:
+        raise ValueError(f"Invalid patience: {patience} (expected 0 <= patience)")
+    return int(patience)
+
+
+def _checked_loss(name: str, loss: Any) -> float:
+    try:
+        if isinstance(loss, (str, bytes)):
+            raise TypeError
+        loss = float(loss)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name}: expected a real number, got {loss!r} of type {type(loss).__name__}"
+        ) from None
+    if math.isnan(loss):
+        raise ValueError(f"{name}: is nan; expected a number, or inf where the model has diverged")
+    return float(loss)
