@@ -477,6 +477,8 @@ def test_an_interrupt_finds_arrays_and_scalars_of_one_step():
         started.wait()
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
+    # Ignored where the tests run in the background of a script.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
     thread.start()
     interval = sys.getswitchinterval()
@@ -489,6 +491,7 @@ def test_an_interrupt_finds_arrays_and_scalars_of_one_step():
     finally:
         sys.setswitchinterval(interval)
         thread.join()
+        signal.signal(signal.SIGINT, handler)
     steps = optimizer.state_dict()["step"]
     assert steps[0] == steps[1] > 0
     value = 1 - 0.5 * steps[0]
