@@ -285,7 +285,7 @@ cdef class Slots:
                 slot = slots[i]
                 if slot is None or slot.param is not param or not slot._is_whole():
                     return None
-                if slot.is_lazy and self._mu_of(slot, &common) != 1:
+                if slot.is_lazy and not by_torch and self._begins(slot, &common, lr):
                     return None
                 if by_torch or not self._add(table, slot, grad, &common, lr):
                     left.append((group, slot))
@@ -309,10 +309,12 @@ cdef class Slots:
         self, Table table, Slot slot, grad, Common *common, lr,
     ) except -1:
         cdef Row *row
+        cdef Scalars now
         cdef bint averages
         if slot._block is None:
             return False
-        averages = not slot.is_lazy and self._mu_of(slot, common) != 0
+        now = self._scalars_of(slot, common)
+        averages = not slot.is_lazy and now.mu != 0
         row = table.begin(0)
         if not (
             self._lend(table, PARAM, slot.param)
@@ -321,8 +323,6 @@ cdef class Slots:
         ) or self._has_lazy_sign(slot, grad, row):
             table.abandon()
             return False
-        if <PyObject *>slot._block != common.block:
-            self._find(slot._block, common)
         if common.written != common.block:
             self._write(slot._block)
             common.written = common.block
@@ -330,7 +330,7 @@ cdef class Slots:
                 not self._renew(slot, row.param)):
             table.abandon()
             return False
-        self._schedule(row, slot, common, lr)
+        self._schedule(row, slot, &now, common, lr)
         table.commit(grad)
         self._write(slot._version)
         if averages:
@@ -466,40 +466,36 @@ cdef class Slots:
         return (row.param != slot._address or slot._version is None) and (
             self._is_neg(slot.param) or self._is_neg(slot._ax))
 
-    cdef int _schedule(self, Row *row, Slot slot, Common *common, lr) except -1:
+    cdef int _schedule(
+        self, Row *row, Slot slot, const Scalars *now, Common *common, lr,
+    ) except -1:
         """Set the row's scalars, of now and after the step."""
-        cdef double step
-        cdef double *doubles
-        cdef float *floats
-        cdef Plan own
-        if common.double_scalars:
-            doubles = <double *>common.address + 3 * slot._place
-            row.scalars = doubles
-            step, row.eta, row.mu = doubles[0], doubles[1], doubles[2]
-        else:
-            floats = <float *>common.address + 3 * slot._place
-            row.scalars = floats
-            step, row.eta, row.mu = floats[0], floats[1], floats[2]
+        cdef Plan plan = _plan_of(slot, common)
+        row.scalars = common.address + 3 * slot._place * (8 if common.double_scalars else 4)
         row.double_scalars = common.double_scalars
         row.weight_decay = common.weight_decay
         row.grad_scale = common.grad_scale
-        if not isnan(slot._t0):
-            own = common.plan
-            own.t0 = slot._t0
-            row.next = self._scalars_after(step, &own, common, lr)
-            self._set_step_size(row, step, &own)
-            return 0
-        if common.now != step:
-            common.now = step
-            common.next = self._scalars_after(step, &common.plan, common, lr)
-        row.next = common.next
-        self._set_step_size(row, step, &common.plan)
+        row.eta = scalars_after(now.step, &plan).eta if plan.current else now.eta
+        row.mu = now.mu
+        row.decay = decay_of(row.eta, now.step, &plan)
+        row.next = self._next_of(slot, now.step, common, lr)
         return 0
 
-    cdef inline void _set_step_size(self, Row *row, double step, const Plan *plan) noexcept:
-        if plan.current:
-            row.eta = scalars_after(step, plan).eta
-        row.decay = decay_of(row.eta, step, plan)
+    cdef bint _begins(self, Slot slot, Common *common, lr) except -1:
+        """Whether the next step makes the first iterate of the average, or a later one."""
+        cdef Scalars now = self._scalars_of(slot, common)
+        return now.mu != 1 or self._next_of(slot, now.step, common, lr).mu != 1
+
+    cdef Scalars _next_of(self, Slot slot, double step, Common *common, lr) except *:
+        """The scalars of a slot after its next step, often those of the slot before."""
+        cdef Plan plan
+        if not isnan(slot._t0):
+            plan = _plan_of(slot, common)
+            return self._scalars_after(step, &plan, common, lr)
+        if common.now != step:
+            common.next = self._scalars_after(step, &common.plan, common, lr)
+            common.now = step
+        return common.next
 
     cdef Scalars _scalars_after(self, double step, const Plan *plan, Common *common, lr) except *:
         """The scalars after one step more, rounded as torch rounds them."""
@@ -517,12 +513,19 @@ cdef class Slots:
             scalars.mu = <float>scalars.mu
         return scalars
 
-    cdef double _mu_of(self, Slot slot, Common *common) except? -1:
+    cdef Scalars _scalars_of(self, Slot slot, Common *common) except *:
+        cdef Scalars now
+        cdef double *doubles
+        cdef float *floats
         if <PyObject *>slot._block != common.block:
             self._find(slot._block, common)
         if common.double_scalars:
-            return (<double *>common.address)[3 * slot._place + 2]
-        return (<float *>common.address)[3 * slot._place + 2]
+            doubles = <double *>common.address + 3 * slot._place
+            now.step, now.eta, now.mu = doubles[0], doubles[1], doubles[2]
+        else:
+            floats = <float *>common.address + 3 * slot._place
+            now.step, now.eta, now.mu = floats[0], floats[1], floats[2]
+        return now
 
     cdef int _find(self, block, Common *common) except -1:
         """Look up where a block is. Not kept over steps: sharing it with a process moves it."""
@@ -536,6 +539,13 @@ cdef class Slots:
         common.double_scalars = borrowed.tensor.dtype.bits == 64
         common.block = <PyObject *>block
         return 0
+
+
+cdef inline Plan _plan_of(Slot slot, const Common *common) noexcept:
+    cdef Plan plan = common.plan
+    if not isnan(slot._t0):
+        plan.t0 = slot._t0
+    return plan
 
 
 cdef bint _leads(Slot slot) noexcept:

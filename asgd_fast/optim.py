@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import wraps
-from itertools import chain, groupby
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -101,9 +101,9 @@ class ASGD(torch.optim.ASGD):
         As in torch, by torch's own implementation.
     lazy_average : bool, default=True
         Until averaging begins, an average equals its param: ``state[p]["ax"]`` is then the param's
-        own memory, which costs none and is not written to. The first step that averages gives it
-        memory of its own. False gives it that from the first step on, as torch does. Not kept in
-        checkpoints, which hold copies either way.
+        own memory, which costs none and is not written to. The step that makes the first iterate of
+        the average gives it memory of its own. False gives it that from the first step on, as torch
+        does. Not kept in checkpoints, which hold copies either way.
 
     average_dtype : torch.dtype, optional
         float32 or float64: averages are kept in it where it is wider than their params (complex
@@ -610,8 +610,13 @@ class ASGD(torch.optim.ASGD):
                 average_dtype=self.average_dtype,
             )
             slots = _state.find(self.state, self.param_groups, self._slots)
-            begins = [slot for slot in chain(*slots.groups) if slot is not None and _begins(slot)]
-            _state.own(begins, self.average_dtype)
+            begin = [
+                slot
+                for group, own in zip(self.param_groups, slots.groups, strict=True)
+                for slot in own
+                if slot is not None and _begins(group, slot)
+            ]
+            _state.own(begin, self.average_dtype)
             self._slots = _state.find(self.state, self.param_groups, slots)
         return self._slots
 
@@ -677,9 +682,14 @@ def _is_watched() -> bool:
     )
 
 
-def _begins(slot: Slot) -> bool:
-    """Whether the next step is the first that averages."""
-    return slot.is_lazy and float(slot.state["mu"]) != 1
+def _begins(group: Group, slot: Slot) -> bool:
+    """Whether the next step makes the first iterate of an average, or a later one."""
+    if not slot.is_lazy or slot.param.grad is None:
+        return False
+    step, mu = (float(slot.state[name]) for name in ("step", "mu"))
+    t0 = slot.state["t0"] if "t0" in slot.state else group["t0"]
+    _, next_mu = next_scalars(step + 1, 0.0, 0.0, 0.0, t0, group["average_every"])
+    return mu != 1 or next_mu != 1
 
 
 def _inverse(grad_scale: Any) -> float:

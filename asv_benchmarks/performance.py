@@ -3,7 +3,7 @@
     OMP_PROC_BIND=true python asv_benchmarks/performance.py [section ...] [--save docs]
 
 Bound threads stay apart; else some virtual machines let two of them share a processor. Sections:
-large, halves, small, arrays, scaling, streaming, threads; all by default.
+large, halves, averages, small, arrays, scaling, streaming, threads; all by default.
 
 The contenders are timed in turn in one process, every round each of them once, and the medians over
 the rounds are printed, as tables in Markdown; ratios are the medians of those of each round.
@@ -174,6 +174,82 @@ def halves(plain: PlainLoops) -> dict[str, Any]:
             )
             results[f"{dtype} {phase}"] = times
     return results
+
+
+def averages(plain: PlainLoops) -> dict[str, Any]:
+    """Wide averages, averages of each tenth iterate, and averages put to use."""
+    results = {}
+    n = 10**7
+
+    def wide(dtype: torch.dtype, average_dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        (p,) = params_of(n, dtype=dtype)
+        assert p.grad is not None
+        ax = torch.zeros(n, dtype=average_dtype)
+        return {
+            OURS: stepped(ASGD([p], t0=0, average_dtype=average_dtype), ax),
+            PLAIN: plain.loop("wide", p.detach(), p.grad, ax),
+            "torch.optim.ASGD, its ax made wide": torchs([p], "averaging", ax),
+        }
+
+    def each_tenth() -> dict[str, Callable[[], object]]:
+        (p,) = params_of(n)
+        assert p.grad is not None
+        ax = torch.zeros(n)
+        step = stepped(ASGD([p], t0=0, average_every=10), ax)
+        averaging = plain.loop("averaging", p.detach(), p.grad, ax)
+        stepping = plain.loop("stepping", p.detach(), p.grad, ax)
+
+        def plain_ten() -> None:
+            averaging()
+            for _ in range(9):
+                stepping()
+
+        return {OURS: partial(repeated, step, 10), PLAIN: plain_ten}
+
+    def swapped() -> dict[str, Callable[[], object]]:
+        (p,) = params_of(n)
+        optimizer = ASGD([p], t0=0)
+        ax = torch.zeros(n)
+        stepped(optimizer, ax)
+        swap = plain.loop("swapping", p.detach(), ax, ax)
+
+        def in_and_out() -> None:
+            with optimizer.averaged_parameters():
+                pass
+
+        def by_torch() -> None:
+            with torch.no_grad():
+                kept = p.clone()
+                p.copy_(ax)
+                p.copy_(kept)
+
+        return {
+            OURS: in_and_out,
+            PLAIN: partial(repeated, swap, 2),
+            "torch: p kept in a clone": by_torch,
+        }
+
+    cases: dict[str, tuple[int, Callable[[], dict[str, Callable[[], object]]]]] = {
+        "float32 in float64, averaging": (28, partial(wide, torch.float32, torch.float64)),
+        "bfloat16 in float32, averaging": (14, partial(wide, torch.bfloat16, torch.float32)),
+        "float32, average_every=10, ten steps": (128, each_tenth),
+        "float32, averaged_parameters, in and out": (32, swapped),
+    }
+    for title, (width, contenders) in cases.items():
+        times = from_memory(contenders(), 30)
+        table(
+            f"{n:,} {title}, {width} bytes an element",
+            HEADER,
+            [row_of(times, name, n, width) for name in times],
+        )
+        results[title] = times
+    return results
+
+
+def repeated(call: Callable[[], object], times: int) -> None:
+    """Make a call so many times."""
+    for _ in range(times):
+        call()
 
 
 def resnet50() -> list[int]:
@@ -367,7 +443,7 @@ def threads(_: PlainLoops) -> dict[str, Any]:
 
 SECTIONS = {
     section.__name__: section
-    for section in (large, halves, small, arrays, scaling, streaming, threads)
+    for section in (large, halves, averages, small, arrays, scaling, streaming, threads)
 }
 
 

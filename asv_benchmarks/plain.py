@@ -23,7 +23,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 
 
 class PlainLoops:
-    """The loops, by name: averaging, copying, streaming, stepping."""
+    """The loops, by name: averaging, copying, streaming, stepping, wide, swapping."""
 
     def __init__(self) -> None:
         compiler = (sysconfig.get_config_var("CC") or "cc").split()
@@ -45,11 +45,12 @@ class PlainLoops:
         ----------
         name : str
         p, g, a : Tensor
-            Contiguous, of one dtype and size.
+            Contiguous, of one dtype and size, but that the loop "wide" takes an average of float64
+            for float32, and of float32 for bfloat16.
         """
-        if p.itemsize == 2:
+        if p.itemsize == 2 and name != "wide":
             p, g, a = (x.view(torch.float32) for x in (p, g, a))
-        real = {4: "float", 8: "double"}[p.itemsize]
+        real = {2: "bfloat16", 4: "float", 8: "double"}[p.itemsize]
         function = getattr(self._library, f"{name}_{real}")
         function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64]
         function.restype = None
