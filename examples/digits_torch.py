@@ -52,25 +52,22 @@ class Training:
         self.optimizer.step()
         self.seconds += perf_counter() - start
 
-    def averages(self) -> dict[str, Tensor]:
-        """Return the average of each parameter, by name."""
-        return {
-            name: self.optimizer.state[param]["ax"] for name, param in self.model.named_parameters()
-        }
-
     @torch.no_grad()
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Return the share of images that the model gets right."""
+        return float((self.model(images).argmax(dim=1) == labels).double().mean())
+
     def accuracies(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Return the share of images that the last iterate gets right, and the average."""
-        logits = (
-            self.model(images),
-            torch.func.functional_call(self.model, self.averages(), (images,)),
-        )
-        last, average = ((x.argmax(dim=1) == labels).double().mean().item() for x in logits)
-        return last, average
+        """Return the accuracy of the last iterate, and of the average."""
+        assert isinstance(self.optimizer, ASGD)  # torch's has no averaged_parameters
+        last = self.accuracy(images, labels)
+        with self.optimizer.averaged_parameters():
+            return last, self.accuracy(images, labels)
 
     def tensors(self) -> list[Tensor]:
         """Return all that was learnt: the parameters and their averages."""
-        return [*self.model.state_dict().values(), *self.averages().values()]
+        params = list(self.model.parameters())
+        return [*params, *(self.optimizer.state[param]["ax"] for param in params)]
 
 
 def train(
