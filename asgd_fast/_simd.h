@@ -153,7 +153,8 @@ static inline void asgd_fast_narrow_float16(const float *values, asgd_float16 *h
         /* The last digit of 0.5 is the last of a float16 subnormal, so the sum rounds to it. */
         uint32_t subnormal = asgd_fast_bits(asgd_fast_float(magnitude) + 0.5f) - (126u << 23);
         uint32_t normal = (magnitude - (112u << 23) + 0x0FFF + ((magnitude >> 13) & 1)) >> 13;
-        uint32_t special = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;
+        /* of a nan, its first digits */
+        uint32_t special = magnitude > 0x7F800000 ? 0x7E00 | (magnitude >> 13 & 0x3FF) : 0x7C00;
         uint32_t bits = magnitude < (143u << 23) ? normal : special;
         if (magnitude < (113u << 23))
             bits = subnormal;

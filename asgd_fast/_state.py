@@ -6,6 +6,7 @@ This module knows params, their state and checkpoints; it does not know how a st
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import contextmanager
 from itertools import chain
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
 from asgd_fast._slots import Slot, Slots, check_group, number, same_kind
+from asgd_fast.threads import is_forked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, MutableMapping
@@ -25,6 +27,7 @@ __all__ = [
     "Group",
     "State",
     "alias",
+    "alone",
     "copied",
     "create",
     "find",
@@ -183,8 +186,8 @@ def own(slots: Iterable[Slot], average_dtype: torch.dtype | None) -> None:
         slot.state["ax"] = average
 
 
-def release(state: State, groups: list[Group]) -> None:
-    """Give up the memory of averages that are the params, and stay so in the next step.
+def release(state: State, groups: list[Group], loaded: Iterable[Tensor]) -> None:
+    """Give up the memory of averages that a step has made equal to their params.
 
     Parameters
     ----------
@@ -192,12 +195,17 @@ def release(state: State, groups: list[Group]) -> None:
         The optimizer's.
     groups : list of dict
         The optimizer's param_groups.
+    loaded : iterable of Tensor
+        The averages that may go; others belong to the user.
     """
+    may_go = set(map(id, loaded))
     for group in groups:
         for param in group["params"]:
             entry = state.get(param)
             if (
                 entry
+                and param.grad is not None
+                and id(entry["ax"]) in may_go
                 and _may_give_up(param, entry, group)
                 and float(entry["mu"]) == 1
                 and torch.equal(entry["ax"], param.to(entry["ax"].dtype))
@@ -205,15 +213,19 @@ def release(state: State, groups: list[Group]) -> None:
                 entry["ax"] = alias(param)
 
 
-def separated(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def separated(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint whose averages are copies where they were the params' own memory.
 
     A hook after torch has made the checkpoint.
     """
+    # Some may lie where a param has been.
+    slots = chain(*optimizer._slots.groups) if optimizer._slots is not None else ()
+    known = {id(slot.average) for slot in slots if slot is not None and slot.is_lazy}
     lazy = {
         id(entry)
         for param, entry in optimizer.state.items()
-        if isinstance(param, Tensor) and is_alias(entry.get("ax"), param)
+        if isinstance(param, Tensor)
+        and (id(entry.get("ax")) in known or is_alias(entry.get("ax"), param))
     }
     state = {
         key: {**entry, "ax": entry["ax"].clone()} if id(entry) in lazy else entry
@@ -245,14 +257,24 @@ def find(state: State, groups: list[Group], before: Slots | None = None) -> Slot
         slots = [slot for slot in chain(*before.groups) if slot is not None]
         known = {(id(slot.param), id(slot.state)): slot for slot in slots if slot.is_whole()}
         lazy = {id(slot.average): slot.param for slot in slots if slot.is_lazy}
-    owners = Counter(id(state.get(param)) for group in groups for param in set(group["params"]))
+    params = set(chain.from_iterable(group["params"] for group in groups))
+    owners = Counter(id(state.get(param)) for param in params)
+    residents: dict[int, list[Tensor]] = {}
+    for param in params:
+        if address := _address(param):
+            residents.setdefault(address, []).append(param)
     loose: dict[torch.dtype, list[tuple[Tensor, Entry]]] = {}
     for group in groups:
         for param in group["params"]:
             entry = state.get(param)
             if entry and (id(param), id(entry)) not in known:
-                if lazy.get(id(entry.get("ax")), param) is not param:
-                    entry["ax"] = entry["ax"].clone()  # of a param that the state was taken from
+                # Of a param that the state was taken from, or whose memory was: the step would
+                # write over a param.
+                at = residents.get(_address(entry.get("ax")), [])
+                if lazy.get(id(entry.get("ax")), param) is not param or (
+                    at and not any(param is other for other in at)
+                ):
+                    entry["ax"] = entry["ax"].clone()
                 if owners[id(entry)] == 1 and _is_packable(param, entry, group):
                     loose.setdefault(_dtype_for(entry), []).append((param, entry))
                 else:
@@ -305,6 +327,20 @@ def put_back(state: MutableMapping[Any, Any], average_dtype: torch.dtype | None)
             if isinstance(value, _Kept):
                 as_param = name == "ax" and isinstance(param, Tensor) and param.is_floating_point()
                 entry[name] = value.on(param, wide(param, average_dtype) if as_param else None)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let torch do without other threads in a forked process, which would wait for them forever."""
+    if not is_forked():
+        yield
+        return
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
 
 
 def rounds_scalars() -> bool:
@@ -406,6 +442,18 @@ def is_alias(ax: Any, param: Tensor) -> bool:
         and same_kind(ax, param)
         and ax.data_ptr() == param.data_ptr()
     )
+
+
+def _address(tensor: Any) -> int:
+    """Return where an ordinary tensor has its elements in CPU memory, else 0."""
+    if (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and tensor.numel() != 0
+    ):
+        return int(tensor.data_ptr())
+    return 0
 
 
 def alias(tensor: Tensor) -> Tensor:

@@ -38,14 +38,17 @@ __all__ = ["ASGD"]
 def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a step as torch does, with hooks and a profiler range, when there are any.
 
-    Torch's own wrapper takes 7 us, more than a step of few small params.
+    Torch's own wrapper takes 7 us, more than a step of few small params. A closure may register
+    hooks. Observers other than the profiler, such as ``ExecutionTraceObserver``, miss the range.
     """
     in_full = torch.optim.Optimizer.profile_hook_step(step)
 
     @wraps(step)
     def wrapper(self: ASGD, *args: Any, **kwargs: Any) -> Any:
         if (
-            self._optimizer_step_pre_hooks
+            args
+            or kwargs
+            or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
@@ -183,9 +186,10 @@ class ASGD(torch.optim.ASGD):
 
     _slots: Slots | None = None
 
-    # Whether averages with memory of their own came from elsewhere, which lazy ones can give up.
-    _may_release = False
+    # Averages that came from elsewhere with memory of their own, which lazy ones can give up.
+    _loaded: tuple[Tensor, ...] = ()
 
+    lazy_average = True
     average_dtype: torch.dtype | None = None
 
     # Whether the averages stand in the params at the moment.
@@ -232,6 +236,7 @@ class ASGD(torch.optim.ASGD):
             differentiable,
             capturable,
         )
+        self._separate_checkpoints()
         self.lazy_average = lazy_average
         self.average_dtype = average_dtype
 
@@ -249,7 +254,7 @@ class ASGD(torch.optim.ASGD):
             As the constructor.
         """
         # Torch's constructor comes here with its own defaults only.
-        self.defaults = {**self._own_defaults, **self.defaults}
+        self.defaults = {**self.defaults, **self._own_defaults}
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -291,7 +296,10 @@ class ASGD(torch.optim.ASGD):
         """Take over the state of a checkpoint, a copy or another process."""
         _state.put_back(state.get("state", {}), self.average_dtype)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._may_release = self.lazy_average
+        if self.lazy_average:
+            entries = (entry for entry in self.state.values() if isinstance(entry, dict))
+            self._loaded = tuple(entry["ax"] for entry in entries if "ax" in entry)
+        self._separate_checkpoints()
         with torch.inference_mode(False):
             self._slots = _state.find(self.state, self.param_groups)
 
@@ -307,12 +315,7 @@ class ASGD(torch.optim.ASGD):
         dict
             For ``load_state_dict`` of this class and of ``torch.optim.ASGD``.
         """
-        # Before the user's own hooks.
-        hook = self.register_state_dict_post_hook(_state.separated, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where another optimizer stood, of this class or ``torch.optim.ASGD``.
@@ -511,6 +514,12 @@ class ASGD(torch.optim.ASGD):
         """
         self.start_averaging(group)
 
+    def _separate_checkpoints(self) -> None:
+        """Let no checkpoint share memory with params, which are what lazy averages have."""
+        if _state.separated not in self._optimizer_state_dict_post_hooks.values():
+            # Before the user's own hooks.
+            self.register_state_dict_post_hook(_state.separated, prepend=True)
+
     def _refuse_exchanged(self, call: str) -> None:
         if self._is_exchanged:
             raise RuntimeError(
@@ -578,9 +587,9 @@ class ASGD(torch.optim.ASGD):
             # Before the memory changes: nothing fails from here on.
             increment_versions(slots.written)
             _core.update(table, n_threads)
-        if self._may_release:
-            self._may_release = False
-            _state.release(self.state, self.param_groups)
+        if self._loaded:
+            _state.release(self.state, self.param_groups, self._loaded)
+            self._loaded = ()
             self._slots = _state.find(self.state, self.param_groups, slots)
 
     def _gather(self, table: Table, unscale: float) -> tuple[Slots, list[_Left]]:
@@ -602,7 +611,7 @@ class ASGD(torch.optim.ASGD):
 
     def _read_slots(self) -> Slots:
         """Find the state of each param, new where there was none."""
-        with torch.inference_mode(False):  # which the state is to outlive
+        with _state.alone(), torch.inference_mode(False):  # which the state is to outlive
             _state.create(
                 self.state,
                 self.param_groups,

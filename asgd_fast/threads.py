@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from asgd_fast._table import Table
 
-__all__ = ["get_num_threads", "openmp_runtime", "set_num_threads", "threads_for"]
+__all__ = ["get_num_threads", "is_forked", "openmp_runtime", "set_num_threads", "threads_for"]
 
 # The functions that _core calls: GNU's, which LLVM's and Intel's runtimes have too.
 FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num")
@@ -50,9 +50,10 @@ def get_num_threads() -> int:
     Returns
     -------
     int
-        What was said last: by `set_num_threads`, or to the OpenMP runtime by the environment
-        variable OMP_NUM_THREADS, by ``threadpoolctl`` or ``torch.set_num_threads``. 1 where there
-        is no OpenMP runtime, and in a process that was forked, which cannot rely on its threads.
+        What `set_num_threads` was told, for as long as the OpenMP runtime keeps the number that it
+        had then; else that number: of the environment variable OMP_NUM_THREADS, of
+        ``threadpoolctl`` or of ``torch.set_num_threads``. 1 where there is no OpenMP runtime, and
+        in a process that was forked, which cannot rely on its threads.
     """
     runtime = _runtime()
     if runtime is None or _is_forked:
@@ -62,10 +63,11 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Set how many threads a large step uses, called from whichever Python thread.
+    """Set how many threads a large step uses.
 
-    torch and others that share the OpenMP runtime keep their number. When that changes later, as in
-    ``threadpoolctl.threadpool_limits``, it holds here too.
+    torch and others that share the OpenMP runtime keep their number. Once that is another one, as
+    in ``threadpoolctl.threadpool_limits`` or in a Python thread that has set its own, it holds here
+    too.
 
     Parameters
     ----------
@@ -104,6 +106,16 @@ def threads_for(table: Table) -> int:
     """
     most = table.work // BYTES_PER_THREAD
     return min(most, get_num_threads()) if most > 1 else 1
+
+
+def is_forked() -> bool:
+    """Return whether the process was forked, and cannot rely on threads of its parent.
+
+    Returns
+    -------
+    bool
+    """
+    return _is_forked
 
 
 def openmp_runtime() -> str:

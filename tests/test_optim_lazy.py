@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -198,6 +199,93 @@ def test_params_and_averages_swapped_without_copies():
                     ax = optimizer.state[p]["ax"]
                     p.data, ax.data = ax.data, p.data
         twins.check()
+
+
+def states_in_new_dicts(optimizer):
+    for p, entry in optimizer.state.items():
+        optimizer.state[p] = dict(entry)
+
+
+def averages_in_new_tensors(optimizer):
+    for entry in optimizer.state.values():
+        entry["ax"] = entry["ax"].view(2)
+
+
+def loaded_again(optimizer):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("edit", [states_in_new_dicts, averages_in_new_tensors, loaded_again])
+def test_params_swapped_while_the_state_is_new(edit):
+    """An average that lies where another param is now must not write over it."""
+    twins = Twins(parameters((2,), (2,)), **OPTIONS)
+    twins.run(2)
+    for optimizer, (a, b) in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        a.data, b.data = b.data, a.data
+        edit(optimizer)
+    twins.run(BEGINS + 1)
+
+
+def test_a_checkpoint_is_a_copy_of_an_average_whose_param_has_moved():
+    data = torch.ones(3)
+    p = nn.Parameter(data)
+    optimizer = ASGD([p], lr=0.1, lambd=0.0)
+    step(optimizer, [p])
+    expected = p.detach().clone()
+    p.data = p.data.clone()
+    state_dict = optimizer.state_dict()
+    data.fill_(7.0)
+    same(state_dict["state"][0]["ax"], expected)
+
+
+def test_a_checkpoint_by_torchs_own_method_is_a_copy():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = ASGD([p])
+    step(optimizer, [p])
+    for twin in (optimizer, copy.deepcopy(optimizer)):
+        (own,) = twin.param_groups[0]["params"]
+        state_dict = torch.optim.Optimizer.state_dict(twin)
+        assert state_dict["state"][0]["ax"].data_ptr() != own.data_ptr()
+
+
+@pytest.mark.heavy
+def test_checkpoints_from_several_threads():
+    params = parameters(*[(3,)] * 100)
+    optimizer = ASGD(params)
+    step(optimizer, params)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            dicts = list(pool.map(lambda _: optimizer.state_dict(), range(200)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(len(x["state"]) == 100 for x in dicts)
+
+
+def test_an_average_that_was_put_in_after_loading_stays():
+    (p,) = parameters((5,))
+    optimizer = ASGD([p], **OPTIONS)
+    step(optimizer, [p])
+    loaded_again(optimizer)
+    mine = optimizer.state[p]["ax"] = torch.zeros(5)
+    for _ in range(BEGINS + 1):
+        step(optimizer, [p])
+    assert optimizer.state[p]["ax"] is mine
+
+
+def test_weights_that_are_renormed_when_they_are_read():
+    results = []
+    for kind, options in ((ASGD, {}), (torch.optim.ASGD, {"foreach": False})):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(4, 5, max_norm=0.5)
+        optimizer = kind(embedding.parameters(), lr=0.5, lambd=0.0, t0=1, **options)
+        for _ in range(8):
+            optimizer.zero_grad()
+            (-embedding(torch.tensor([0, 1, 2])).pow(2).sum()).backward()
+            optimizer.step()
+        results.append(optimizer.state[embedding.weight]["ax"])
+    same(*results)
 
 
 @pytest.mark.parametrize("steps", [2, T0 + 2])

@@ -186,6 +186,33 @@ def test_a_forked_child_does_not_hang(program):
     assert run(program) == ["0", "3"]
 
 
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_forked_child_makes_its_averages(lazy):
+    """By torch's operations, which would wait for the threads of the parent."""
+    program = f"""
+        import os, signal
+        import numpy as np
+        import torch
+        from asgd_fast import ASGD
+        torch.set_num_threads(3)
+        torch.ones(5_000_000) + 1
+        w = torch.nn.Parameter(torch.from_numpy(np.zeros(2_000_000, np.float32)))
+        w.grad = torch.from_numpy(np.ones(2_000_000, np.float32))
+        optimizer = ASGD([w], lr=0.5, lambd=0.0, t0=1, lazy_average={lazy})
+        if {lazy}:
+            optimizer.step()
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            for _ in range(4 - {lazy}):
+                optimizer.step()
+            ax = optimizer.state[w]["ax"].numpy()
+            os._exit(0 if (ax == -1.75).all() and torch.get_num_threads() == 3 else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    assert run(program) == ["0"]
+
+
 def test_without_a_runtime_one_thread_does_it_all():
     program = """
         import asgd_fast
