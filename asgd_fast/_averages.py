@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from asgd_fast import update
-from asgd_fast._state import alias, is_alias
+from asgd_fast._state import alias, extent, is_alias
 from asgd_fast._versions import increment_versions
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class _Pair:
 
 
 @contextmanager
-def exchanged(state: State, groups: Sequence[Group]) -> Iterator[None]:
+def exchanged(state: State, groups: Sequence[Group]) -> Iterator[tuple[Tensor, ...]]:
     """Hold the averages in the params for as long as the context lasts.
 
     What is to be averaged yet stays as it is. An average in its param's dtype trades places with
@@ -91,21 +91,28 @@ def exchanged(state: State, groups: Sequence[Group]) -> Iterator[None]:
     groups : list of dict
         The optimizer's param_groups.
 
+    Yields
+    ------
+    tuple of Tensor
+        The memory of params that the state has as averages.
+
     Raises
     ------
     ValueError
         An average has another shape than its param. Nothing is changed.
     """
     pairs = _pairs(state, groups)
-    arrays = [(pair.memory, pair.spare, pair.ax) for pair in pairs if pair.for_engine]
     try:
         _touch(pairs)
-        with update.exchanged(arrays):
+        with update.exchanged(_for_engine(pairs)):
             _put_averages(pairs)
-            yield
+            yield tuple(pair.memory for pair in pairs)
     finally:
-        _touch(pairs)
-        _put_back(pairs)
+        try:
+            _touch(pairs)
+            _put_back(pairs)
+        finally:
+            _put_back(pairs)  # what an interrupt has left
 
 
 @torch.no_grad()
@@ -141,12 +148,16 @@ def _begun(state: State, groups: Iterable[Group]) -> Iterator[tuple[Tensor, Entr
 def _pairs(state: State, groups: Iterable[Group]) -> list[_Pair]:
     """Find what is to be exchanged, and get all memory that it takes."""
     pairs = [_Pair(param, entry) for param, entry in _begun(state, groups)]
-    arrays = [(pair.memory, pair.spare, pair.ax) for pair in pairs if pair.for_engine]
-    share_memory = not update.are_fit(arrays)
+    others = [extent(pair.memory) for pair in pairs if not pair.for_engine]
+    share_memory = not update.are_fit(_for_engine(pairs), others)
     for pair in pairs:
         if share_memory or not pair.for_engine:
             pair.leave_to_torch()
     return pairs
+
+
+def _for_engine(pairs: Iterable[_Pair]) -> list[update.Exchange]:
+    return [(pair.memory, pair.spare, pair.ax) for pair in pairs if pair.for_engine]
 
 
 @torch.inference_mode(False)
@@ -159,8 +170,9 @@ def _put_averages(pairs: list[_Pair]) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _put_back(pairs: list[_Pair]) -> None:
-    for pair in pairs:
-        pair.put_back()
+    while pairs:
+        pairs[-1].put_back()
+        pairs.pop()
 
 
 def _touch(pairs: list[_Pair]) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "alone",
     "copied",
     "create",
+    "extent",
     "find",
     "is_alias",
     "own",
@@ -39,6 +40,7 @@ __all__ = [
     "separated",
     "start",
     "wide",
+    "widen",
 ]
 
 Group: TypeAlias = dict[str, Any]
@@ -127,6 +129,24 @@ def wide(param: Tensor, average_dtype: torch.dtype | None) -> torch.dtype:
     if average_dtype is None or param.dtype not in _WIDENED:
         return param.dtype
     return torch.promote_types(param.dtype, average_dtype)
+
+
+def widen(state: State, average_dtype: torch.dtype | None) -> None:
+    """Put averages that have memory of their own into the dtype that was asked for.
+
+    Parameters
+    ----------
+    state : dict of Tensor to dict
+        The optimizer's.
+    average_dtype : torch.dtype, optional
+        As for `wide`.
+    """
+    for param, entry in state.items():
+        ax = entry.get("ax") if isinstance(entry, dict) else None
+        if not (isinstance(param, Tensor) and isinstance(ax, Tensor)) or is_alias(ax, param):
+            continue
+        if ax.dtype == param.dtype:
+            entry["ax"] = ax.to(wide(param, average_dtype))
 
 
 def start(state: State, group: Group, *, lazy: bool) -> None:
@@ -221,6 +241,7 @@ def separated(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     # Some may lie where a param has been.
     slots = chain(*optimizer._slots.groups) if optimizer._slots is not None else ()
     known = {id(slot.average) for slot in slots if slot is not None and slot.is_lazy}
+    known.update(map(id, optimizer._exchanged or ()))
     lazy = {
         id(entry)
         for param, entry in optimizer.state.items()
@@ -416,6 +437,7 @@ def _may_be_lazy(param: Tensor, group: Group) -> bool:
     return (
         _is_of_engine(param, group)
         and (param.is_floating_point() or param.is_complex())
+        and param.numel() != 0  # else there is no address to know it by
         and not param.is_shared()  # with processes that would not see where the average moves
         and torch.empty_like(param, device="meta").stride() == param.stride()
     )
@@ -442,6 +464,20 @@ def is_alias(ax: Any, param: Tensor) -> bool:
         and same_kind(ax, param)
         and ax.data_ptr() == param.data_ptr()
     )
+
+
+def extent(tensor: Tensor | None) -> tuple[int, int]:
+    """Return where the memory of a tensor begins and ends; (0, 0) if it has no address."""
+    if tensor is None or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        return 0, 0
+    if tensor.numel() == 0:
+        return 0, 0
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # a subclass that only wraps others
+        return 0, 0
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.itemsize
 
 
 def _address(tensor: Any) -> int:

@@ -264,6 +264,11 @@ class ArrayASGD:
             lines += [f"        {name}: {group[name]}" for name in self.defaults]
         return "\n".join([*lines, ")"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or another process needs."""
+        self._refuse_exchanged("copying the optimizer")
+        return dict(vars(self))
+
     @property
     def averages(self) -> list[Array]:
         """The averages, one for each param in the order of the groups.
@@ -366,8 +371,8 @@ class ArrayASGD:
         way out, after an exception too. A param whose averaging has not begun stays as it is.
         Averages that are wider than their params need memory of the size of the params meanwhile.
 
-        Inside, steps are refused, and what is written into the params is lost. `state_dict` gives
-        what it gives outside.
+        Inside, steps are refused. Do not write into the params there: it would go into the
+        averages, or be lost. `state_dict` gives what it gives outside.
 
         Yields
         ------
@@ -644,18 +649,18 @@ def _checked_hyperparameters(group: Mapping[str, Any], where: str = "") -> dict[
 def _checked_average_dtype(average_dtype: Any) -> np.dtype[Any] | None:
     if average_dtype is None:
         return None
-    try:
-        dtype: np.dtype[Any] = np.dtype(average_dtype)
-    except TypeError:
+    if type(average_dtype).__name__ == "dtype":  # of torch, whose names are those of NumPy
+        name = str(average_dtype).rpartition(".")[2]
+    else:
         try:
-            dtype = np.dtype(str(average_dtype).rpartition(".")[2])  # torch.float32
+            name = np.dtype(average_dtype).name
         except TypeError:
             raise TypeError(
                 f"average_dtype: expected None, float32 or float64, got {average_dtype!r}"
             ) from None
-    if dtype.name not in ("float32", "float64"):
-        raise ValueError(f"Invalid average_dtype: {dtype} (expected None, float32 or float64)")
-    return dtype
+    if name not in ("float32", "float64"):
+        raise ValueError(f"Invalid average_dtype: {name} (expected None, float32 or float64)")
+    return np.dtype(name)
 
 
 def _one_for_each(name: str, arrays: Any, n: int) -> list[Array | None]:

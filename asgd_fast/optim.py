@@ -22,7 +22,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from asgd_fast import _averages, _core, _state
 from asgd_fast._schedule import next_scalars
 from asgd_fast._slots import Slot, Slots, check_group
-from asgd_fast._state import OWN_HYPERPARAMETERS, Group, rounds_scalars
+from asgd_fast._state import OWN_HYPERPARAMETERS, Group, extent, rounds_scalars
 from asgd_fast._table import Table
 from asgd_fast._versions import increment_versions
 from asgd_fast.threads import threads_for
@@ -192,8 +192,8 @@ class ASGD(torch.optim.ASGD):
     lazy_average = True
     average_dtype: torch.dtype | None = None
 
-    # Whether the averages stand in the params at the moment.
-    _is_exchanged = False
+    # The memory of params that averages stand in at the moment; None while they do not.
+    _exchanged: tuple[Tensor, ...] | None = None
 
     def __init__(
         self,
@@ -296,6 +296,7 @@ class ASGD(torch.optim.ASGD):
         """Take over the state of a checkpoint, a copy or another process."""
         _state.put_back(state.get("state", {}), self.average_dtype)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _state.widen(self.state, self.average_dtype)
         if self.lazy_average:
             entries = (entry for entry in self.state.values() if isinstance(entry, dict))
             self._loaded = tuple(entry["ax"] for entry in entries if "ax" in entry)
@@ -353,8 +354,9 @@ class ASGD(torch.optim.ASGD):
         Buffers are not touched. Averages that are wider than their params, and those that no engine
         takes, need memory of the size of the params meanwhile.
 
-        Inside, steps are refused, and what is written into the params is lost. `state_dict` gives
-        what it gives outside; ``model.state_dict()`` holds the averages.
+        Inside, steps are refused. Do not write into the params there: it would go into the
+        averages, or be lost. `state_dict` gives what it gives outside; ``model.state_dict()`` holds
+        the averages.
 
         Yields
         ------
@@ -383,12 +385,12 @@ class ASGD(torch.optim.ASGD):
         -3.0
         """
         self._refuse_exchanged("averaged_parameters")
-        self._is_exchanged = True
+        self._exchanged = ()
         try:
-            with _averages.exchanged(self.state, self.param_groups):
+            with _averages.exchanged(self.state, self.param_groups) as self._exchanged:
                 yield
         finally:
-            self._is_exchanged = False
+            self._exchanged = None
 
     def copy_averages_to(self, target: torch.nn.Module | Iterable[Tensor]) -> None:
         """Copy the averages into a model, or into tensors.
@@ -416,10 +418,11 @@ class ASGD(torch.optim.ASGD):
         averaged_state_dict : finds the params in any model, by names.
         """
         params = [param for group in self.param_groups for param in group["params"]]
+        targets: list[Any]
         if isinstance(target, torch.nn.Module):
             targets = self._params_in(target, params)
         else:
-            targets = list(target) if hasattr(target, "__iter__") else []
+            targets = list(target) if hasattr(target, "__iter__") else [None]
             if isinstance(target, Tensor) or not all(isinstance(x, Tensor) for x in targets):
                 raise TypeError(
                     "target: expected a torch.nn.Module or an iterable of tensors, got "
@@ -473,7 +476,7 @@ class ASGD(torch.optim.ASGD):
         own = {id(param) for group in self.param_groups for param in group["params"]}
         if not any(id(param) in own for param in model.parameters()):
             raise ValueError("model: has none of the optimizer's params")
-        with nullcontext() if self._is_exchanged else self.averaged_parameters():
+        with nullcontext() if self._exchanged is not None else self.averaged_parameters():
             return deepcopy(model.state_dict())
 
     def start_averaging(self, group: int | None = None) -> None:
@@ -521,7 +524,7 @@ class ASGD(torch.optim.ASGD):
             self.register_state_dict_post_hook(_state.separated, prepend=True)
 
     def _refuse_exchanged(self, call: str) -> None:
-        if self._is_exchanged:
+        if self._exchanged is not None:
             raise RuntimeError(
                 f"{call}: not inside averaged_parameters(), where the averages stand in the params"
             )
@@ -653,7 +656,7 @@ class ASGD(torch.optim.ASGD):
             else:
                 rest.append((group, slot))
                 outside += slot.param, slot.param.grad, slot.state.get("ax")
-        if any(table.touches(*_extent(tensor)) for tensor in outside):
+        if any(table.touches(*extent(tensor)) for tensor in outside):
             table.clear()
             return self._active(slots)
         return rest
@@ -712,20 +715,6 @@ def _grad_of(slot: Slot) -> Tensor:
     grad = slot.param.grad
     assert grad is not None
     return grad
-
-
-def _extent(tensor: Tensor | None) -> tuple[int, int]:
-    """Return where the memory of a tensor begins and ends; (0, 0) if it has no address."""
-    if tensor is None or tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        return 0, 0
-    if tensor.numel() == 0:
-        return 0, 0
-    try:
-        start = tensor.data_ptr()
-    except RuntimeError:  # a subclass that only wraps others
-        return 0, 0
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.itemsize
 
 
 @torch.no_grad()

@@ -145,8 +145,10 @@ class NonMonotonicTrigger:
             _checked_loss(f"state_dict['losses'][{i}]", loss)
             for i, loss in enumerate(state_dict["losses"])
         ]
-        self.patience, self.losses = patience, losses
-        self.has_fired = bool(state_dict["has_fired"])
+        has_fired = state_dict["has_fired"]
+        if not isinstance(has_fired, bool):
+            raise TypeError(f"state_dict['has_fired']: expected a bool, got {has_fired!r}")
+        self.patience, self.losses, self.has_fired = patience, losses, has_fired
 
 
 def _checked_patience(patience: Any) -> int:
@@ -165,7 +167,7 @@ def _checked_loss(name: str, loss: Any) -> float:
     try:
         if isinstance(loss, (str, bytes)):
             raise TypeError
-        loss = float(loss)
+        loss = float(loss.item() if hasattr(loss, "item") else loss)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"{name}: expected a real number, got {loss!r} of type {type(loss).__name__}"

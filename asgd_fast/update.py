@@ -180,11 +180,23 @@ def _exchange(arrays: Sequence[Exchange], is_done: bytearray) -> None:
         _core.exchange(table, is_done, threads_for(table))
 
 
-def are_fit(arrays: Sequence[Exchange]) -> bool:
-    """Whether the engine can exchange params with their averages, as for `exchanged`."""
+def are_fit(arrays: Sequence[Exchange], others: Sequence[tuple[int, int]] = ()) -> bool:
+    """Whether the engine can exchange params with their averages.
+
+    Parameters
+    ----------
+    arrays : sequence of (array, array or None, array)
+        As for `exchanged`.
+    others : sequence of (int, int)
+        Where memory begins and ends that these must not share.
+
+    Returns
+    -------
+    bool
+    """
     try:
-        with _listed(arrays):
-            return True
+        with _listed(arrays) as table:
+            return not any(table.touches(start, stop) for start, stop in others)
     except (TypeError, ValueError, BufferError):
         return False
 
