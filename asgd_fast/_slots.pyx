@@ -130,6 +130,9 @@ cdef class Slot:
         return True
 
 
+# The lr_schedule of torch.
+cdef str TORCHS = "torch"
+
 # How many params' scalars each step asks in turn; 4 take half a microsecond.
 cdef enum:
     ASKED_IN_TURN = 4
@@ -140,8 +143,9 @@ cdef struct Common:
     double weight_decay
     double grad_scale   # negative to maximize
     bint round_scalars
-    double now          # the step count of the row before,
-    Scalars next        # and its scalars after the step: often those of the next row too
+    Scalars now         # of the row
+    Scalars next        # after the step: often those of the next row too,
+    double next_of      # if that has made as many steps; nan: of no other row
     PyObject *written   # the block that is listed as written
     PyObject *block     # of which the rest is known
     char *address
@@ -285,9 +289,14 @@ cdef class Slots:
                 slot = slots[i]
                 if slot is None or slot.param is not param or not slot._is_whole():
                     return None
-                if slot.is_lazy and not by_torch and self._begins(slot, &common, lr):
+                if by_torch or slot._block is None:
+                    left.append((group, slot))
+                    continue
+                self._schedule(slot, &common, lr)
+                # The step makes the first iterate of the average, or a later one.
+                if slot.is_lazy and (common.now.mu != 1 or common.next.mu != 1):
                     return None
-                if by_torch or not self._add(table, slot, grad, &common, lr):
+                if not self._add(table, slot, grad, &common):
                     left.append((group, slot))
         del self.written[self._n_written:]
         return left
@@ -302,20 +311,16 @@ cdef class Slots:
         """
         lr = self._lr_of(group)
         cdef Common common = _common_of(group, lr, unscale, round_scalars)
-        table.reserve(1)
-        return self._add(table, slot, grad, &common, lr)
-
-    cdef bint _add(
-        self, Table table, Slot slot, grad, Common *common, lr,
-    ) except -1:
-        cdef Row *row
-        cdef Scalars now
-        cdef bint averages
         if slot._block is None:
             return False
-        now = self._scalars_of(slot, common)
-        averages = not slot.is_lazy and now.mu != 0
-        row = table.begin(0)
+        table.reserve(1)
+        self._schedule(slot, &common, lr)
+        return self._add(table, slot, grad, &common)
+
+    cdef bint _add(self, Table table, Slot slot, grad, Common *common) except -1:
+        """Add the row of a slot with a block, after `_schedule`."""
+        cdef bint averages = not slot.is_lazy and common.now.mu != 0
+        cdef Row *row = table.begin(0)
         if not (
             self._lend(table, PARAM, slot.param)
             and self._lend(table, GRAD, grad)
@@ -330,7 +335,7 @@ cdef class Slots:
                 not self._renew(slot, row.param)):
             table.abandon()
             return False
-        self._schedule(row, slot, &now, common, lr)
+        _set_scalars(row, slot, common)
         table.commit(grad)
         self._write(slot._version)
         if averages:
@@ -466,66 +471,45 @@ cdef class Slots:
         return (row.param != slot._address or slot._version is None) and (
             self._is_neg(slot.param) or self._is_neg(slot._ax))
 
-    cdef int _schedule(
-        self, Row *row, Slot slot, const Scalars *now, Common *common, lr,
-    ) except -1:
-        """Set the row's scalars, of now and after the step."""
-        cdef Plan plan = _plan_of(slot, common)
-        row.scalars = common.address + 3 * slot._place * (8 if common.double_scalars else 4)
-        row.double_scalars = common.double_scalars
-        row.weight_decay = common.weight_decay
-        row.grad_scale = common.grad_scale
-        row.eta = scalars_after(now.step, &plan).eta if plan.current else now.eta
-        row.mu = now.mu
-        row.decay = decay_of(row.eta, now.step, &plan)
-        row.next = self._next_of(slot, now.step, common, lr)
-        return 0
-
-    cdef bint _begins(self, Slot slot, Common *common, lr) except -1:
-        """Whether the next step makes the first iterate of the average, or a later one."""
-        cdef Scalars now = self._scalars_of(slot, common)
-        return now.mu != 1 or self._next_of(slot, now.step, common, lr).mu != 1
-
-    cdef Scalars _next_of(self, Slot slot, double step, Common *common, lr) except *:
-        """The scalars of a slot after its next step, often those of the slot before."""
-        cdef Plan plan
-        if not isnan(slot._t0):
-            plan = _plan_of(slot, common)
-            return self._scalars_after(step, &plan, common, lr)
-        if common.now != step:
-            common.next = self._scalars_after(step, &common.plan, common, lr)
-            common.now = step
-        return common.next
-
-    cdef Scalars _scalars_after(self, double step, const Plan *plan, Common *common, lr) except *:
-        """The scalars after one step more, rounded as torch rounds them."""
-        cdef Scalars scalars
-        step = step + 1 if common.double_scalars else <float>(step + 1)
-        scalars = scalars_after(step, plan)
-        if isinstance(lr, self._tensor) and not plan.current:
-            scalars.eta = self._eta_after(lr, plan.lambd, plan.alpha, step)
-        elif plan.lr < 0 and not isfinite(scalars.eta):
-            raise ValueError(
-                f"Invalid learning rate: {lr} (1 + lambd * lr * step must stay above 0)")
-        elif common.round_scalars:
-            scalars.eta = <float>scalars.eta
-        if common.round_scalars:
-            scalars.mu = <float>scalars.mu
-        return scalars
-
-    cdef Scalars _scalars_of(self, Slot slot, Common *common) except *:
-        cdef Scalars now
+    cdef int _schedule(self, Slot slot, Common *common, lr) except -1:
+        """Look up the scalars of a slot with a block, and compute those after its next step."""
         cdef double *doubles
         cdef float *floats
+        cdef Plan own
         if <PyObject *>slot._block != common.block:
             self._find(slot._block, common)
         if common.double_scalars:
             doubles = <double *>common.address + 3 * slot._place
-            now.step, now.eta, now.mu = doubles[0], doubles[1], doubles[2]
+            common.now.step, common.now.eta, common.now.mu = doubles[0], doubles[1], doubles[2]
         else:
             floats = <float *>common.address + 3 * slot._place
-            now.step, now.eta, now.mu = floats[0], floats[1], floats[2]
-        return now
+            common.now.step, common.now.eta, common.now.mu = floats[0], floats[1], floats[2]
+        if not isnan(slot._t0):
+            own = _plan_of(slot, common)
+            self._advance(&own, common, lr)
+            common.next_of = NAN
+        elif common.next_of != common.now.step:
+            common.next_of = NAN
+            self._advance(&common.plan, common, lr)
+            common.next_of = common.now.step
+        return 0
+
+    cdef int _advance(self, const Plan *plan, Common *common, lr) except -1:
+        """Compute the scalars after one step more, rounded as torch rounds them."""
+        cdef double step = common.now.step + 1
+        if not common.double_scalars:
+            step = <float>step
+        common.next = scalars_after(step, plan)
+        if isinstance(lr, self._tensor) and not plan.current:
+            common.next.eta = self._eta_after(lr, plan.lambd, plan.alpha, step)
+        elif plan.lr < 0 and not isfinite(common.next.eta):
+            raise ValueError(
+                f"Invalid learning rate: {lr} (1 + lambd * lr * step must stay above 0)")
+        elif common.round_scalars:
+            common.next.eta = <float>common.next.eta
+        if common.round_scalars:
+            common.next.mu = <float>common.next.mu
+        return 0
 
     cdef int _find(self, block, Common *common) except -1:
         """Look up where a block is. Not kept over steps: sharing it with a process moves it."""
@@ -539,6 +523,24 @@ cdef class Slots:
         common.double_scalars = borrowed.tensor.dtype.bits == 64
         common.block = <PyObject *>block
         return 0
+
+
+cdef inline void _set_scalars(Row *row, Slot slot, const Common *common) noexcept:
+    """Set the row's scalars, of now and after the step."""
+    cdef Plan plan
+    row.scalars = common.address + 3 * slot._place * (8 if common.double_scalars else 4)
+    row.double_scalars = common.double_scalars
+    row.weight_decay = common.weight_decay
+    row.grad_scale = common.grad_scale
+    row.eta = common.now.eta
+    row.mu = common.now.mu
+    row.next = common.next
+    if common.plan.current:
+        plan = _plan_of(slot, common)
+        row.eta = scalars_after(common.now.step, &plan).eta
+        row.decay = decay_of(row.eta, common.now.step, &plan)
+    else:
+        row.decay = 1.0 - common.plan.lambd * row.eta
 
 
 cdef inline Plan _plan_of(Slot slot, const Common *common) noexcept:
@@ -583,10 +585,13 @@ def check_group(group):
         value = group[name]
         if type(value) is not float or not isfinite(value) or value < low:
             check_scalar(name, value, low=low)
-    check_lr_schedule(group["lr_schedule"])
-    check_average_every(group["average_every"])
+    lr_schedule, every = group["lr_schedule"], group["average_every"]
+    if lr_schedule is TORCHS and type(every) is int and every == 1:
+        return
+    check_lr_schedule(lr_schedule)
+    check_average_every(every)
     for option in ("differentiable", "capturable"):
-        if group[option] and (group["lr_schedule"] != "torch" or group["average_every"] != 1):
+        if group[option] and (lr_schedule != TORCHS or every != 1):
             raise ValueError(
                 f"{option}: goes only with lr_schedule='torch' and average_every=1")
 
@@ -600,11 +605,11 @@ cdef Common _common_of(group, lr, double unscale, bint round_scalars) except *:
     common.plan.alpha = group["alpha"]
     common.plan.t0 = group["t0"]
     common.plan.average_every = group["average_every"]
-    common.plan.current = group["lr_schedule"] != "torch"
+    common.plan.current = group["lr_schedule"] != TORCHS
     common.weight_decay = number("weight_decay", group["weight_decay"])
     common.grad_scale = -unscale if group["maximize"] else unscale
     common.round_scalars = round_scalars
-    common.now = NAN  # of no row yet
+    common.next_of = NAN
     return common
 
 

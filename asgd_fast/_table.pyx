@@ -33,6 +33,7 @@ from asgd_fast._tensor cimport (
     device_name,
     dtype_name,
     is_dense,
+    same_dtype,
     same_form,
     same_layout,
     same_shape,
@@ -371,8 +372,11 @@ cdef class Table:
         elif (
             same_form(tensor, &self.arrays[PARAM].tensor)
             and tensor.data != NULL
-            and self._goes_with_param(role)
-            and <uintptr_t>data % (row.ax_size if role == AX else row.size) == 0
+            and (
+                same_dtype(tensor, &self.arrays[PARAM].tensor)
+                or self._goes_with_param(role)
+            )
+            and <uintptr_t>data & ((row.ax_size if role == AX else row.size) - 1) == 0
         ):
             fault = None
         else:
@@ -399,7 +403,7 @@ cdef class Table:
         cdef DLDataType dtype = self.arrays[role].tensor.dtype
         cdef DLDataType param = self.arrays[PARAM].tensor.dtype
         cdef int size
-        if dtype.code == param.code and dtype.bits == param.bits and dtype.lanes == param.lanes:
+        if same_dtype(&self.arrays[role].tensor, &self.arrays[PARAM].tensor):
             return True
         size = _bytes_of_reals(dtype)
         if role != AX or size <= row.size or size == 2 or (

@@ -26,6 +26,14 @@ cdef inline bint same_form(const DLTensor *one, const DLTensor *other) noexcept:
     return True
 
 
+cdef inline bint same_dtype(const DLTensor *one, const DLTensor *other) noexcept:
+    return (
+        one.dtype.code == other.dtype.code
+        and one.dtype.bits == other.dtype.bits
+        and one.dtype.lanes == other.dtype.lanes
+    )
+
+
 cdef int64_t size_of(const DLTensor *tensor) noexcept
 cdef bint is_dense(const DLTensor *tensor) noexcept
 cdef bint same_shape(const DLTensor *one, const DLTensor *other) noexcept

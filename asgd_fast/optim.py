@@ -550,7 +550,8 @@ class ASGD(torch.optim.ASGD):
         return others
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        self._refuse_exchanged("step")
+        if self._exchanged is not None:
+            self._refuse_exchanged("step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
