@@ -256,8 +256,10 @@ cdef inline void _mean_of_unit(const Halves *how, const float *p, mean *ax) noex
     cdef mean mu = <mean>how.mu
     cdef int i
     if how.averages:
+        memcpy(unit, ax, sizeof(unit))
         for i in range(UNIT):
-            ax[i] = _mean(ax[i], <mean>p[i], mu)
+            unit[i] = _mean(unit[i], <mean>p[i], mu)
+        memcpy(ax, unit, sizeof(unit))
     elif how.copies:
         for i in range(UNIT):
             unit[i] = <mean>p[i]
