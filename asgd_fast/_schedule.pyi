@@ -4,6 +4,6 @@ def next_scalars(
     lambd: float,
     alpha: float,
     t0: float,
-    average_every: float = 1,
+    average_every: float = 1.0,
     current: bool = False,
 ) -> tuple[float, float]: ...

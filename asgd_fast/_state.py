@@ -149,7 +149,7 @@ def widen(state: State, average_dtype: torch.dtype | None) -> None:
             entry["ax"] = ax.to(wide(param, average_dtype))
 
 
-def start(state: State, group: Group, *, lazy: bool) -> None:
+def start(state: State, group: Group, *, lazy: bool, average_dtype: torch.dtype | None) -> None:
     """Make the next iterate of each param of a group the first one in its average.
 
     Params that have no state yet are averaged from their first iterate on.
@@ -162,6 +162,8 @@ def start(state: State, group: Group, *, lazy: bool) -> None:
         One of the optimizer's param_groups.
     lazy : bool
         Whether averages are to give up their memory until then.
+    average_dtype : torch.dtype, optional
+        As for `wide`.
     """
     stepped = [(param, state[param]) for param in group["params"] if state.get(param)]
     steps = [float(entry["step"]) for _, entry in stepped]
@@ -176,7 +178,7 @@ def start(state: State, group: Group, *, lazy: bool) -> None:
                 entry["mu"].fill_(1)
         else:
             entry["mu"] = 1.0
-        if lazy and _may_give_up(param, entry, group):
+        if lazy and _may_give_up(param, entry, group, average_dtype):
             entry["ax"] = alias(param)
     group["t0"] = t0
     group["averaging_started"] = True
@@ -206,7 +208,13 @@ def own(slots: Iterable[Slot], average_dtype: torch.dtype | None) -> None:
         slot.state["ax"] = average
 
 
-def release(state: State, groups: list[Group], loaded: Iterable[Tensor]) -> None:
+def release(
+    state: State,
+    groups: list[Group],
+    loaded: Iterable[Tensor],
+    *,
+    average_dtype: torch.dtype | None,
+) -> None:
     """Give up the memory of averages that a step has made equal to their params.
 
     Parameters
@@ -217,6 +225,8 @@ def release(state: State, groups: list[Group], loaded: Iterable[Tensor]) -> None
         The optimizer's param_groups.
     loaded : iterable of Tensor
         The averages that may go; others belong to the user.
+    average_dtype : torch.dtype, optional
+        As for `wide`.
     """
     may_go = set(map(id, loaded))
     for group in groups:
@@ -226,7 +236,7 @@ def release(state: State, groups: list[Group], loaded: Iterable[Tensor]) -> None
                 entry
                 and param.grad is not None
                 and id(entry["ax"]) in may_go
-                and _may_give_up(param, entry, group)
+                and _may_give_up(param, entry, group, average_dtype)
                 and float(entry["mu"]) == 1
                 and torch.equal(entry["ax"], param.to(entry["ax"].dtype))
             ):
@@ -443,14 +453,16 @@ def _may_be_lazy(param: Tensor, group: Group) -> bool:
     )
 
 
-def _may_give_up(param: Tensor, entry: Entry, group: Group) -> bool:
-    """Whether an average that has memory of its own may be lazy instead."""
+def _may_give_up(
+    param: Tensor, entry: Entry, group: Group, average_dtype: torch.dtype | None
+) -> bool:
+    """Whether an average that has memory of its own may be lazy instead, and get its dtype back."""
     return (
         _may_be_lazy(param, group)
         and _is_packable(param, entry, group)
         and type(entry["ax"]) is Tensor
         and entry["ax"].shape == param.shape
-        and torch.promote_types(entry["ax"].dtype, param.dtype) == entry["ax"].dtype
+        and entry["ax"].dtype == wide(param, average_dtype)
     )
 
 

@@ -499,7 +499,7 @@ class ASGD(torch.optim.ASGD):
         """
         self._refuse_exchanged("start_averaging")
         for own in self.param_groups if group is None else [self.param_groups[group]]:
-            _state.start(self.state, own, lazy=self.lazy_average)
+            _state.start(self.state, own, lazy=self.lazy_average, average_dtype=self.average_dtype)
         self._slots = None
 
     def reset_averages(self, group: int | None = None) -> None:
@@ -592,7 +592,9 @@ class ASGD(torch.optim.ASGD):
             increment_versions(slots.written)
             _core.update(table, n_threads)
         if self._loaded:
-            _state.release(self.state, self.param_groups, self._loaded)
+            _state.release(
+                self.state, self.param_groups, self._loaded, average_dtype=self.average_dtype
+            )
             self._loaded = ()
             self._slots = _state.find(self.state, self.param_groups, slots)
 

@@ -919,3 +919,22 @@ def test_whole_numbers_of_other_types():
     for make in (lambda **o: ASGD(parameters((3,)), **o), lambda **o: ArrayASGD(np.ones(3), **o)):
         optimizer = make(average_every=np.int64(3))
         assert optimizer.param_groups[0]["average_every"] == 3
+
+
+def test_an_average_of_a_dtype_of_its_own_keeps_it_when_it_starts_anew():
+    """It was made before the model changed its dtype; torch keeps it too."""
+    (p,) = parameters((3,), dtype=torch.float64)
+    optimizer = ASGD([p], lr=0.1, lambd=0.0, t0=0)
+    for _ in range(4):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    p.data = p.data.float()
+    optimizer.start_averaging()
+    iterates = []
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        iterates.append(p.detach().double())
+    ax = optimizer.state[p]["ax"]
+    assert ax.dtype == torch.float64
+    torch.testing.assert_close(ax, torch.stack(iterates).mean(dim=0), rtol=1e-6, atol=0)
