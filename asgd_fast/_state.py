@@ -39,6 +39,7 @@ __all__ = [
     "rounds_scalars",
     "separated",
     "start",
+    "strayed",
     "wide",
     "widen",
 ]
@@ -184,6 +185,27 @@ def start(state: State, group: Group, *, lazy: bool, average_dtype: torch.dtype 
     group["averaging_started"] = True
 
 
+def strayed(slots: Slots | None) -> list[Slot]:
+    """Return those whose lazy average lies where the param was before it got other memory.
+
+    Parameters
+    ----------
+    slots : Slots, optional
+
+    Returns
+    -------
+    list of Slot
+    """
+    return [
+        slot
+        for slot in (chain(*slots.groups) if slots is not None else ())
+        if slot is not None
+        and slot.is_lazy
+        and slot.average is slot.state.get("ax")
+        and not is_alias(slot.average, slot.param)
+    ]
+
+
 def own(slots: Iterable[Slot], average_dtype: torch.dtype | None) -> None:
     """Give averages memory of their own.
 
@@ -265,7 +287,13 @@ def separated(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state}
 
 
-def find(state: State, groups: list[Group], before: Slots | None = None) -> Slots:
+def find(
+    state: State,
+    groups: list[Group],
+    before: Slots | None = None,
+    *,
+    average_dtype: torch.dtype | None,
+) -> Slots:
     """Find the state of each param, and pack the scalars that are not packed yet.
 
     Parameters
@@ -276,6 +304,8 @@ def find(state: State, groups: list[Group], before: Slots | None = None) -> Slot
         The optimizer's param_groups.
     before : Slots, optional
         What was found before; what is unchanged stays.
+    average_dtype : torch.dtype, optional
+        As for `wide`.
 
     Returns
     -------
@@ -305,7 +335,7 @@ def find(state: State, groups: list[Group], before: Slots | None = None) -> Slot
                 if lazy.get(id(entry.get("ax")), param) is not param or (
                     at and not any(param is other for other in at)
                 ):
-                    entry["ax"] = entry["ax"].clone()
+                    entry["ax"] = entry["ax"].to(wide(param, average_dtype), copy=True)
                 if owners[id(entry)] == 1 and _is_packable(param, entry, group):
                     loose.setdefault(_dtype_for(entry), []).append((param, entry))
                 else:

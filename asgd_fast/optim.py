@@ -289,6 +289,7 @@ class ASGD(torch.optim.ASGD):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or another process needs."""
         self._refuse_exchanged("copying the optimizer")
+        _state.own(_state.strayed(self._slots), self.average_dtype)
         own = ("lazy_average", "average_dtype", "_own_defaults")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -302,7 +303,7 @@ class ASGD(torch.optim.ASGD):
             self._loaded = tuple(entry["ax"] for entry in entries if "ax" in entry)
         self._separate_checkpoints()
         with torch.inference_mode(False):
-            self._slots = _state.find(self.state, self.param_groups)
+            self._slots = self._find(None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint, as torch does: its tensors are those of the state.
@@ -498,9 +499,11 @@ class ASGD(torch.optim.ASGD):
             The averages stand in the params: see `averaged_parameters`.
         """
         self._refuse_exchanged("start_averaging")
+        _state.own(_state.strayed(self._slots), self.average_dtype)
         for own in self.param_groups if group is None else [self.param_groups[group]]:
             _state.start(self.state, own, lazy=self.lazy_average, average_dtype=self.average_dtype)
-        self._slots = None
+        with torch.inference_mode(False):
+            self._slots = self._find(None)
 
     def reset_averages(self, group: int | None = None) -> None:
         """Forget the averages, and begin them anew: the same as `start_averaging`.
@@ -596,7 +599,7 @@ class ASGD(torch.optim.ASGD):
                 self.state, self.param_groups, self._loaded, average_dtype=self.average_dtype
             )
             self._loaded = ()
-            self._slots = _state.find(self.state, self.param_groups, slots)
+            self._slots = self._find(slots)
 
     def _gather(self, table: Table, unscale: float) -> tuple[Slots, list[_Left]]:
         """Put into the table what an engine can take as it is; return the rest."""
@@ -624,7 +627,7 @@ class ASGD(torch.optim.ASGD):
                 lazy=self.lazy_average,
                 average_dtype=self.average_dtype,
             )
-            slots = _state.find(self.state, self.param_groups, self._slots)
+            slots = self._find(self._slots)
             begin = [
                 slot
                 for group, own in zip(self.param_groups, slots.groups, strict=True)
@@ -632,8 +635,11 @@ class ASGD(torch.optim.ASGD):
                 if slot is not None and _begins(group, slot)
             ]
             _state.own(begin, self.average_dtype)
-            self._slots = _state.find(self.state, self.param_groups, slots)
+            self._slots = self._find(slots)
         return self._slots
+
+    def _find(self, before: Slots | None) -> Slots:
+        return _state.find(self.state, self.param_groups, before, average_dtype=self.average_dtype)
 
     def _active(self, slots: Slots) -> list[_Left]:
         """Return every param that has a gradient."""

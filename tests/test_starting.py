@@ -938,3 +938,29 @@ def test_an_average_of_a_dtype_of_its_own_keeps_it_when_it_starts_anew():
     ax = optimizer.state[p]["ax"]
     assert ax.dtype == torch.float64
     torch.testing.assert_close(ax, torch.stack(iterates).mean(dim=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
+@pytest.mark.parametrize("first", ["replaced", "started"])
+def test_a_param_that_gets_other_memory_around_the_start(first, wide):
+    """Its average leaves the memory that the param had, which may be the user's, alone."""
+    data = torch.randn(3)
+    p = nn.Parameter(data)
+    optimizer = ASGD([p], lr=0.1, lambd=0.0, average_dtype=wide)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    if first == "started":
+        optimizer.start_averaging()
+    before = data.clone()
+    p.data = data.clone()
+    if first == "replaced":
+        optimizer.start_averaging()
+    iterates = []
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        iterates.append(p.detach().double())
+    assert torch.equal(data, before)
+    ax = optimizer.state[p]["ax"]
+    assert ax.dtype == (wide or p.dtype)
+    torch.testing.assert_close(ax.double(), torch.stack(iterates).mean(dim=0), rtol=1e-6, atol=1e-7)
