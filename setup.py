@@ -103,6 +103,7 @@ names = [
     "_tensor",
     "_schedule",
     "_table",
+    "_launches",
     "_slots",
     "_core",
     *(f"_loops_{level}" for level in LEVELS),

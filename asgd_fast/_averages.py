@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from asgd_fast import update
-from asgd_fast._state import alias, extent, is_alias
+from asgd_fast._state import alias, extent, floats, is_alias
 from asgd_fast._versions import increment_versions
 
 if TYPE_CHECKING:
@@ -137,9 +137,11 @@ def copy_to(
 
 def _begun(state: State, groups: Iterable[Group]) -> Iterator[tuple[Tensor, Entry]]:
     """Yield the params whose averages have begun, and have memory of their own."""
-    for param in chain.from_iterable(group["params"] for group in groups):
-        entry = state.get(param)
-        if entry and float(entry["mu"]) != 1 and not is_alias(entry["ax"], param):
+    params = chain.from_iterable(group["params"] for group in groups)
+    stepped = [(param, state[param]) for param in params if state.get(param)]
+    mus = floats([entry["mu"] for _, entry in stepped])
+    for (param, entry), mu in zip(stepped, mus, strict=True):
+        if mu != 1 and not is_alias(entry["ax"], param):
             yield param, entry
 
 

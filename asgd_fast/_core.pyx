@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memcpy
 
 from asgd_fast._loops cimport Loops
-from asgd_fast._table cimport CACHE_LINE, Row, Table
+from asgd_fast._table cimport CACHE_LINE, CPU, Row, Table
 
 cdef extern from *:
     """
@@ -259,11 +259,11 @@ def update(Table table, unsigned int n_threads=1):
                 _store_next(row)
 
 
-def exchange(Table table, bytearray is_done, unsigned int n_threads=1):
+def exchange(Table table, bytearray is_done, unsigned int n_threads=1, list calls=[]):
     """Put the average of each row into its param; or, where that is done, the param back.
 
-    Cannot fail. Releases the GIL, and is one call so that no interrupt comes between the exchange
-    and its note.
+    Cannot fail, if no call does. Releases the GIL, and is one call so that no interrupt comes
+    between the exchange and its note.
 
     Parameters
     ----------
@@ -273,11 +273,20 @@ def exchange(Table table, bytearray is_done, unsigned int n_threads=1):
     is_done : bytearray of length 1
         Whether the averages are in the params; changed.
     n_threads : int
+    calls : list of callable
+        What does the same to rows of other engines; called first. They do not run Python code.
+
+    Returns
+    -------
+    list
+        What the calls returned.
     """
     cdef Job job = _put_back if is_done[0] else _put_average
+    results = [call() for call in calls]
     with nogil:
         _run(table, job, n_threads)
     is_done[0] ^= 1
+    return results
 
 
 def assign(Table table, unsigned int n_threads=1):
@@ -407,9 +416,10 @@ cdef void _do_part(const Work *work, int64_t start, int64_t stop) noexcept nogil
     while i < work.n_rows and work.rows[i].offset < stop:
         row = &work.rows[i]
         size = row.size
-        work.job(
-            work, row, max(start - row.offset, <int64_t>0) // size,
-            min((stop - row.offset) // size, row.n))
+        if row.device == CPU:
+            work.job(
+                work, row, max(start - row.offset, <int64_t>0) // size,
+                min((stop - row.offset) // size, row.n))
         i += 1
     if work.streams:
         _fence()
@@ -453,7 +463,8 @@ def copy(Table table):
     with nogil:
         for i in range(table.n_rows):
             row = &table.rows[i]
-            memcpy(row.param, row.grad, row.n * row.size)
+            if row.device == CPU:
+                memcpy(row.param, row.grad, row.n * row.size)
 
 
 use_simd_level(

@@ -5,10 +5,12 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-cdef enum:  # DLDeviceType: those whose memory the CPU may read and write
+cdef enum:  # DLDeviceType
     kDLCPU = 1
-    kDLCUDAHost = 3
-    kDLROCMHost = 11
+    kDLCUDA = 2
+    kDLCUDAHost = 3      # which the CPU too may read and write
+    kDLROCMHost = 11     # likewise
+    kDLCUDAManaged = 13
 
 cdef enum:  # DLDataTypeCode
     kDLInt = 0
@@ -98,6 +100,9 @@ cdef int know(Known *known, object array, const void *address) except -1
 cdef void forget(Known *known) noexcept
 cdef void give_back(Borrowed *borrowed) noexcept
 cdef bint is_array(object candidate)
+
+# The stream of CUDA on which the library of `array` works at the moment, for this thread.
+cdef object stream_of(object array, int32_t device_id)
 
 # The exchange API of a type, or NULL; it checks nothing of what `borrow` checks.
 cdef DLPackExchangeAPI *exchange_api_of(cls) except? NULL

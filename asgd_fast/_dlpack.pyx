@@ -9,13 +9,15 @@ here, on every path. NumPy's arrays are read through its own C interface where t
 takes a hundredth of the time of a capsule.
 """
 
+import sys
+
 cimport numpy as np
 from cpython.exc cimport PyErr_Occurred
 from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_SetName
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.weakref cimport PyWeakref_NewRef
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.string cimport memset
 
 cdef extern from *:
@@ -42,6 +44,7 @@ cdef class _Exporter:
     cdef object cls
     cdef DLPackExchangeAPI *api
     cdef bint has_dlpack      # has a __dlpack__ method
+    cdef bint has_device      # has a __dlpack_device__ method
     cdef bint takes_version   # its __dlpack__ takes max_version
     cdef bint has_autograd    # its instances have .requires_grad (torch)
     cdef bint has_lazy_sign   # its instances have .is_neg() and .is_conj() (torch)
@@ -54,6 +57,7 @@ cdef class _Exporter:
         self.cls = cls
         self.api = exchange_api_of(cls)
         self.has_dlpack = hasattr(cls, "__dlpack__")
+        self.has_device = hasattr(cls, "__dlpack_device__")
         self.takes_version = True
         self.has_autograd = hasattr(cls, "requires_grad")
         self.has_lazy_sign = hasattr(cls, "is_neg")
@@ -273,16 +277,35 @@ cdef int _borrow_from_capsule(object capsule, Borrowed *out) except -1:
 
 
 cdef object _capsule_of(_Exporter exporter, object array):
+    stream = {}
+    if exporter.has_device and array.__dlpack_device__()[0] in (kDLCUDA, kDLCUDAManaged):
+        stream["stream"] = -1  # the work is to go where the library's own goes: `stream_of`
     if exporter.takes_version:
         try:
-            return array.__dlpack__(max_version=(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION))
+            return array.__dlpack__(
+                max_version=(DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION), **stream)
         except TypeError:
             # Either an exporter older than DLPack 1.0, or a TypeError of its own: the call
             # below tells them apart.
             pass
-    capsule = array.__dlpack__()
+    capsule = array.__dlpack__(**stream)
     exporter.takes_version = False
     return capsule
+
+
+cdef object stream_of(object array, int32_t device_id):
+    cdef _Exporter exporter = _exporter_of(array)
+    cdef void *stream = NULL
+    if exporter.api != NULL and exporter.api.current_work_stream != NULL:
+        if exporter.api.current_work_stream(kDLCUDA, device_id, &stream) != 0:
+            _raise_pending()
+        return <uintptr_t>stream
+    library = type(array).__module__.partition(".")[0]
+    if library == "torch":
+        return sys.modules["torch"].cuda.current_stream(device_id).cuda_stream
+    if library == "cupy":
+        return sys.modules["cupy"].cuda.get_current_stream(device_id).ptr
+    return 0  # the default stream
 
 
 cdef int _raise_pending() except -1:

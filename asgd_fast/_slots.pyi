@@ -12,6 +12,8 @@ class Slot:
     state: dict[str, Any]
     packed: bool
     is_lazy: bool
+    on_device: bool
+    at_most: float
     average: torch.Tensor | None
     def __new__(
         cls,
@@ -20,6 +22,8 @@ class Slot:
         block: torch.Tensor | None = None,
         place: int = 0,
         lazy_at: int = 0,
+        on_device: bool = False,
+        steps: float = 0,
     ) -> Self: ...
     def is_whole(self) -> bool: ...
 
@@ -27,6 +31,7 @@ class Slot:
 class Slots:
     groups: list[list[Slot | None]]
     written: list[torch.Tensor]
+    all_on_device: bool
     def __new__(
         cls,
         state: Mapping[torch.Tensor, dict[str, Any]],
@@ -46,6 +51,7 @@ class Slots:
         groups: Sequence[dict[str, Any]],
         unscale: float,
         round_scalars: bool,
+        on_device: bool = False,
     ) -> list[tuple[dict[str, Any], Slot]] | None: ...
     def add(
         self,

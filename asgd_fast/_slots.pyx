@@ -24,7 +24,7 @@ from asgd_fast._dlpack cimport (
     know,
 )
 from asgd_fast._schedule cimport Plan, Scalars, decay_of, scalars_after
-from asgd_fast._table cimport AX, GRAD, PARAM, Row, Table
+from asgd_fast._table cimport AX, CPU, GRAD, PARAM, Row, Table
 from asgd_fast._tensor cimport data_of
 
 from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
@@ -57,10 +57,23 @@ cdef class Slot:
     lazy_at : int
         The address of the param if its average is the same memory, until the first step that
         averages; else 0.
+    on_device : bool
+        Whether the block is in the memory of a GPU, which advances the scalars. The block then has a
+        row of zeros at its end.
+    steps : float
+        How many steps the param has made.
+
+    Attributes
+    ----------
+    at_most : float
+        How many steps it has made at most: the GPU skips those of infinite gradients.
     """
 
     cdef readonly object param, state
     cdef readonly bint is_lazy
+    cdef readonly bint on_device
+    cdef readonly double at_most
+    cdef bint _is_on_gpu
     cdef object _block, _ax
     cdef Py_ssize_t _place
     cdef double _t0             # nan: the group's holds
@@ -73,7 +86,13 @@ cdef class Slot:
     cdef bint _is_detached      # a scalar is no longer a view of its place
     cdef Known _known_grad
 
-    def __cinit__(self, param, state, block=None, Py_ssize_t place=0, uintptr_t lazy_at=0):
+    def __cinit__(
+        self, param, state, block=None, Py_ssize_t place=0, uintptr_t lazy_at=0,
+        bint on_device=False, double steps=0,
+    ):
+        self.on_device = on_device
+        self._is_on_gpu = param.is_cuda
+        self.at_most = steps
         self.param = param
         self.state = state
         self.is_lazy = lazy_at != 0
@@ -150,6 +169,10 @@ cdef struct Common:
     PyObject *block     # of which the rest is known
     char *address
     bint double_scalars
+    void *ticket        # behind the scalars of a block on a device
+    const void *lr_on_device  # where a tensor's lr is; NULL: with the host
+    bint double_lr
+    bint on_device      # whether scalars of params on a GPU are to be there
 
 
 cdef class Slots:
@@ -182,6 +205,7 @@ cdef class Slots:
 
     cdef readonly list groups
     cdef readonly list written
+    cdef readonly bint all_on_device  # whether all scalars are
     cdef object _tensor, _parameter, _eta_after, _version_of, _refer, _alias, _grad, _is_neg
     cdef descrgetfunc _get
     cdef list _keys, _values
@@ -212,6 +236,8 @@ cdef class Slots:
             packed = [slot for slot in own if slot is not None and slot.packed]
             self._packed += packed
             self._leaders += [slot for i, slot in enumerate(packed) if i == 0 or _leads(slot)]
+        self.all_on_device = all([
+            slot is None or slot.on_device for own in groups for slot in own])
         self._keys = list(state.keys())
         self._values = list(state.values())
         self._api = exchange_api_of(tensor)
@@ -230,7 +256,9 @@ cdef class Slots:
             i += 1
         return True
 
-    def gather(self, Table table, groups, double unscale, bint round_scalars):
+    def gather(
+        self, Table table, groups, double unscale, bint round_scalars, bint on_device=False,
+    ):
         """Add a row for each param that has a grad, as far as an engine can take it.
 
         Afterwards `written` lists what the engine will write, as far as autograd is concerned.
@@ -245,6 +273,9 @@ cdef class Slots:
             What the grads are multiplied by first.
         round_scalars : bool
             Round eta and mu to float32, as torch does where that is its default dtype.
+        on_device : bool
+            Whether scalars of params on a GPU are to be in its memory, as in groups with
+            capturable=True.
 
         Returns
         -------
@@ -273,12 +304,13 @@ cdef class Slots:
             if len(params) != len(slots):
                 return None
             table.reserve(len(slots))
-            by_torch = group["differentiable"] or group["capturable"]
+            by_torch = group["differentiable"]
             if by_torch:
                 check_group(group)
             else:
                 lr = self._lr_of(group)
-                common = _common_of(group, lr, unscale, round_scalars)
+                common = self._common_of(group, lr, unscale, round_scalars)
+                common.on_device = on_device or group["capturable"]
             for i in range(len(slots)):
                 if i >= len(params):  # shortened meanwhile
                     return None
@@ -292,7 +324,14 @@ cdef class Slots:
                 if by_torch or slot._block is None:
                     left.append((group, slot))
                     continue
-                self._schedule(slot, &common, lr)
+                if slot.on_device:
+                    if not common.on_device:
+                        return None
+                    self._expect(slot, &common)
+                else:
+                    if common.on_device and slot._is_on_gpu:
+                        return None
+                    self._schedule(slot, &common, lr)
                 # The step makes the first iterate of the average, or a later one.
                 if slot.is_lazy and (common.now.mu != 1 or common.next.mu != 1):
                     return None
@@ -310,16 +349,20 @@ cdef class Slots:
             Whether an engine can take it.
         """
         lr = self._lr_of(group)
-        cdef Common common = _common_of(group, lr, unscale, round_scalars)
+        cdef Common common = self._common_of(group, lr, unscale, round_scalars)
         if slot._block is None:
             return False
         table.reserve(1)
-        self._schedule(slot, &common, lr)
+        if slot.on_device:
+            self._expect(slot, &common)
+        else:
+            self._schedule(slot, &common, lr)
         return self._add(table, slot, grad, &common)
 
     cdef bint _add(self, Table table, Slot slot, grad, Common *common) except -1:
         """Add the row of a slot with a block, after `_schedule`."""
-        cdef bint averages = not slot.is_lazy and common.now.mu != 0
+        # Which weight the device has is not known here.
+        cdef bint averages = not slot.is_lazy and (slot.on_device or common.now.mu != 0)
         cdef Row *row = table.begin(0)
         if not (
             self._lend(table, PARAM, slot.param)
@@ -335,7 +378,13 @@ cdef class Slots:
                 not self._renew(slot, row.param)):
             table.abandon()
             return False
-        _set_scalars(row, slot, common)
+        if row.device != CPU:
+            table.note_stream(slot.param)
+        if slot.on_device:
+            _set_scalars_on_device(row, slot, common)
+            slot.at_most += 1
+        else:
+            _set_scalars(row, slot, common)
         table.commit(grad)
         self._write(slot._version)
         if averages:
@@ -471,6 +520,17 @@ cdef class Slots:
         return (row.param != slot._address or slot._version is None) and (
             self._is_neg(slot.param) or self._is_neg(slot._ax))
 
+    cdef int _expect(self, Slot slot, Common *common) except -1:
+        """Look up where a device has the scalars of a slot, and compute the latest they may be."""
+        cdef Plan plan = _plan_of(slot, common)
+        if <PyObject *>slot._block != common.block:
+            self._find(slot._block, common)
+        if slot.is_lazy:
+            common.now = scalars_after(slot.at_most, &plan)
+            common.next = scalars_after(slot.at_most + 1, &plan)
+            common.next_of = NAN
+        return 0
+
     cdef int _schedule(self, Slot slot, Common *common, lr) except -1:
         """Look up the scalars of a slot with a block, and compute those after its next step."""
         cdef double *doubles
@@ -478,6 +538,8 @@ cdef class Slots:
         cdef Plan own
         if <PyObject *>slot._block != common.block:
             self._find(slot._block, common)
+        if isnan(common.plan.lr):
+            common.plan.lr = number("lr", lr)  # of a device: waits for it
         if common.double_scalars:
             doubles = <double *>common.address + 3 * slot._place
             common.now.step, common.now.eta, common.now.mu = doubles[0], doubles[1], doubles[2]
@@ -521,8 +583,33 @@ cdef class Slots:
             raise RuntimeError("state: the memory of step, eta and mu was taken away")
         common.address = <char *>data_of(&borrowed.tensor)
         common.double_scalars = borrowed.tensor.dtype.bits == 64
+        common.ticket = common.address + (
+            3 * (borrowed.tensor.shape[0] - 1) * (borrowed.tensor.dtype.bits // 8))
         common.block = <PyObject *>block
         return 0
+
+    cdef Common _common_of(self, group, lr, double unscale, bint round_scalars) except *:
+        cdef Common common
+        cdef Borrowed borrowed
+        memset(&common, 0, sizeof(common))
+        check_group(group)
+        if isinstance(lr, self._tensor) and lr.is_cuda and self._export(lr, False, &borrowed):
+            give_back(&borrowed)  # the group keeps it
+            common.plan.lr = NAN
+            common.lr_on_device = data_of(&borrowed.tensor)
+            common.double_lr = borrowed.tensor.dtype.bits == 64
+        else:
+            common.plan.lr = number("lr", lr)
+        common.plan.lambd = group["lambd"]
+        common.plan.alpha = group["alpha"]
+        common.plan.t0 = group["t0"]
+        common.plan.average_every = group["average_every"]
+        common.plan.current = group["lr_schedule"] != TORCHS
+        common.weight_decay = number("weight_decay", group["weight_decay"])
+        common.grad_scale = -unscale if group["maximize"] else unscale
+        common.round_scalars = round_scalars
+        common.next_of = NAN
+        return common
 
 
 cdef inline void _set_scalars(Row *row, Slot slot, const Common *common) noexcept:
@@ -541,6 +628,17 @@ cdef inline void _set_scalars(Row *row, Slot slot, const Common *common) noexcep
         row.decay = decay_of(row.eta, common.now.step, &plan)
     else:
         row.decay = 1.0 - common.plan.lambd * row.eta
+
+
+cdef inline void _set_scalars_on_device(Row *row, Slot slot, const Common *common) noexcept:
+    row.scalars_on_device = common.address + 3 * slot._place * (8 if common.double_scalars else 4)
+    row.double_scalars = common.double_scalars
+    row.ticket = common.ticket
+    row.plan = _plan_of(slot, common)
+    row.lr_on_device = common.lr_on_device
+    row.double_lr = common.double_lr
+    row.weight_decay = common.weight_decay
+    row.grad_scale = common.grad_scale
 
 
 cdef inline Plan _plan_of(Slot slot, const Common *common) noexcept:
@@ -594,23 +692,6 @@ def check_group(group):
         if group[option] and (lr_schedule != TORCHS or every != 1):
             raise ValueError(
                 f"{option}: goes only with lr_schedule='torch' and average_every=1")
-
-
-cdef Common _common_of(group, lr, double unscale, bint round_scalars) except *:
-    cdef Common common
-    memset(&common, 0, sizeof(common))
-    check_group(group)
-    common.plan.lr = number("lr", lr)
-    common.plan.lambd = group["lambd"]
-    common.plan.alpha = group["alpha"]
-    common.plan.t0 = group["t0"]
-    common.plan.average_every = group["average_every"]
-    common.plan.current = group["lr_schedule"] != TORCHS
-    common.weight_decay = number("weight_decay", group["weight_decay"])
-    common.grad_scale = -unscale if group["maximize"] else unscale
-    common.round_scalars = round_scalars
-    common.next_of = NAN
-    return common
 
 
 def number(str name, value):

@@ -19,7 +19,7 @@ from asgd_fast._slots import Slot, Slots, check_group, number, same_kind
 from asgd_fast.threads import is_forked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, MutableMapping
+    from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 
 __all__ = [
     "OWN_HYPERPARAMETERS",
@@ -32,6 +32,7 @@ __all__ = [
     "create",
     "extent",
     "find",
+    "floats",
     "is_alias",
     "own",
     "put_back",
@@ -85,9 +86,21 @@ def create(
         check_group(group)
     stepped = []
     for group in groups:
-        lr = group["lr"]
-        lr = number("lr", lr.detach() if isinstance(lr, Tensor) else lr)
+        fresh = [
+            param
+            for param in group["params"]
+            if param.grad is not None and not state.get(param)
+        ]
+        if any(param.is_cuda for param in fresh) and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "state: is made in the first step, which cannot be part of a CUDA graph; make a step "
+                "before the capture"
+            )
         number("weight_decay", group["weight_decay"])
+        lr = group["lr"].detach() if isinstance(group["lr"], Tensor) else group["lr"]
+        if not fresh and isinstance(lr, Tensor) and lr.is_cuda:
+            continue  # to read it would wait for the device
+        lr = number("lr", lr)
         eta, _ = next_scalars(1, lr, group["lambd"], group["alpha"], group["t0"])
         if lr < 0 and not isfinite(eta):
             raise ValueError(
@@ -99,7 +112,10 @@ def create(
     for param, lr, group in stepped:
         if state.get(param):
             continue
-        like: dict[str, Any] = {"dtype": _scalar_dtype(), "device": param.device}
+        # Those of a GPU's params are the host's, which knows them then without waiting; or they are
+        # packed on the device in the next moment.
+        device = "cpu" if _is_of_engine(param, group) else param.device
+        like: dict[str, Any] = {"dtype": _scalar_dtype(), "device": device}
         state[param].update(
             step=torch.zeros((), **like),
             eta=torch.full((), lr, **like),
@@ -167,7 +183,7 @@ def start(state: State, group: Group, *, lazy: bool, average_dtype: torch.dtype 
         As for `wide`.
     """
     stepped = [(param, state[param]) for param in group["params"] if state.get(param)]
-    steps = [float(entry["step"]) for _, entry in stepped]
+    steps = floats([entry["step"] for _, entry in stepped])
     # The next one is number step + 1, and number t0 + 2 is the first.
     t0 = max(steps, default=0.0) - 1
     for (param, entry), step in zip(stepped, steps, strict=True):
@@ -252,14 +268,14 @@ def release(
     """
     may_go = set(map(id, loaded))
     for group in groups:
-        for param in group["params"]:
-            entry = state.get(param)
+        entries = [state.get(param) or {} for param in group["params"]]
+        mus = floats([entry.get("mu", 0) for entry in entries])
+        for param, entry, mu in zip(group["params"], entries, mus, strict=True):
             if (
-                entry
+                mu == 1
                 and param.grad is not None
                 and id(entry["ax"]) in may_go
                 and _may_give_up(param, entry, group, average_dtype)
-                and float(entry["mu"]) == 1
                 and torch.equal(entry["ax"], param.to(entry["ax"].dtype))
             ):
                 entry["ax"] = alias(param)
@@ -293,6 +309,7 @@ def find(
     before: Slots | None = None,
     *,
     average_dtype: torch.dtype | None,
+    on_device: bool = False,
 ) -> Slots:
     """Find the state of each param, and pack the scalars that are not packed yet.
 
@@ -306,6 +323,9 @@ def find(
         What was found before; what is unchanged stays.
     average_dtype : torch.dtype, optional
         As for `wide`.
+    on_device : bool
+        Whether the scalars of a GPU's params are to be in its memory, as they are in groups with
+        capturable=True.
 
     Returns
     -------
@@ -316,7 +336,14 @@ def find(
     if before is not None:
         before.mark_detached()
         slots = [slot for slot in chain(*before.groups) if slot is not None]
-        known = {(id(slot.param), id(slot.state)): slot for slot in slots if slot.is_whole()}
+        known = {
+            (id(slot.param), id(slot.state)): slot
+            for group, own in zip(groups, before.groups)
+            for slot in own
+            if slot is not None
+            and slot.is_whole()
+            and (not slot.packed or slot.on_device == _goes_on_device(slot.param, group, on_device))
+        }
         lazy = {id(slot.average): slot.param for slot in slots if slot.is_lazy}
     params = set(chain.from_iterable(group["params"] for group in groups))
     owners = Counter(id(state.get(param)) for param in params)
@@ -324,7 +351,7 @@ def find(
     for param in params:
         if address := _address(param):
             residents.setdefault(address, []).append(param)
-    loose: dict[torch.dtype, list[tuple[Tensor, Entry]]] = {}
+    loose: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Entry]]] = {}
     for group in groups:
         for param in group["params"]:
             entry = state.get(param)
@@ -337,12 +364,13 @@ def find(
                 ):
                     entry["ax"] = entry["ax"].to(wide(param, average_dtype), copy=True)
                 if owners[id(entry)] == 1 and _is_packable(param, entry, group):
-                    loose.setdefault(_dtype_for(entry), []).append((param, entry))
+                    device = param.device if _goes_on_device(param, group, on_device) else _HOST
+                    loose.setdefault((_dtype_for(entry), device), []).append((param, entry))
                 else:
                     known[id(param), id(entry)] = Slot(param, entry)
-    for dtype, pairs in loose.items():
+    for (dtype, device), pairs in loose.items():
         for start in range(0, len(pairs), BLOCK):
-            for slot in _packed(pairs[start : start + BLOCK], dtype):
+            for slot in _packed(pairs[start : start + BLOCK], dtype, device):
                 known[id(slot.param), id(slot.state)] = slot
     found = [
         [known.get((id(param), id(state.get(param)))) for param in group["params"]]
@@ -412,6 +440,34 @@ def rounds_scalars() -> bool:
     return torch.get_default_dtype() != torch.float64
 
 
+def floats(scalars: Sequence[Any]) -> list[float]:
+    """Return numbers, or what tensors of one element have; waits once for each device.
+
+    Parameters
+    ----------
+    scalars : sequence of float or Tensor
+
+    Returns
+    -------
+    list of float
+    """
+    values = [0.0 if isinstance(x, Tensor) and x.is_cuda else float(x) for x in scalars]
+    there: dict[torch.device, list[int]] = {}
+    for i, x in enumerate(scalars):
+        if isinstance(x, Tensor) and x.is_cuda:
+            there.setdefault(x.device, []).append(i)
+    for places in there.values():
+        read = torch.stack([scalars[i].detach().reshape(()).double() for i in places]).tolist()
+        for i, value in zip(places, read, strict=True):
+            values[i] = value
+    return values
+
+
+_HOST = torch.device("cpu")
+
+# The types of device that engines are for. AMD's GPUs too go by the name of "cuda".
+_DEVICES = ("cpu",) if torch.version.hip else ("cpu", "cuda")
+
 # The dtypes that have a wider one.
 _WIDENED = {torch.float16, torch.bfloat16, torch.float32, torch.complex32, torch.complex64}
 
@@ -433,24 +489,35 @@ class _Kept:
 
 
 def _is_packable(param: Tensor, entry: Entry, group: Group) -> bool:
-    """Whether an engine may advance the scalars: those of an ordinary tensor in CPU memory."""
+    """Whether an engine may advance the scalars: those of an ordinary tensor."""
     return (
         _is_of_engine(param, group)
         and type(entry) is dict
         and entry.keys() >= {*SCALARS, "ax"}
         # Shared with other processes, where the views are tensors of their own.
-        and not any(isinstance(x, Tensor) and x.is_shared() for x in map(entry.get, SCALARS))
+        and not any(isinstance(x, Tensor) and _is_shared(x) for x in map(entry.get, SCALARS))
     )
 
 
 def _is_of_engine(param: Tensor, group: Group) -> bool:
-    """Whether the param is an ordinary tensor in CPU memory, not left to torch by its group."""
+    """Whether the param is an ordinary tensor on the right device, not left to torch by its group."""
     return (
         type(param) in (Tensor, torch.nn.Parameter)
-        and param.device.type == "cpu"
+        and param.device.type in _DEVICES
+        and param.layout == torch.strided
         and not (param.is_neg() or param.is_conj())
-        and not (group["differentiable"] or group["capturable"])
+        and not group["differentiable"]
+        and (param.is_cuda or not group["capturable"])
     )
+
+
+def _goes_on_device(param: Tensor, group: Group, on_device: bool) -> bool:
+    return param.is_cuda and (on_device or group["capturable"])
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    """Whether other processes may have the memory; torch says so of every GPU's."""
+    return tensor.device.type == "cpu" and tensor.is_shared()
 
 
 def _dtype_for(entry: Entry) -> torch.dtype:
@@ -459,26 +526,32 @@ def _dtype_for(entry: Entry) -> torch.dtype:
     return torch.float64 if double else _scalar_dtype()
 
 
-def _packed(pairs: list[tuple[Tensor, Entry]], dtype: torch.dtype) -> Iterator[Slot]:
+def _packed(
+    pairs: list[tuple[Tensor, Entry]], dtype: torch.dtype, device: torch.device
+) -> Iterator[Slot]:
     """Move the scalars of some params into one tensor, of which they become views."""
-    values = [[float(entry[name]) for name in SCALARS] for _, entry in pairs]
-    block = torch.tensor(values, dtype=dtype, device="cpu")
+    on_device = device.type != "cpu"
+    values = floats([entry[name] for _, entry in pairs for name in SCALARS])
+    # On a device the blocks of a launch count themselves in the last row.
+    block = torch.tensor(values + [0.0] * (3 if on_device else 0), dtype=dtype).view(-1, 3)
+    block = block.to(device)
     for place, (param, entry) in enumerate(pairs):
         packed = dict(zip(SCALARS, block[place].unbind(), strict=True), ax=entry["ax"])
         others = {name: value for name, value in entry.items() if name not in packed}
         entry.clear()
         entry.update(packed, **others)
         lazy_at = param.data_ptr() if is_alias(entry["ax"], param) else 0
-        yield Slot(param, entry, block, place, lazy_at)
+        yield Slot(param, entry, block, place, lazy_at, on_device, values[3 * place])
 
 
 def _may_be_lazy(param: Tensor, group: Group) -> bool:
     """Whether an engine takes the param as it is, at least with the gradients that most have."""
     return (
         _is_of_engine(param, group)
+        and not group["capturable"]  # a graph's steps go on where no host sees them
         and (param.is_floating_point() or param.is_complex())
         and param.numel() != 0  # else there is no address to know it by
-        and not param.is_shared()  # with processes that would not see where the average moves
+        and not _is_shared(param)  # with processes that would not see where the average moves
         and torch.empty_like(param, device="meta").stride() == param.stride()
     )
 
@@ -500,7 +573,8 @@ def is_alias(ax: Any, param: Tensor) -> bool:
     """Whether an average is the memory of its param."""
     return (
         type(ax) is Tensor
-        and ax.device.type == param.device.type == "cpu"
+        and ax.device == param.device
+        and ax.device.type in _DEVICES
         and ax.layout == param.layout == torch.strided
         and ax.numel() != 0
         and same_kind(ax, param)
@@ -510,7 +584,7 @@ def is_alias(ax: Any, param: Tensor) -> bool:
 
 def extent(tensor: Tensor | None) -> tuple[int, int]:
     """Return where the memory of a tensor begins and ends; (0, 0) if it has no address."""
-    if tensor is None or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+    if tensor is None or tensor.device.type not in _DEVICES or tensor.layout != torch.strided:
         return 0, 0
     if tensor.numel() == 0:
         return 0, 0
@@ -523,10 +597,10 @@ def extent(tensor: Tensor | None) -> tuple[int, int]:
 
 
 def _address(tensor: Any) -> int:
-    """Return where an ordinary tensor has its elements in CPU memory, else 0."""
+    """Return where an ordinary tensor has its elements, else 0."""
     if (
         type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
+        and tensor.device.type in _DEVICES
         and tensor.layout == torch.strided
         and tensor.numel() != 0
     ):

@@ -4,7 +4,7 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uintptr_t
 
 from asgd_fast._dlpack cimport Borrowed, Known
-from asgd_fast._schedule cimport Scalars
+from asgd_fast._schedule cimport Plan, Scalars
 
 cdef enum:  # the roles of the three arrays of a row
     PARAM = 0
@@ -13,6 +13,9 @@ cdef enum:  # the roles of the three arrays of a row
 
 cdef enum:
     CACHE_LINE = 64  # bytes
+
+cdef enum:
+    CPU = -1  # the device of memory that the CPU reads and writes; GPUs are numbered from 0
 
 cdef enum:  # the kinds of real numbers
     FLOAT16 = 0
@@ -23,6 +26,7 @@ cdef enum:  # the kinds of real numbers
 
 # One array's update. The scalars are double here; a loop rounds each once to its compute dtype.
 cdef struct Row:
+    int device              # CPU, or which GPU has the memory
     void *param
     const void *grad
     void *ax                # NULL: no average is kept
@@ -38,6 +42,11 @@ cdef struct Row:
     void *scalars           # step, eta and mu, to become `next`; NULL: the caller keeps them
     bint double_scalars     # whether they are double rather than float
     Scalars next
+    void *scalars_on_device  # instead, in the GPU's memory, with what they follow from
+    Plan plan
+    const void *lr_on_device  # instead of the plan's; NULL: that holds
+    bint double_lr
+    void *ticket              # one 32-bit zero beside the scalars, where blocks count themselves
     Py_ssize_t index        # the param's place among the caller's, for messages
     int64_t offset          # where the param begins in the work of the table, in bytes
 
@@ -60,7 +69,11 @@ cdef struct Span:  # of one array
 cdef class Table:
     cdef Row *rows
     cdef Py_ssize_t n_rows
-    cdef readonly int64_t work      # the bytes of all params, each as whole cache lines
+    cdef readonly int64_t work      # the bytes of all params of the CPU, each as whole cache lines
+    cdef readonly bint has_gpu_rows
+    cdef readonly dict streams      # the current stream of each GPU, as the params' library has it
+    cdef public object grad_scale   # tensors of one float32 in the memory of each GPU, by its
+    cdef public object found_inf    # number: for rows with scalars there; else None
     cdef Py_ssize_t _capacity
     cdef Borrowed arrays[3]         # param, grad and ax of the row being made, before `settle`
     cdef Borrowed *_lent            # what must be given back, of all rows
@@ -81,6 +94,7 @@ cdef class Table:
     cdef bint _goes_with_param(self, int role) noexcept
     cdef int commit(self, owner) except -1
     cdef int _own(self, owner) except -1
+    cdef int note_stream(self, array) except -1
     cdef void abandon(self) noexcept
     cdef void _give_back(self, Py_ssize_t keep) noexcept
     cdef bint _was_checked(self) noexcept

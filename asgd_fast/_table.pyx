@@ -14,6 +14,7 @@ from libc.string cimport memset
 from asgd_fast._dlpack cimport (
     Borrowed,
     DLDataType,
+    DLDevice,
     DLTensor,
     Known,
     borrow,
@@ -23,9 +24,12 @@ from asgd_fast._dlpack cimport (
     kDLBfloat,
     kDLComplex,
     kDLCPU,
+    kDLCUDA,
     kDLCUDAHost,
+    kDLCUDAManaged,
     kDLFloat,
     kDLROCMHost,
+    stream_of,
 )
 from asgd_fast._schedule cimport Plan, Scalars, decay_of, scalars_after
 from asgd_fast._tensor cimport (
@@ -85,6 +89,46 @@ def dtype_of(array):
     return name
 
 
+def whereabouts_of(array):
+    """Where an array is, and how it is laid out.
+
+    Parameters
+    ----------
+    array : array
+
+    Returns
+    -------
+    address : int
+    device : int or None
+        The number of its CUDA device; None for memory of the CPU.
+    stream : int
+        On which its library works there at the moment.
+    shape, strides : tuple of int
+        In elements.
+
+    Raises
+    ------
+    TypeError, ValueError, BufferError
+        `array` lends no memory.
+    """
+    cdef Borrowed borrowed
+    cdef Known known
+    memset(&known, 0, sizeof(known))
+    borrow(array, False, &borrowed, &known)
+    try:
+        device = _number_of(borrowed.tensor.device)
+        return (
+            <uintptr_t>data_of(&borrowed.tensor),
+            device if device >= 0 else None,
+            stream_of(array, device) if device >= 0 else 0,
+            shape_of(&borrowed.tensor),
+            strides_of(&borrowed.tensor),
+        )
+    finally:
+        give_back(&borrowed)
+        forget(&known)
+
+
 cdef class Table:
     """The rows of one step, each a param with its grad and, unless none is kept, its average.
 
@@ -104,6 +148,8 @@ cdef class Table:
         self.rows = NULL
         self.n_rows = 0
         self.work = 0
+        self.has_gpu_rows = False
+        self.streams = {}
         self._capacity = 0
         self._lent = NULL
         self._n_lent = 0
@@ -139,6 +185,10 @@ cdef class Table:
         """Give every array back, and keep the memory of the rows for the next step."""
         self.n_rows = 0
         self.work = 0
+        if self.has_gpu_rows:
+            self.has_gpu_rows = False
+            self.streams.clear()
+            self.grad_scale = self.found_inf = None
         self._give_back(0)
         while self._n_owners > 0:
             self._n_owners -= 1
@@ -170,8 +220,8 @@ cdef class Table:
         Parameters
         ----------
         params : list of array
-            float16, bfloat16, float32, float64, complex64 or complex128, dense, writable, in CPU
-            memory.
+            float16, bfloat16, float32, float64, complex64 or complex128, dense, writable, in the
+            memory of the CPU or of a CUDA device.
         grads : list of array, optional
             Of the shape, dtype, device and memory layout of their params; may be read-only.
             Without the list the rows are of params alone, and only good for checking them.
@@ -354,6 +404,7 @@ cdef class Table:
         row.grad = NULL
         row.ax = NULL
         row.scalars = NULL
+        row.scalars_on_device = NULL
         row.index = index
         self._n_lent_before = self._n_lent
         return row
@@ -389,6 +440,7 @@ cdef class Table:
             row.ax = data
         else:
             row.param = data
+            row.device = _number_of(tensor.device)
             row.n = size_of(tensor) * (2 if tensor.dtype.code == kDLComplex else 1)
             row.size = row.ax_size = _bytes_of_reals(tensor.dtype)
             if tensor.dtype.code == kDLBfloat:
@@ -418,7 +470,8 @@ cdef class Table:
         cdef int64_t size = row.n * row.size
         self._own(owner)
         row.offset = self.work
-        self.work += (size + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+        if row.device == CPU:
+            self.work += (size + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
         self.n_rows += 1
         return 0
 
@@ -434,6 +487,14 @@ cdef class Table:
         Py_INCREF(owner)
         self._owners[self._n_owners] = <PyObject *>owner
         self._n_owners += 1
+        return 0
+
+    cdef int note_stream(self, array) except -1:
+        """Take note of the stream of the row's GPU, if it is the first one there."""
+        cdef int device = self.rows[self.n_rows].device
+        self.has_gpu_rows = True
+        if device not in self.streams:
+            self.streams[device] = stream_of(array, device)
         return 0
 
     cdef void abandon(self) noexcept:
@@ -452,6 +513,8 @@ cdef class Table:
             fault = self.settle(role)
             if fault is not None:
                 raise ValueError(fault)
+            if role == PARAM and self.rows[self.n_rows].device != CPU:
+                self.note_stream(array)
         except (TypeError, ValueError, BufferError) as error:
             raise _named(self._name(role, self.n_rows), error) from error.__cause__
         return 0
@@ -463,8 +526,9 @@ cdef class Table:
         if size == 0:
             return (f"dtype {dtype_name(tensor.dtype)} is not supported; expected float16, "
                     "bfloat16, float32, float64, complex64 or complex128")
-        if tensor.device.device_type not in (kDLCPU, kDLCUDAHost, kDLROCMHost):
-            return f"device {device_name(tensor)} is not supported; expected an array in CPU memory"
+        if _number_of(tensor.device) == ELSEWHERE:
+            return (f"device {device_name(tensor)} is not supported; expected an array in the "
+                    "memory of the CPU or of a CUDA device")
         if size_of(tensor) == 0:
             return None
         if tensor.data == NULL:
@@ -484,6 +548,8 @@ cdef class Table:
         cdef DLTensor *param = &self.arrays[PARAM].tensor
         if not self._goes_with_param(role):
             what, got, wanted = "dtype", dtype_name(tensor.dtype), dtype_name(param.dtype)
+        elif _number_of(tensor.device) != _number_of(param.device):
+            what, got, wanted = "device", device_name(tensor), device_name(param)
         elif not same_shape(tensor, param):
             what, got, wanted = "shape", shape_of(tensor), shape_of(param)
         elif not same_layout(tensor, param):
@@ -502,6 +568,19 @@ def _named(str name, error):
     """An error of the same kind that says which array it is about."""
     kind = next(k for k in (BufferError, TypeError, ValueError) if isinstance(error, k))
     return kind(f"{name}: {error}")
+
+
+cdef enum:
+    ELSEWHERE = -2  # memory of neither the CPU nor a GPU of CUDA
+
+
+cdef int _number_of(DLDevice device) noexcept:
+    """Which device of `Row` it is."""
+    if device.device_type in (kDLCPU, kDLCUDAHost, kDLROCMHost):
+        return CPU
+    if device.device_type in (kDLCUDA, kDLCUDAManaged):
+        return device.device_id
+    return ELSEWHERE
 
 
 cdef int _bytes_of_reals(DLDataType dtype) noexcept:

@@ -16,7 +16,18 @@ import numpy as np
 
 from asgd_fast._table import Table, dtype_of
 from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
-from asgd_fast.update import as_arrays, assign, copy, exchanged, lent, template, update
+from asgd_fast.update import (
+    as_arrays,
+    assign,
+    copy,
+    exchanged,
+    from_host,
+    is_on_device,
+    lent,
+    template,
+    to_host,
+    update,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -64,8 +75,8 @@ def asgd_(
     ----------
     params : array or iterable of array
         float16, bfloat16, float32, float64, complex64 or complex128, of any shape, dense
-        (C-contiguous, Fortran-contiguous or another order of the axes), in CPU memory, of any
-        library that speaks DLPack. Written.
+        (C-contiguous, Fortran-contiguous or another order of the axes), in the memory of the CPU or
+        of a CUDA device, of any library that speaks DLPack. Written.
     grads : array or iterable of array
         One for each param, of its shape, dtype and memory layout. Read, and may be read-only.
     axs : array or iterable of array, optional
@@ -571,8 +582,15 @@ class ArrayASGD:
         for i, ax in enumerate(loaded):
             ax[...] = state[f"ax.{i}"]
         table = Table(("averages[{}]", "state_dict['ax.{}']", ""))
-        table.extend(self._averages, loaded)
+        elsewhere = []
+        for i, (average, source) in enumerate(zip(self._averages, loaded, strict=True)):
+            if is_on_device(average):
+                elsewhere.append((average, source))
+            else:
+                table.extend([average], [source], first=i)
         copy(table)
+        for average, source in elsewhere:
+            from_host(average, source)
         self._scalars[:] = np.column_stack([state["step"], state["eta"], state["mu"]])
         for group, own in zip(self.param_groups, hyperparameters, strict=True):
             group.update(own)
@@ -673,13 +691,11 @@ def _one_for_each(name: str, arrays: Any, n: int) -> list[Array | None]:
 def _saved(name: str, ax: Array) -> npt.NDArray[Any]:
     """Return a copy of an average as a NumPy array."""
     try:
-        lent: npt.NDArray[Any] = np.from_dlpack(ax)
-    except (BufferError, RuntimeError) as error:
+        return to_host(ax)
+    except (BufferError, RuntimeError, TypeError) as error:
         raise TypeError(
             f"{name}: no NumPy array can hold it ({error}); save it by its own library"
         ) from error
-    saved: npt.NDArray[Any] = lent.copy(order="K")
-    return saved
 
 
 def _clone(array: Array, dtype: str | None = None) -> Array:

@@ -26,6 +26,7 @@ from asgd_fast._state import OWN_HYPERPARAMETERS, Group, extent, rounds_scalars
 from asgd_fast._table import Table
 from asgd_fast._versions import increment_versions
 from asgd_fast.threads import threads_for
+from asgd_fast.update import on_devices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -100,8 +101,12 @@ class ASGD(torch.optim.ASGD):
         Chooses among torch's implementations where one of them is used.
     maximize : bool, default=False
         Ascend instead.
-    differentiable, capturable : bool, default=False
+    differentiable : bool, default=False
         As in torch, by torch's own implementation.
+    capturable : bool, default=False
+        Whether steps may be captured into a CUDA graph: step, eta and mu are then in the memory of
+        the GPU, which advances them, and averages have memory of their own from the first step on.
+        For params in CPU memory as in torch.
     lazy_average : bool, default=True
         Until averaging begins, an average equals its param: ``state[p]["ax"]`` is then the param's
         own memory, which costs none and is not written to. The step that makes the first iterate of
@@ -151,8 +156,9 @@ class ASGD(torch.optim.ASGD):
     -----
     Polyak and Juditsky, "Acceleration of stochastic approximation by averaging" (1992).
 
-    The one pass is made over CPU tensors of float32, float64, float16, bfloat16, complex64 or
-    complex128 whose elements fill a block of memory, in any order of the axes. Half types are
+    The one pass is made over tensors of the CPU or of CUDA devices, of float32, float64, float16,
+    bfloat16, complex64 or complex128, whose elements fill a block of memory, in any order of the
+    axes. Half types are
     computed in float32 and rounded once. Everything else, and tensors that share memory with each
     other, go to torch's own ``asgd``, with its results and its speed.
 
@@ -185,6 +191,9 @@ class ASGD(torch.optim.ASGD):
     _step_supports_amp_scaling = True
 
     _slots: Slots | None = None
+
+    # Whether the scalars of a GPU's params are in its memory, because a scaler makes steps there.
+    _on_device = False
 
     # Averages that came from elsewhere with memory of their own, which lazy ones can give up.
     _loaded: tuple[Tensor, ...] = ()
@@ -290,7 +299,7 @@ class ASGD(torch.optim.ASGD):
         """Return what a copy or another process needs."""
         self._refuse_exchanged("copying the optimizer")
         _state.own(_state.strayed(self._slots), self.average_dtype)
-        own = ("lazy_average", "average_dtype", "_own_defaults")
+        own = ("lazy_average", "average_dtype", "_own_defaults", "_on_device")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -560,22 +569,48 @@ class ASGD(torch.optim.ASGD):
             with torch.enable_grad():
                 loss = closure()
         given = self.__dict__  # by a scaler, and taken away after the step
-        if given.get("found_inf") is None or not given["found_inf"]:
-            scale = given.get("grad_scale")
-            try:
-                table = _spare_tables.pop()
-            except IndexError:
-                table = Table(("params[{}]", "grads[{}]", "averages[{}]"))
-            try:
-                self._update(table, 1.0 if scale is None else _inverse(scale))
-            finally:
-                table.clear()
-                _spare_tables.append(table)
+        found_inf, scale = given.get("found_inf"), given.get("grad_scale")
+        if isinstance(found_inf, Tensor) and found_inf.is_cuda:
+            # From now on the device has the scalars, as it alone knows whether it made a step.
+            self._on_device = True
+            if self._slots is None or not self._slots.all_on_device:
+                self._slots = self._read_slots()
+            if self._slots.all_on_device:
+                self._step_with(1.0, found_inf, scale)
+                return loss
+        if found_inf is None or not found_inf:
+            self._step_with(1.0 if scale is None else _inverse(scale))
         return loss
 
-    def _update(self, table: Table, unscale: float) -> None:
+    def _step_with(
+        self, unscale: float, found_inf: Tensor | None = None, scale: Tensor | None = None
+    ) -> None:
+        """Make a step with gradients that are to be multiplied first.
+
+        Or, where the device knows it, divided by `scale` unless there is a `found_inf`.
+        """
+        try:
+            table = _spare_tables.pop()
+        except IndexError:
+            table = Table(("params[{}]", "grads[{}]", "averages[{}]"))
+        try:
+            self._update(table, unscale, found_inf, scale)
+        finally:
+            table.clear()
+            _spare_tables.append(table)
+
+    def _update(
+        self, table: Table, unscale: float, found_inf: Tensor | None, scale: Tensor | None
+    ) -> None:
         """Update every param that has a gradient, by an engine as far as it goes."""
         slots, left = self._gather(table, unscale)
+        if found_inf is not None and (left or not slots.all_on_device):
+            if found_inf:
+                return
+            table.clear()
+            unscale = 1.0 if scale is None else _inverse(scale)
+            found_inf = scale = None
+            slots, left = self._gather(table, unscale)
         if left:
             _check_graph_capture(self)
             if any(_grad_of(slot).is_sparse for _, slot in left):
@@ -591,8 +626,13 @@ class ASGD(torch.optim.ASGD):
                 _step_by_torch(left, unscale, self.average_dtype)
         if table:
             n_threads = threads_for(table)
-            # Before the memory changes: nothing fails from here on.
+            table.found_inf = _on_each(table.streams, found_inf)
+            table.grad_scale = _on_each(table.streams, scale)
+            launches = on_devices(table)
+            # Before the memory changes: nothing fails from here on, unless a device does.
             increment_versions(slots.written)
+            if launches is not None:
+                launches.run()
             _core.update(table, n_threads)
         if self._loaded:
             _state.release(
@@ -609,11 +649,12 @@ class ASGD(torch.optim.ASGD):
             slots = self._read_slots()
         if is_watched:
             return slots, self._active(slots)
-        left = slots.gather(table, self.param_groups, unscale, rounds_scalars())
+        how = unscale, rounds_scalars(), self._on_device
+        left = slots.gather(table, self.param_groups, *how)
         if left is None:  # a first gradient, or groups or state that were changed by hand
             table.clear()
             slots = self._read_slots()
-            left = slots.gather(table, self.param_groups, unscale, rounds_scalars())
+            left = slots.gather(table, self.param_groups, *how)
         if left is None:
             raise RuntimeError("param_groups: changed by another thread during the step")
         return slots, left
@@ -639,7 +680,13 @@ class ASGD(torch.optim.ASGD):
         return self._slots
 
     def _find(self, before: Slots | None) -> Slots:
-        return _state.find(self.state, self.param_groups, before, average_dtype=self.average_dtype)
+        return _state.find(
+            self.state,
+            self.param_groups,
+            before,
+            average_dtype=self.average_dtype,
+            on_device=self._on_device,
+        )
 
     def _active(self, slots: Slots) -> list[_Left]:
         """Return every param that has a gradient."""
@@ -658,7 +705,7 @@ class ASGD(torch.optim.ASGD):
         outside: list[Tensor | None] = []  # of the table, and yet read or written
         for group, slot in left:
             grad = None
-            if slot.packed and not (group["differentiable"] or group["capturable"]):
+            if slot.packed and not group["differentiable"]:
                 grad = _converted_grad(slot)
             if grad is not None and slots.add(table, group, slot, grad, unscale, rounds_scalars()):
                 outside.append(slot.param.grad)
@@ -707,10 +754,22 @@ def _begins(group: Group, slot: Slot) -> bool:
     """Whether the next step makes the first iterate of an average, or a later one."""
     if not slot.is_lazy or slot.param.grad is None:
         return False
-    step, mu = (float(slot.state[name]) for name in ("step", "mu"))
     t0 = slot.state["t0"] if "t0" in slot.state else group["t0"]
+    if slot.on_device:
+        step = slot.at_most
+        mu = next_scalars(step, 0.0, 0.0, 0.0, t0, group["average_every"])[1] if step else 1.0
+    else:
+        step, mu = (float(slot.state[name]) for name in ("step", "mu"))
     _, next_mu = next_scalars(step + 1, 0.0, 0.0, 0.0, t0, group["average_every"])
     return mu != 1 or next_mu != 1
+
+
+def _on_each(devices: Iterable[int], scalar: Tensor | None) -> dict[int, Tensor] | None:
+    """Return a tensor in the memory of each of some GPUs, by their numbers."""
+    if scalar is None:
+        return None
+    scalar = scalar.detach().float()
+    return {i: scalar.to(torch.device("cuda", i), non_blocking=True) for i in devices}
 
 
 def _inverse(grad_scale: Any) -> float:

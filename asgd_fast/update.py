@@ -6,15 +6,23 @@ schedules or how the pass is made.
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+
 from asgd_fast import _core
-from asgd_fast._table import Table, is_array
+from asgd_fast._launches import ASSIGN, COPY_GRAD, PUT_AVERAGE, PUT_BACK, UPDATE
+from asgd_fast._table import Table, dtype_of, is_array, whereabouts_of
 from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    import numpy.typing as npt
+
+    from asgd_fast.cuda.launch import Launches
 
 __all__ = [
     "Exchange",
@@ -23,8 +31,13 @@ __all__ = [
     "assign",
     "copy",
     "exchanged",
+    "from_host",
+    "is_on_device",
     "lent",
+    "on_devices",
+    "run_on_devices",
     "template",
+    "to_host",
     "update",
 ]
 
@@ -108,7 +121,57 @@ def update(table: Table) -> None:
         Two arrays share memory, and one of them is written. Nothing is changed.
     """
     table.check_overlap()
+    run_on_devices(table, UPDATE)
     _core.update(table, threads_for(table))
+
+
+def on_devices(table: Table, job: int = UPDATE) -> Launches | None:
+    """Prepare what is to be done to rows in the memory of CUDA devices.
+
+    Parameters
+    ----------
+    table : Table
+        Checked.
+    job : int
+        Of `_launches`.
+
+    Returns
+    -------
+    Launches, or None
+        To be run; None if there are no such rows.
+
+    Raises
+    ------
+    ImportError
+        A package is missing that such rows need.
+    RuntimeError
+        There is no driver, or the stream is being captured into a graph.
+    """
+    if not table.has_gpu_rows:
+        return None
+    from asgd_fast.cuda.launch import prepared
+
+    return prepared(table, job)
+
+
+def run_on_devices(table: Table, job: int) -> None:
+    """Do to rows in the memory of CUDA devices what is to be done there.
+
+    Parameters
+    ----------
+    table : Table
+        Checked.
+    job : int
+        Of `_launches`.
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        As `on_devices`; or the device has failed.
+    """
+    launches = on_devices(table, job)
+    if launches is not None:
+        launches.run()
 
 
 def copy(table: Table) -> None:
@@ -125,6 +188,7 @@ def copy(table: Table) -> None:
         Two arrays share memory, and one of them is written. Nothing is changed.
     """
     table.check_overlap()
+    run_on_devices(table, COPY_GRAD)
     _core.copy(table)
 
 
@@ -142,7 +206,75 @@ def assign(table: Table) -> None:
         Two arrays share memory, and one of them is written. Nothing is changed.
     """
     table.check_overlap()
+    run_on_devices(table, ASSIGN)
     _core.assign(table, threads_for(table))
+
+
+def to_host(array: Any) -> npt.NDArray[Any]:
+    """Return a copy of an array as a NumPy array of the same layout.
+
+    Parameters
+    ----------
+    array : array
+        Whose elements fill a block of memory.
+
+    Returns
+    -------
+    numpy.ndarray
+
+    Raises
+    ------
+    TypeError
+        NumPy does not have its dtype (bfloat16).
+    RuntimeError
+        It is on a CUDA device that does not work.
+    """
+    address, device, stream, shape, strides = whereabouts_of(array)
+    if device is None:
+        return np.from_dlpack(array).copy(order="K")
+    from asgd_fast.cuda import memory
+
+    dtype = np.dtype(dtype_of(array))
+    host = np.empty(math.prod(shape), dtype)
+    memory.to_host(host, address, device, stream)
+    in_bytes = tuple(stride * dtype.itemsize for stride in strides)
+    return np.lib.stride_tricks.as_strided(host, shape, in_bytes)
+
+
+def is_on_device(array: Any) -> bool:
+    """Whether an array is in the memory of a CUDA device.
+
+    Parameters
+    ----------
+    array : array
+
+    Returns
+    -------
+    bool
+    """
+    return whereabouts_of(array)[1] is not None
+
+
+def from_host(array: Any, source: npt.NDArray[Any]) -> None:
+    """Copy a NumPy array over an array of the same layout on a CUDA device.
+
+    Parameters
+    ----------
+    array : array
+        Written.
+    source : numpy.ndarray
+        As `to_host` has made it, of the same dtype.
+
+    Raises
+    ------
+    RuntimeError
+        The device does not work.
+    """
+    from asgd_fast.cuda import memory
+
+    address, device, stream, _, _ = whereabouts_of(array)
+    assert device is not None
+    memory.from_host(source, address, device, stream)
 
 
 @contextmanager
@@ -177,7 +309,12 @@ def exchanged(arrays: Sequence[Exchange]) -> Iterator[None]:
 
 def _exchange(arrays: Sequence[Exchange], is_done: bytearray) -> None:
     with _listed(arrays) as table:
-        _core.exchange(table, is_done, threads_for(table))
+        launches = on_devices(table, PUT_BACK if is_done[0] else PUT_AVERAGE)
+        results = _core.exchange(
+            table, is_done, threads_for(table), [] if launches is None else launches.calls
+        )
+        if launches is not None:
+            launches.finish(results)
 
 
 def are_fit(arrays: Sequence[Exchange], others: Sequence[tuple[int, int]] = ()) -> bool:

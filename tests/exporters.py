@@ -9,7 +9,7 @@ import ctypes
 from ctypes import CFUNCTYPE, POINTER, PYFUNCTYPE, Structure, c_char_p, c_int, c_void_p, py_object
 
 READ_ONLY, IS_COPIED = 1, 2  # the flags of a versioned tensor
-CPU, CUDA, CUDA_HOST = 1, 2, 3  # DLDeviceType
+CPU, CUDA, CUDA_HOST, METAL = 1, 2, 3, 8  # DLDeviceType
 _TYPE_CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
 
 
@@ -255,7 +255,9 @@ def _fail_without_a_reason(array, out):
 _FAIL = ctypes.pythonapi.PyObject_IsTrue
 
 
-def exchange_api(*versions, plain=True, fails=None, name=b"dlpack_exchange_api"):
+def exchange_api(
+    *versions, plain=True, fails=None, stream_of=None, name=b"dlpack_exchange_api"
+):
     """Make a capsule for ``__dlpack_c_exchange_api__``.
 
     Parameters
@@ -266,8 +268,18 @@ def exchange_api(*versions, plain=True, fails=None, name=b"dlpack_exchange_api")
     plain : bool
         Whether it lends tensors that are not managed.
     fails : {None, "with a reason", "without a reason"}
+    stream_of : callable, optional
+        Of a device's number: its current stream, an integer.
     name : bytes
     """
+
+    @CFUNCTYPE(c_int, ctypes.c_int32, ctypes.c_int32, POINTER(c_void_p))
+    def current_work_stream(device_type, device, out):
+        assert device_type == CUDA
+        out[0] = stream_of(device)
+        return 0
+
+    _pointed_to.append(current_work_stream)
     failures = {"with a reason": _FAIL, "without a reason": _fail_without_a_reason}
     previous = None
     for major, minor in reversed(versions):
@@ -280,6 +292,7 @@ def exchange_api(*versions, plain=True, fails=None, name=b"dlpack_exchange_api")
                 prev_api=previous,
                 managed_tensor_from_py_object_no_sync=_address(managed_tensor),
                 dltensor_from_py_object_no_sync=_address(plain_tensor) if plain else None,
+                current_work_stream=_address(current_work_stream) if stream_of else None,
             )
         )
         previous = ctypes.addressof(_pointed_to[-1])

@@ -93,7 +93,9 @@ FITS = "is not supported; expected float16, bfloat16, float32, float64, complex6
 UNALIGNED = numbers(5).view(np.uint8)[4:-4].view(np.float64)
 GAPS = r"strides \(2,\) of shape \(4,\) leave gaps or repeat elements; expected a contiguous array"
 ADDRESS = "address 0x[0-9a-f]+ is not a multiple of its 8-byte numbers; expected aligned memory$"
-DEVICE = "device cuda:0 is not supported; expected an array in CPU memory$"
+DEVICE = (
+    "device metal:0 is not supported; expected an array in the memory of the CPU or of a CUDA device$"
+)
 
 # What may be wrong with any array: how it is lent instead, and the message.
 FAULTS = {
@@ -101,7 +103,7 @@ FAULTS = {
     "uint16": (numbers(dtype=np.uint16), {}, f"dtype uint16 {FITS}"),
     "bool": (np.ones(4, dtype=bool), {}, f"dtype bool {FITS}"),
     "lanes": (numbers(), {"lanes": 2}, f"dtype float64x2 {FITS}"),
-    "device": (numbers(), {"device_type": exporters.CUDA}, DEVICE),
+    "device": (numbers(), {"device_type": exporters.METAL}, DEVICE),
     "strided": (numbers(8)[::2], {}, GAPS),
     "unaligned": (UNALIGNED, {}, ADDRESS),
     "no address": (numbers(), {"data": None}, r"its elements have no memory \(the address is NULL"),

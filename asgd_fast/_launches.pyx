@@ -1,0 +1,331 @@
+"""The rows of a table as the words that the kernels of a GPU are launched with.
+
+This module knows rows and words; it does not know how kernels are compiled or launched.
+
+A launch has its words by value, among the kernel's parameters: nothing is copied to the GPU, nothing
+there is kept for the next step or must outlive a captured graph, and what is packed for one launch is
+free for the next. First comes a header, then the rows, then the scalars of each set of rows that have
+the same. Each row's work is cut into chunks, one for a block of threads.
+"""
+
+from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memcmp, memcpy, memmove
+
+from asgd_fast._table cimport BFLOAT16, CPU, FLOAT16, FLOAT32, FLOAT64, Row, Table
+
+# The threads of a block. With 512, 128 registers are left for each, and four blocks fill a
+# multiprocessor.
+THREADS = 512
+
+# The header.
+cdef enum:
+    _N_ROWS_AT = 0
+    _N_CHUNKS_AT = 1
+    _CHUNK_AT = 2        # the numbers of a chunk, but for the last one of each row
+    _SETS_AT = 3         # where the first set is; the others come before it
+    _JOB_AT = 4
+    _TICKET_AT = 5       # addresses, for scalars on the device: where blocks draw tickets,
+    _GRAD_SCALE_AT = 6   # the loss scale, and whether gradients are infinite; the last two or 0
+    _FOUND_INF_AT = 7
+    _HEADER = 8
+
+# A row: the addresses of param, grad and average (0: none is kept); its place; and the address of
+# its scalars, if they are on the device. The place has, from the lowest bits, the number of the row's
+# first chunk in the launch, the size of its last chunk, and its set.
+cdef enum:
+    _PLACE_AT = 3
+    _SCALARS_AT = 4
+    _ROW = 4
+    _ROW_ON_DEVICE = 5
+    _FIRST_BITS = 31     # as many blocks as CUDA has at most
+    _TAIL_BITS = 17
+    _SET_SHIFT = 48
+    _MOST_SETS = 1 << 15  # so that a place is never negative
+
+# A set of scalars that the host knows, in the dtype that is computed in (mu: of the average).
+cdef enum:
+    _NEG_ETA_AT = 0
+    _DECAY_AT = 1
+    _WEIGHT_DECAY_AT = 2
+    _FACTOR_AT = 3       # of the gradient
+    _MU_AT = 4
+    _HOW_AT = 5          # one of the next three, and whether there is weight decay
+    _SET = 6
+    _NO_AVERAGE = 0
+    _COPY = 1
+    _AVERAGE = 2
+    _SKIP = 3            # do nothing; only on the device
+    _PHASES = 3
+    _HAS_WEIGHT_DECAY = 4
+
+# A set of what scalars on the device follow from, double.
+cdef enum:
+    _LR_AT = 0           # or its address
+    _LAMBD_AT = 1
+    _ALPHA_AT = 2
+    _T0_AT = 3
+    _EVERY_AT = 4
+    _L2_AT = 5           # weight decay
+    _SIGN_AT = 6         # of the gradient
+    _FLAGS_AT = 7
+    _SET_ON_DEVICE = 8
+    _SCALARS_ARE_DOUBLE = 1
+    _LR_IS_FLOAT = 2
+    _LR_IS_DOUBLE = 4
+    _IS_CURRENT = 8
+
+cdef enum:  # the jobs
+    _UPDATE = 0
+    _SWAP = 1
+    _COPY_GRAD = 2       # over the param
+    _KEEP = 3            # the param in the grad
+    _ASSIGN = 4          # the average to the param
+    _PUT_AVERAGE = 5     # exchange param and average; or keep the param and assign a wide average
+    _PUT_BACK = 6
+
+# A chunk has so many numbers that a launch has enough blocks, in these bounds. In the smallest one each
+# thread still has two accesses of 16 bytes to make.
+cdef enum:
+    SMALLEST_CHUNK = 1 << 13
+    LARGEST_CHUNK = 1 << 16
+
+# What kernels and tests know the above by.
+N_ROWS_AT, N_CHUNKS_AT, CHUNK_AT, SETS_AT, JOB_AT = (
+    _N_ROWS_AT, _N_CHUNKS_AT, _CHUNK_AT, _SETS_AT, _JOB_AT)
+TICKET_AT, GRAD_SCALE_AT, FOUND_INF_AT, HEADER = (
+    _TICKET_AT, _GRAD_SCALE_AT, _FOUND_INF_AT, _HEADER)
+PLACE_AT, SCALARS_AT, FIRST_BITS, TAIL_BITS = _PLACE_AT, _SCALARS_AT, _FIRST_BITS, _TAIL_BITS
+NEG_ETA_AT, DECAY_AT, WEIGHT_DECAY_AT, FACTOR_AT, MU_AT, HOW_AT = (
+    _NEG_ETA_AT, _DECAY_AT, _WEIGHT_DECAY_AT, _FACTOR_AT, _MU_AT, _HOW_AT)
+NO_AVERAGE, COPY, AVERAGE, SKIP, PHASES, HAS_WEIGHT_DECAY = (
+    _NO_AVERAGE, _COPY, _AVERAGE, _SKIP, _PHASES, _HAS_WEIGHT_DECAY)
+LR_AT, LAMBD_AT, ALPHA_AT, T0_AT, EVERY_AT, L2_AT, SIGN_AT, FLAGS_AT = (
+    _LR_AT, _LAMBD_AT, _ALPHA_AT, _T0_AT, _EVERY_AT, _L2_AT, _SIGN_AT, _FLAGS_AT)
+SCALARS_ARE_DOUBLE, LR_IS_FLOAT, LR_IS_DOUBLE, IS_CURRENT = (
+    _SCALARS_ARE_DOUBLE, _LR_IS_FLOAT, _LR_IS_DOUBLE, _IS_CURRENT)
+UPDATE, SWAP, COPY_GRAD, KEEP, ASSIGN, PUT_AVERAGE, PUT_BACK = (
+    _UPDATE, _SWAP, _COPY_GRAD, _KEEP, _ASSIGN, _PUT_AVERAGE, _PUT_BACK)
+
+_DTYPES = {FLOAT16: "float16", BFLOAT16: "bfloat16", FLOAT32: "float32", FLOAT64: "float64"}
+
+
+def row_words(bint on_device):
+    """How many words a row has, with scalars on the device or not."""
+    return _ROW_ON_DEVICE if on_device else _ROW
+
+
+def set_words(bint on_device):
+    """How many words a set of scalars has."""
+    return _SET_ON_DEVICE if on_device else _SET
+
+
+# What rows must have in common to go into one launch, as one number.
+cdef inline int64_t _key_of(const Row *row) noexcept nogil:
+    cdef int64_t on_device = row.scalars_on_device != NULL
+    return row.device | <int64_t>row.kind << 32 | <int64_t>row.ax_size << 36 | on_device << 40
+
+
+def keys_of(Table table):
+    """The kinds of launches that a table needs.
+
+    Parameters
+    ----------
+    table : Table
+
+    Returns
+    -------
+    list of int
+        For `launch_kind` and `pack`.
+    """
+    cdef Py_ssize_t i
+    cdef int64_t key, last = -1
+    cdef list keys = []
+    for i in range(table.n_rows):
+        if table.rows[i].device == CPU:
+            continue
+        key = _key_of(&table.rows[i])
+        if key != last and key not in keys:
+            keys.append(key)
+        last = key
+    return keys
+
+
+def launch_kind(int64_t key):
+    """What the rows of a key have in common.
+
+    Parameters
+    ----------
+    key : int
+        Of `keys_of`.
+
+    Returns
+    -------
+    device : int
+    param, average : str
+        The dtypes.
+    on_device : bool
+        Whether the scalars are in the GPU's memory.
+    """
+    cdef int kind = key >> 32 & 15, ax_size = key >> 36 & 15
+    param = _DTYPES[kind]
+    wide = {4: "float32", 8: "float64"}
+    average = param if ax_size == 2 else wide[ax_size]
+    return key & 0xFFFFFFFF, param, average, bool(key >> 40)
+
+
+def pack(
+    Table table, int64_t key, Py_ssize_t start, uint64_t[::1] words, int job, int64_t n_blocks,
+    uint64_t grad_scale=0, uint64_t found_inf=0,
+):
+    """Lay out a launch of so many rows of a key as find room.
+
+    Parameters
+    ----------
+    table : Table
+        Checked.
+    key : int
+        Of `keys_of`.
+    start : int
+        The row to begin with.
+    words : uint64 array
+        Overwritten; room for a header, a row and a set at least.
+    job : int
+    n_blocks : int
+        How many blocks keep the GPU busy.
+    grad_scale, found_inf : int
+        Addresses, for scalars on the device; else 0.
+
+    Returns
+    -------
+    stop : int
+        The row to go on with; the table's length after the last launch.
+    n_chunks : int
+        How many blocks to launch. 0 if there is nothing to do.
+    n_words : int
+        How many words are used.
+    """
+    cdef bint on_device = key >> 40
+    cdef int row_size = _ROW_ON_DEVICE if on_device else _ROW
+    cdef int set_size = _SET_ON_DEVICE if on_device else _SET
+    cdef int64_t chunk = _chunk_for(table, key, n_blocks), n_chunks = 0, n_rows = 0, n_sets = 0, n
+    words[_TICKET_AT] = 0
+    cdef int64_t room = words.shape[0] - _HEADER, tail
+    cdef bint is_new
+    cdef uint64_t *row_at = &words[_HEADER]
+    cdef uint64_t *set_at
+    cdef uint64_t now[_SET_ON_DEVICE]
+    cdef uint64_t last[_SET_ON_DEVICE]
+    cdef const Row *row
+    cdef Py_ssize_t i
+    for i in range(start, table.n_rows):
+        row = &table.rows[i]
+        if row.device == CPU or _key_of(row) != key or (row.n == 0 and not on_device):
+            continue
+        if job == _UPDATE:
+            if on_device:
+                _set_on_device(row, now)
+            else:
+                _set_of(row, now)
+        n = (row.n + chunk - 1) // chunk
+        is_new = n_sets == 0 or (
+            job == _UPDATE and memcmp(now, last, set_size * sizeof(uint64_t)) != 0)
+        if (
+            room < row_size + (set_size if is_new else 0)
+            or n_chunks + n >= <int64_t>1 << _FIRST_BITS
+            or (is_new and n_sets == _MOST_SETS)
+        ):
+            break
+        if is_new:
+            # From the end, until it is known where the rows stop.
+            room -= set_size
+            n_sets += 1
+            memcpy(last, now, set_size * sizeof(uint64_t))
+            memcpy(&words[0] + words.shape[0] - n_sets * set_size, now,
+                   set_size * sizeof(uint64_t))
+        _set_addresses(row, row_at, job)
+        tail = row.n - (n - 1) * chunk if n != 0 else 0
+        row_at[_PLACE_AT] = n_chunks | tail << _FIRST_BITS | (n_sets - 1) << _SET_SHIFT
+        if on_device:
+            row_at[_SCALARS_AT] = <uint64_t>row.scalars_on_device
+            words[_TICKET_AT] = <uint64_t>row.ticket
+        row_at += row_size
+        room -= row_size
+        n_rows += 1
+        n_chunks += n
+    else:
+        i = table.n_rows
+    memmove(row_at, &words[0] + words.shape[0] - n_sets * set_size,
+            n_sets * set_size * sizeof(uint64_t))
+    words[_N_ROWS_AT] = n_rows
+    words[_N_CHUNKS_AT] = n_chunks
+    words[_CHUNK_AT] = chunk
+    words[_SETS_AT] = _HEADER + n_rows * row_size + (n_sets - 1) * set_size
+    words[_JOB_AT] = job
+    words[_GRAD_SCALE_AT] = grad_scale
+    words[_FOUND_INF_AT] = found_inf
+    # Rows without elements too have scalars that are to be advanced.
+    n_blocks = max(n_chunks, <int64_t>1) if n_rows != 0 else 0
+    return i, n_blocks, _HEADER + n_rows * row_size + n_sets * set_size
+
+
+cdef int64_t _chunk_for(Table table, int64_t key, int64_t n_blocks) noexcept:
+    cdef int64_t size = 0, chunk = SMALLEST_CHUNK
+    cdef Py_ssize_t i
+    for i in range(table.n_rows):
+        if table.rows[i].device != CPU and _key_of(&table.rows[i]) == key:
+            size += table.rows[i].n
+    while chunk < LARGEST_CHUNK and chunk * n_blocks < size:
+        chunk *= 2
+    return chunk
+
+
+cdef void _set_addresses(const Row *row, uint64_t *at, int job) noexcept:
+    cdef bint keeps = job == _KEEP
+    at[0] = <uint64_t>row.grad if keeps else <uint64_t>row.param
+    if job == _ASSIGN:
+        at[1] = <uint64_t>row.ax
+    else:
+        at[1] = <uint64_t>row.param if keeps else <uint64_t>row.grad
+    at[2] = <uint64_t>row.ax
+
+
+cdef void _set_of(const Row *row, uint64_t *now) noexcept:
+    cdef bint is_double = row.size == 8
+    now[_NEG_ETA_AT] = _bits(-row.eta, is_double)
+    now[_DECAY_AT] = _bits(row.decay, is_double)
+    now[_WEIGHT_DECAY_AT] = _bits(row.weight_decay, is_double)
+    now[_FACTOR_AT] = _bits(row.grad_scale, is_double)
+    now[_MU_AT] = _bits(row.mu, row.ax_size == 8)
+    now[_HOW_AT] = _NO_AVERAGE if row.ax == NULL else _COPY if row.mu == 1 else _AVERAGE
+    # As given: the rounded one may be 0, and fma(0, p, g) is not always g.
+    if row.weight_decay != 0:
+        now[_HOW_AT] |= _HAS_WEIGHT_DECAY
+
+
+cdef void _set_on_device(const Row *row, uint64_t *now) noexcept:
+    now[_LR_AT] = _bits(row.plan.lr, True)
+    now[_LAMBD_AT] = _bits(row.plan.lambd, True)
+    now[_ALPHA_AT] = _bits(row.plan.alpha, True)
+    now[_T0_AT] = _bits(row.plan.t0, True)
+    now[_EVERY_AT] = _bits(row.plan.average_every, True)
+    now[_L2_AT] = _bits(row.weight_decay, True)
+    now[_SIGN_AT] = _bits(row.grad_scale, True)
+    now[_FLAGS_AT] = 0
+    if row.double_scalars:
+        now[_FLAGS_AT] |= _SCALARS_ARE_DOUBLE
+    if row.plan.current:
+        now[_FLAGS_AT] |= _IS_CURRENT
+    if row.lr_on_device != NULL:
+        now[_LR_AT] = <uint64_t>row.lr_on_device
+        now[_FLAGS_AT] |= _LR_IS_DOUBLE if row.double_lr else _LR_IS_FLOAT
+
+
+cdef inline uint64_t _bits(double x, bint is_double) noexcept:
+    """The bits of a number in the dtype that is computed in."""
+    cdef uint64_t word = 0
+    cdef float rounded = <float>x
+    if is_double:
+        memcpy(&word, &x, sizeof(x))
+    else:
+        memcpy(&word, &rounded, sizeof(rounded))
+    return word

@@ -1,0 +1,260 @@
+"""From a kernel's kind to a binary for a GPU, kept on disk for the next process.
+
+This module knows compilers, versions and files; it does not know what kernels do. Numba is imported
+only to compile: a process that finds its kernels on disk does without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+from platformdirs import user_cache_path
+
+from asgd_fast import _launches
+
+__all__ = ["Binary", "Kind", "compiled", "link", "ptx_of", "stored"]
+
+# What a kernel's code follows from besides these files.
+PACKAGES = (
+    "cuda-bindings",
+    "llvmlite",
+    "numba",
+    "numba-cuda",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-nvjitlink",
+    "nvidia-nvjitlink-cu12",
+    "nvidia-nvvm",
+)
+FILES = ("build.py", "intrinsics.py", "kernels.py")
+
+# Three blocks of 512 threads then have the registers that a multiprocessor has.
+BLOCKS_AT_ONCE = 3
+
+
+class Kind(NamedTuple):
+    """Which of the kernels it is.
+
+    Attributes
+    ----------
+    job : {"update", "exchange", "assign"}
+        "exchange" swaps param and average, or copies the grad over the param; "assign" rounds the
+        average into the param.
+    param, average : str
+        Their dtypes: "float16", "bfloat16", "float32" or "float64"; to exchange them "bits16",
+        "bits32" or "bits64" twice.
+    on_device : bool
+        Whether step, eta and mu of each row are in the GPU's memory, where the update advances
+        them; else their values come with the launch.
+    n_words : int
+        For how many words a launch has room.
+    """
+
+    job: str
+    param: str
+    average: str
+    on_device: bool
+    n_words: int
+
+
+class Binary(NamedTuple):
+    """A kernel that a driver can load.
+
+    Attributes
+    ----------
+    entry : str
+        Its name.
+    cubin : bytes
+    """
+
+    entry: str
+    cubin: bytes
+
+
+def stored(kind: Kind, compute_capability: tuple[int, int]) -> Binary:
+    """Return a kernel from disk, or compile it and leave it there.
+
+    Parameters
+    ----------
+    kind : Kind
+    compute_capability : tuple of int
+        Of the GPU.
+
+    Returns
+    -------
+    Binary
+
+    Raises
+    ------
+    ImportError
+        It must be compiled, and a package is missing for that.
+    RuntimeError
+        It cannot be compiled for that GPU.
+    """
+    path = _folder() / f"{_digest(kind, compute_capability)}.cubin"
+    found = _read(path)
+    if found is None:
+        found = compiled(kind, compute_capability)
+        _write(path, found)
+    return found
+
+
+def compiled(kind: Kind, compute_capability: tuple[int, int]) -> Binary:
+    """Compile a kernel; no GPU is needed.
+
+    Parameters
+    ----------
+    kind : Kind
+    compute_capability : tuple of int
+
+    Returns
+    -------
+    Binary
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        As `stored`.
+    """
+    ptx = ptx_of(kind, compute_capability)
+    entry = re.search(r"\.visible \.entry (\S+)\(", ptx)
+    assert entry is not None
+    return Binary(entry[1], link(ptx, compute_capability)[0])
+
+
+def ptx_of(kind: Kind, compute_capability: tuple[int, int]) -> str:
+    """Compile a kernel to PTX.
+
+    Parameters
+    ----------
+    kind : Kind
+    compute_capability : tuple of int
+
+    Returns
+    -------
+    str
+        In the version of the installed compiler, which the driver may be too old for: see `link`.
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        As `stored`.
+    """
+    from numba import cuda, types
+
+    from asgd_fast.cuda.intrinsics import Words, make
+    from asgd_fast.cuda.kernels import kernel
+
+    if getattr(cuda, "implementation", None) != "NVIDIA":
+        raise ImportError("numba-cuda is not installed; pip install 'asgd_fast[cuda]'")
+    ptx, _ = cuda.compile(
+        kernel(kind, make("cuda", compute_capability)),
+        types.void(Words(kind.n_words)),
+        device=False,
+        abi="numba",
+        cc=compute_capability,
+        launch_bounds=(_launches.THREADS, BLOCKS_AT_ONCE),
+    )
+    assert isinstance(ptx, str)
+    return ptx
+
+
+def link(ptx: str, compute_capability: tuple[int, int]) -> tuple[bytes, str]:
+    """Make a binary of PTX by the compiler's own linker, which a driver may be older than.
+
+    Parameters
+    ----------
+    ptx : str
+    compute_capability : tuple of int
+
+    Returns
+    -------
+    cubin : bytes
+    report : str
+        What the linker says of registers, stack and spills.
+
+    Raises
+    ------
+    RuntimeError
+        The linker refuses, as it does for a GPU that it does not know.
+    """
+    from cuda.bindings import nvjitlink
+
+    major, minor = compute_capability
+    options = [f"-arch=sm_{major}{minor}", "-O3", "-verbose"]
+    handle = nvjitlink.create(len(options), options)
+    try:
+        data = ptx.encode()
+        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, data, len(data), "asgd_fast")
+        nvjitlink.complete(handle)
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, cubin)
+        report = bytearray(nvjitlink.get_info_log_size(handle))
+        nvjitlink.get_info_log(handle, report)
+    except nvjitlink.nvJitLinkError as error:
+        log = bytearray(nvjitlink.get_error_log_size(handle))
+        nvjitlink.get_error_log(handle, log)
+        raise RuntimeError(
+            f"nvJitLink made no kernel for compute capability {major}.{minor}: "
+            f"{log.decode(errors='replace').strip() or error}"
+        ) from error
+    finally:
+        nvjitlink.destroy(handle)
+    return bytes(cubin), report.decode(errors="replace")
+
+
+def _folder() -> Path:
+    return user_cache_path("asgd_fast") / "cuda"
+
+
+def _digest(kind: Kind, compute_capability: tuple[int, int]) -> str:
+    """Return a name for everything that the code of a kernel follows from."""
+    here = Path(__file__).parent
+    layout = {name: x for name, x in vars(_launches).items() if isinstance(x, int)}
+    parts = [*kind, compute_capability, sorted(layout.items()), *map(_version, PACKAGES)]
+    digest = hashlib.sha256(repr(parts).encode())
+    for name in FILES:
+        digest.update((here / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+# A file is the digest of all that follows, the entry's name in a line of its own, and the cubin.
+def _read(path: Path) -> Binary | None:
+    """Return the kernel in a file; None if there is none, or it is damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, rest = data[:32], data[32:]
+    if hashlib.sha256(rest).digest() != digest:
+        return None
+    entry, _, cubin = rest.partition(b"\n")
+    return Binary(entry.decode(), cubin)
+
+
+def _write(path: Path, binary: Binary) -> None:
+    """Leave a kernel in a file, as far as that is allowed; whoever reads it finds all or nothing."""
+    rest = binary.entry.encode() + b"\n" + binary.cubin
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file, temporary = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(file, "wb") as stream:
+                stream.write(hashlib.sha256(rest).digest() + rest)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise

@@ -1,0 +1,204 @@
+"""Launches on CUDA devices: the rows of a table become calls of the driver, one for each kind of row.
+
+This module knows tables, words and streams; it does not know what kernels do, nor how they are made.
+The driver is called directly: a launch by Numba takes 18 us.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from asgd_fast._launches import (
+    ASSIGN,
+    COPY_GRAD,
+    KEEP,
+    PUT_AVERAGE,
+    PUT_BACK,
+    SWAP,
+    THREADS,
+    UPDATE,
+    keys_of,
+    launch_kind,
+    pack,
+)
+from asgd_fast.cuda.build import Kind
+from asgd_fast.cuda.device import LEGACY_STREAM, checked, device_of, driver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from asgd_fast._table import Table
+    from asgd_fast.cuda.device import Device
+
+__all__ = ["Launches", "prepared"]
+
+# For how many words the kernels' parameters have room: enough for 120, 380 or 1,000 rows. The second
+# is a compromise, since the driver copies all of them at each launch; the last is as many as CUDA
+# allows since 12.1, and the first as many as before.
+SIZES = (512, 1536, 4095)
+LARGE_SINCE = 12010
+
+# So many blocks for each multiprocessor make their ends fall together.
+BLOCKS_PER_MULTIPROCESSOR = 16
+
+
+class Words:
+    """Room for the words of a launch, and what the driver is to know of it.
+
+    Attributes
+    ----------
+    words : uint64 array of shape (4095,)
+    parameters : int
+        The address of the array of the kernel's parameters, which has one: the words.
+    """
+
+    def __init__(self) -> None:
+        self.words = np.zeros(SIZES[-1], dtype=np.uint64)
+        self._parameters = np.array([self.words.ctypes.data], dtype=np.uint64)
+        self.parameters = self._parameters.ctypes.data
+
+
+# Between the steps they wait here. The driver copies them while it launches.
+_spare_words: list[Words] = []
+
+
+class Launches:
+    """The launches of a step, ready to be made.
+
+    Attributes
+    ----------
+    calls : list of callable
+        Of the driver, each of which returns a tuple that begins with a status. None of them runs
+        Python code, so that no interrupt comes between them where they are called from C.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], tuple[Any, ...]]] = []
+        self._words: list[Words] = []
+
+    def add(self, device: Device, kind: Kind, n_blocks: int, stream: int, words: Words) -> None:
+        """Add one launch.
+
+        Parameters
+        ----------
+        device : Device
+        kind : Kind
+        n_blocks : int
+        stream : int
+        words : Words
+            Given back after the launch.
+
+        Raises
+        ------
+        ImportError, RuntimeError
+            As `Device.function`.
+        """
+        call = driver()
+        grid = (n_blocks, 1, 1, THREADS, 1, 1, 0)
+        self.calls += (
+            partial(call.cuCtxPushCurrent, device.context),
+            partial(
+                call.cuLaunchKernel, device.function(kind), *grid, stream, words.parameters, 0
+            ),
+            call.cuCtxPopCurrent,
+        )
+        self._words.append(words)
+
+    def run(self) -> None:
+        """Make the launches; the device works them off later.
+
+        Raises
+        ------
+        RuntimeError
+            As `finish`.
+        """
+        self.finish([call() for call in self.calls])
+
+    def finish(self, results: Iterable[tuple[Any, ...]]) -> None:
+        """Check what the calls returned.
+
+        Parameters
+        ----------
+        results : iterable of tuple
+
+        Raises
+        ------
+        RuntimeError
+            The driver has refused, or told of an error that the device has had before.
+        """
+        _spare_words.extend(self._words)
+        for result in results:
+            checked(result)
+
+
+def prepared(table: Table, job: int) -> Launches:
+    """Prepare what is to be done to the rows of a table that are on CUDA devices.
+
+    Parameters
+    ----------
+    table : Table
+        Checked.
+    job : int
+        Of `_launches`.
+
+    Returns
+    -------
+    Launches
+
+    Raises
+    ------
+    ImportError
+        A package is missing.
+    RuntimeError
+        There is no driver; or the stream is being captured into a graph, while the scalars are the
+        host's: they would be frozen in it.
+    """
+    launches = Launches()
+    for key in keys_of(table):
+        number, param, average, on_device = launch_kind(key)
+        device = device_of(number)
+        stream = table.streams[number] or LEGACY_STREAM
+        if job == UPDATE and not on_device:
+            device.refuse_capture(stream)
+        addresses = [_address(found, number) for found in (table.grad_scale, table.found_inf)]
+        for part in _parts(job, param != average):
+            start = 0
+            while start < len(table):
+                words = _spare_words.pop() if _spare_words else Words()
+                room = words.words if device.driver_version >= LARGE_SINCE else words.words[: SIZES[0]]
+                n_blocks = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+                start, n_blocks, n_words = pack(
+                    table, key, start, room, part, n_blocks, *addresses
+                )
+                if n_blocks == 0:
+                    _spare_words.append(words)
+                    continue
+                size = next(size for size in SIZES if size >= n_words)
+                kind = _kind(part, param, average, on_device, size)
+                launches.add(device, kind, n_blocks, stream, words)
+    return launches
+
+
+def _parts(job: int, is_wide: bool) -> tuple[int, ...]:
+    """Return the launches that a job takes."""
+    if job == PUT_AVERAGE:
+        return (KEEP, ASSIGN) if is_wide else (SWAP,)
+    if job == PUT_BACK:
+        return (COPY_GRAD,) if is_wide else (SWAP,)
+    return (job,)
+
+
+def _kind(job: int, param: str, average: str, on_device: bool, n_words: int) -> Kind:
+    if job == UPDATE:
+        return Kind("update", param, average, on_device, n_words)
+    if job == ASSIGN and param != average:
+        return Kind("assign", param, average, False, n_words)
+    bits = {"float16": "bits16", "bfloat16": "bits16", "float32": "bits32", "float64": "bits64"}
+    return Kind("exchange", bits[param], bits[param], False, n_words)
+
+
+def _address(tensors: dict[int, Any] | None, number: int) -> int:
+    return 0 if tensors is None else tensors[number].data_ptr()
