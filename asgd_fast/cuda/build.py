@@ -34,8 +34,9 @@ PACKAGES = (
 )
 FILES = ("build.py", "intrinsics.py", "kernels.py")
 
-# Three blocks of 512 threads then have the registers that a multiprocessor has.
-BLOCKS_AT_ONCE = 3
+# How many blocks of 512 threads share a multiprocessor: a thread has 40 or 64 registers then, which are
+# enough to spill none. Eight numbers at a time take more, a wider average, and the power in eta.
+BLOCKS_AT_ONCE = {False: 3, True: 2}
 
 
 class Kind(NamedTuple):
@@ -153,13 +154,15 @@ def ptx_of(kind: Kind, compute_capability: tuple[int, int]) -> str:
 
     if getattr(cuda, "implementation", None) != "NVIDIA":
         raise ImportError("numba-cuda is not installed; pip install 'asgd_fast[cuda]'")
+    is_half = kind.param in ("float16", "bfloat16")
+    takes_many = is_half or kind.on_device or kind.param != kind.average
     ptx, _ = cuda.compile(
         kernel(kind, make("cuda", compute_capability)),
         types.void(Words(kind.n_words)),
         device=False,
         abi="numba",
         cc=compute_capability,
-        launch_bounds=(_launches.THREADS, BLOCKS_AT_ONCE),
+        launch_bounds=(_launches.THREADS, BLOCKS_AT_ONCE[takes_many]),
     )
     assert isinstance(ptx, str)
     return ptx
@@ -188,8 +191,9 @@ def link(ptx: str, compute_capability: tuple[int, int]) -> tuple[bytes, str]:
 
     major, minor = compute_capability
     options = [f"-arch=sm_{major}{minor}", "-O3", "-verbose"]
-    handle = nvjitlink.create(len(options), options)
+    handle = None
     try:
+        handle = nvjitlink.create(len(options), options)
         data = ptx.encode()
         nvjitlink.add_data(handle, nvjitlink.InputType.PTX, data, len(data), "asgd_fast")
         nvjitlink.complete(handle)
@@ -198,14 +202,16 @@ def link(ptx: str, compute_capability: tuple[int, int]) -> tuple[bytes, str]:
         report = bytearray(nvjitlink.get_info_log_size(handle))
         nvjitlink.get_info_log(handle, report)
     except nvjitlink.nvJitLinkError as error:
-        log = bytearray(nvjitlink.get_error_log_size(handle))
-        nvjitlink.get_error_log(handle, log)
+        log = bytearray(nvjitlink.get_error_log_size(handle) if handle is not None else 0)
+        if log:
+            nvjitlink.get_error_log(handle, log)
+        reason = log.decode(errors="replace").strip("\0\n ") or str(error)
         raise RuntimeError(
-            f"nvJitLink made no kernel for compute capability {major}.{minor}: "
-            f"{log.decode(errors='replace').strip() or error}"
+            f"nvJitLink made no kernel for compute capability {major}.{minor}: {reason}"
         ) from error
     finally:
-        nvjitlink.destroy(handle)
+        if handle is not None:
+            nvjitlink.destroy(handle)
     return bytes(cubin), report.decode(errors="replace")
 
 

@@ -138,7 +138,7 @@ def kernel(kind: Kind, ops: SimpleNamespace) -> Callable[[Any], None]:
         is_last = False
         if thread == 0:
             is_last = ticket(word(words, TICKET_AT), types.int64(others)) == others
-        if cuda.syncthreads_or(is_last):
+        if cuda.syncthreads_or(types.int32(is_last)):
             finish(words, thread)
 
     return run_and_finish
@@ -173,26 +173,19 @@ def twin(kind: Kind, ops: SimpleNamespace) -> Callable[[int, int], None]:
 
 def _update(kind: Kind, ops: SimpleNamespace, scalars_of: Callable[..., Any]) -> Callable[..., Any]:
     """Make the update of a chunk, with the scalars of its row."""
-    find = _find(kind, ops)
-    without_average = _walk(ops, kind, False, _update_unit(kind, ops, None))
-    copying = _walk(ops, kind, True, _update_unit(kind, ops, COPY))
-    averaging = _walk(ops, kind, True, _update_unit(kind, ops, AVERAGE))
+    find, walk = _find(kind, ops), _walk(ops, kind, _update_unit(kind, ops), has_phases=True)
 
     @ops.function
     def do_chunk(words, block, thread):  # type: ignore[no-untyped-def]
         row, param, grad, ax, n, at = find(words, block)
         phase, scalars = scalars_of(words, row, at, ax)
-        if phase == AVERAGE:
-            averaging(param, grad, ax, n, thread, scalars)
-        elif phase == COPY:
-            copying(param, grad, ax, n, thread, scalars)
-        elif phase == NO_AVERAGE:
-            without_average(param, grad, ax, n, thread, scalars)
+        if phase != SKIP:
+            walk(param, grad, ax, n, thread, phase, scalars)
 
     return do_chunk  # type: ignore[no-any-return]
 
 
-def _update_unit(kind: Kind, ops: SimpleNamespace, phase: int | None) -> Callable[..., Any]:
+def _update_unit(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     """Make what makes the update of a vector: this is the formula, each line rounded once."""
     computed = "float64" if kind.param == "float64" else "float32"
     mean = "float64" if kind.average == "float64" else "float32"
@@ -209,10 +202,11 @@ def _update_unit(kind: Kind, ops: SimpleNamespace, phase: int | None) -> Callabl
         stride, ax_stride = THREADS * lanes * size, THREADS * lanes * ax_size
 
         @ops.function
-        def update(param, grad, ax, i, scalars):  # type: ignore[no-untyped-def]
+        def update(param, grad, ax, i, phase, scalars):  # type: ignore[no-untyped-def]
             neg_eta, decay, has_weight_decay, weight_decay, grad_scale, mu = scalars
             p = load(param + i * size, stride)
             g = load(grad + i * size, stride)
+            a = widen(p)
             if phase == AVERAGE:
                 a = load_ax(ax + i * ax_size, ax_stride)
             g = mul(g, grad_scale)
@@ -221,11 +215,10 @@ def _update_unit(kind: Kind, ops: SimpleNamespace, phase: int | None) -> Callabl
             store(param + i * size, stride, p)
             if is_wide:  # than the param, of what that has become
                 p = rounded(p)
-            if phase == COPY:
-                store_ax(ax + i * ax_size, ax_stride, widen(p))
             if phase == AVERAGE:
-                a = add(a, mul(sub(widen(p), a), mu))
-                store_ax(ax + i * ax_size, ax_stride, a)
+                store_ax(ax + i * ax_size, ax_stride, add(a, mul(sub(widen(p), a), mu)))
+            elif phase == COPY:
+                store_ax(ax + i * ax_size, ax_stride, widen(p))
 
         return update  # type: ignore[no-any-return]
 
@@ -241,7 +234,7 @@ def _exchange(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
         load, store, stride = _mover(ops, kind.param, lanes, parts)
 
         @ops.function
-        def swap(param, grad, ax, i, scalars):  # type: ignore[no-untyped-def]
+        def swap(param, grad, ax, i, phase, scalars):  # type: ignore[no-untyped-def]
             p, a = load(param + i * size, stride), load(ax + i * size, stride)
             store(param + i * size, stride, a)
             store(ax + i * size, stride, p)
@@ -252,21 +245,21 @@ def _exchange(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
         load, store, stride = _mover(ops, kind.param, lanes, parts)
 
         @ops.function
-        def copy(param, grad, ax, i, scalars):  # type: ignore[no-untyped-def]
+        def copy(param, grad, ax, i, phase, scalars):  # type: ignore[no-untyped-def]
             store(param + i * size, stride, load(grad + i * size, stride))
 
         return copy  # type: ignore[no-any-return]
 
-    swapping = _walk(ops, kind, True, swap_unit)
-    copying = _walk(ops, kind, False, copy_unit)
+    swapping = _walk(ops, kind, swap_unit)
+    copying = _walk(ops, kind, copy_unit)
 
     @ops.function
     def do_chunk(words, block, thread):  # type: ignore[no-untyped-def]
         _, param, grad, ax, n, _ = find(words, block)
         if word(words, JOB_AT) == SWAP:
-            swapping(param, param, ax, n, thread, 0)
+            swapping(param, param, ax, n, thread, 0, 0)
         else:
-            copying(param, grad, ax, n, thread, 0)
+            copying(param, grad, 0, n, thread, 0, 0)
 
     return do_chunk  # type: ignore[no-any-return]
 
@@ -289,17 +282,17 @@ def _assign(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
         stride, ax_stride = THREADS * lanes * size, THREADS * lanes * ax_size
 
         @ops.function
-        def assign(param, grad, ax, i, scalars):  # type: ignore[no-untyped-def]
+        def assign(param, grad, ax, i, phase, scalars):  # type: ignore[no-untyped-def]
             store(param + i * size, stride, narrow(load(ax + i * ax_size, ax_stride)))
 
         return assign  # type: ignore[no-any-return]
 
-    assigning = _walk(ops, kind, True, unit)
+    assigning = _walk(ops, kind, unit)
 
     @ops.function
     def do_chunk(words, block, thread):  # type: ignore[no-untyped-def]
         _, param, _, ax, n, _ = find(words, block)
-        assigning(param, param, ax, n, thread, 0)
+        assigning(param, param, ax, n, thread, 0, 0)
 
     return do_chunk  # type: ignore[no-any-return]
 
@@ -355,7 +348,11 @@ def _set_at(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
 
 
 def _walk(
-    ops: SimpleNamespace, kind: Kind, has_average: bool, unit: Callable[[int, int], Any]
+    ops: SimpleNamespace,
+    kind: Kind,
+    unit: Callable[[int, int], Any],
+    *,
+    has_phases: bool = False,
 ) -> Callable[..., Any]:
     """Make what does a unit of work to all of a chunk, most of it by accesses of 16 bytes.
 
@@ -364,30 +361,41 @@ def _walk(
     size, ax_size = SIZES[kind.param], SIZES[kind.average]
     lanes = ACCESS // size
     stride = THREADS * lanes
-    twice, once, singly = unit(lanes, 2), unit(lanes, 1), unit(1, 1)
+    # Two accesses at once keep more of the memory busy; eight doubles fill the registers by themselves.
+    parts = 2 if lanes * ax_size <= 2 * ACCESS else 1
+    many, once, singly = unit(lanes, parts), unit(lanes, 1), unit(1, 1)
+    ahead = (parts - 1) * stride
 
     @ops.function
-    def walk(param, grad, ax, n, thread, scalars):  # type: ignore[no-untyped-def]
+    def walk(param, grad, ax, n, thread, phase, scalars):  # type: ignore[no-untyped-def]
         head = min((-param & (ACCESS - 1)) // size, n)
         ends = (param + head * size) | (grad + head * size)
-        if has_average:
+        if ax != 0:
             ends |= ax + head * ax_size
         if ends & (ACCESS - 1):
             head = n
-        i = thread
-        while i < head:
-            singly(param, grad, ax, i, scalars)
-            i += THREADS
-        stop = n - ((n - head) & (lanes - 1))
+        tail = (n - head) & (lanes - 1)
+        stop = n - tail
         i = head + thread * lanes
-        while i + stride < stop:
-            twice(param, grad, ax, i, scalars)
-            i += 2 * stride
+        # A loop for each phase: in one with branches the average is loaded when the rest has come.
+        if has_phases and phase == AVERAGE:
+            while i + ahead < stop:
+                many(param, grad, ax, i, AVERAGE, scalars)
+                i += parts * stride
+        elif has_phases and phase == COPY:
+            while i + ahead < stop:
+                many(param, grad, ax, i, COPY, scalars)
+                i += parts * stride
+        else:
+            while i + ahead < stop:
+                many(param, grad, ax, i, NO_AVERAGE, scalars)
+                i += parts * stride
         if i < stop:
-            once(param, grad, ax, i, scalars)
-        i = stop + thread
-        if i < n:
-            singly(param, grad, ax, i, scalars)
+            once(param, grad, ax, i, phase, scalars)
+        i = thread
+        while i < head + tail:
+            singly(param, grad, ax, i if i < head else i - head + stop, phase, scalars)
+            i += THREADS
 
     return walk  # type: ignore[no-any-return]
 
@@ -440,7 +448,12 @@ def _scalars_on_device(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
         else:
             phase = COPY if mu == 1.0 else AVERAGE
         return phase, (
-            real(-eta), real(decay), weight_decay != 0.0, real(weight_decay), real(factor), mean(mu)
+            real(-eta),
+            real(decay),
+            weight_decay != 0.0,
+            real(weight_decay),
+            real(factor),
+            mean(mu),
         )
 
     return scalars_of  # type: ignore[no-any-return]

@@ -1,0 +1,186 @@
+"""CUDA devices: the driver, contexts, and the kernels that were loaded.
+
+This module knows the driver; it does not know what is launched, nor how kernels are made.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import lru_cache
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from asgd_fast.cuda.build import stored
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from asgd_fast.cuda.build import Kind
+
+__all__ = ["LEGACY_STREAM", "Device", "checked", "device_of", "driver"]
+
+# The default stream, whatever else the driver is told to take for it.
+LEGACY_STREAM = 1
+
+
+@lru_cache
+def driver() -> Any:
+    """Return the driver's functions.
+
+    Returns
+    -------
+    module
+        ``cuda.bindings.driver``, initialised.
+
+    Raises
+    ------
+    ImportError
+        The package is not installed.
+    RuntimeError
+        There is no driver, or it has no device.
+    """
+    try:
+        from cuda.bindings import driver as functions
+    except ImportError as error:
+        raise ImportError(
+            "arrays in the memory of a CUDA device need the packages of the cuda extra; "
+            "pip install 'asgd_fast[cuda]'"
+        ) from error
+    try:
+        (status,) = functions.cuInit(0)
+    except Exception as error:  # of whatever kind: the library was not found
+        raise RuntimeError(f"the CUDA driver was not found: {error}") from error
+    if status != functions.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the CUDA driver does not work: cuInit returned {status.name}")
+    return functions
+
+
+class Device:
+    """A CUDA device, by its number, with the kernels that were loaded there.
+
+    Attributes
+    ----------
+    context : CUcontext
+        The one that all libraries share.
+    compute_capability : tuple of int
+    multiprocessors : int
+    driver_version : int
+        13000 for CUDA 13.0.
+    """
+
+    def __init__(self, number: int) -> None:
+        call = driver()
+        attribute = call.CUdevice_attribute
+        device = checked(call.cuDeviceGet(number))
+        self.context = checked(call.cuDevicePrimaryCtxRetain(device))
+        major, minor, n = (
+            checked(call.cuDeviceGetAttribute(name, device))
+            for name in (
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            )
+        )
+        self.compute_capability = (major, minor)
+        self.multiprocessors = n
+        self.driver_version = checked(call.cuDriverGetVersion())
+        self._functions: dict[Kind, Any] = {}
+        self._lock = Lock()
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the device's context this thread's current one for as long as the context lasts."""
+        call = driver()
+        checked(call.cuCtxPushCurrent(self.context))
+        try:
+            yield
+        finally:
+            call.cuCtxPopCurrent()
+
+    def function(self, kind: Kind) -> Any:
+        """Return a kernel, loaded.
+
+        Parameters
+        ----------
+        kind : Kind
+
+        Returns
+        -------
+        CUfunction
+
+        Raises
+        ------
+        ImportError, RuntimeError
+            It cannot be compiled or loaded.
+        """
+        try:
+            return self._functions[kind]
+        except KeyError:
+            pass
+        with self._lock:
+            if kind not in self._functions:
+                call = driver()
+                binary = stored(kind, self.compute_capability)
+                with self.current():
+                    # Never unloaded: a captured graph may still launch it.
+                    module = checked(call.cuModuleLoadData(binary.cubin))
+                    function = checked(call.cuModuleGetFunction(module, binary.entry.encode()))
+                self._functions[kind] = function
+        return self._functions[kind]
+
+    def refuse_capture(self, stream: int) -> None:
+        """Refuse a stream that is being captured into a graph.
+
+        Parameters
+        ----------
+        stream : int
+
+        Raises
+        ------
+        RuntimeError
+            It is.
+        """
+        call = driver()
+        with self.current():
+            status = checked(call.cuStreamIsCapturing(stream))
+        if status != call.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
+            raise RuntimeError(
+                "the stream is being captured into a CUDA graph, in which eta and mu would stay what "
+                "they are now; expected an optimizer with capturable=True"
+            )
+
+
+@lru_cache(maxsize=None)
+def device_of(number: int) -> Device:
+    """Return a device by its number; the same each time."""
+    return Device(number)
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """Return what a function of the driver returned beside its status.
+
+    Parameters
+    ----------
+    result : tuple
+        That begins with the status.
+
+    Returns
+    -------
+    object
+
+    Raises
+    ------
+    RuntimeError
+        The status is not that of success.
+    """
+    status, *values = result
+    call = driver()
+    if status != call.CUresult.CUDA_SUCCESS:
+        _, name = call.cuGetErrorName(status)
+        _, text = call.cuGetErrorString(status)
+        raise RuntimeError(f"CUDA: {_text(text)} ({_text(name)})")
+    return values[0] if values else None
+
+
+def _text(message: bytes | None) -> str:
+    return (message or b"unknown error").decode()

@@ -1,0 +1,257 @@
+"""The kernels in Numba's simulator, against the CPU's engine: `python simulator.py`, in a process of its
+own, where NUMBA_ENABLE_CUDASIM=1 replaces the GPU.
+
+What Numba compiles to LLVM has a stand-in here, in NumPy and the C library: a vector is an array.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import threading
+from types import SimpleNamespace
+
+os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+
+import fake_gpu
+import numpy as np
+import torch
+from numba import cuda
+
+from asgd_fast import Schedule, asgd_
+from asgd_fast import _launches as L
+from asgd_fast._launches import UPDATE, keys_of, pack
+from asgd_fast._table import Table
+from asgd_fast.cuda import build, kernels
+
+# So few that a block is quick to simulate.
+THREADS = kernels.THREADS = 8
+
+_libm = ctypes.CDLL(ctypes.util.find_library("m"))
+_FMA = {np.dtype("f4"): _libm.fmaf, np.dtype("f8"): _libm.fma}
+for dtype, function in _FMA.items():
+    kind = ctypes.c_float if dtype.itemsize == 4 else ctypes.c_double
+    function.restype, function.argtypes = kind, [kind] * 3
+
+_STORED = {"float16": "f2", "bfloat16": "u2", "float32": "f4", "float64": "f8"}
+_STORED |= {"bits16": "u2", "bits32": "u4", "bits64": "u8"}
+_COMPUTED = {name: _STORED[name] for name in _STORED if name not in ("float16", "bfloat16")}
+
+
+def _memory(address, n, dtype):
+    size = n * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype)
+
+
+def _widen(x, stored, dtype):
+    if stored == "bfloat16":
+        return (x.astype(np.uint32) << 16).view(np.float32)
+    return x.astype(dtype)
+
+
+def _narrow(x, stored):
+    if stored != "bfloat16":
+        return x.astype(_STORED[stored])
+    bits = x.view(np.uint32)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
+
+
+def _load(stored, dtype, lanes, parts):
+    def load(address, stride):
+        memory = [_memory(address + k * stride, lanes, _STORED[stored]) for k in range(parts)]
+        return _widen(np.concatenate(memory), stored, _COMPUTED[dtype])
+
+    return load
+
+
+def _store(stored, dtype, lanes, parts):
+    def store(address, stride, vector):
+        assert vector.dtype == _COMPUTED[dtype]
+        for k in range(parts):
+            part = vector[k * lanes : (k + 1) * lanes]
+            _memory(address + k * stride, lanes, _STORED[stored])[:] = _narrow(part, stored)
+
+    return store
+
+
+def _fma(x, y, z):
+    x, y, z = np.broadcast_arrays(x, y, z)
+    fused = [_FMA[z.dtype](*lanes) for lanes in zip(x, y, z, strict=True)]
+    return np.array(fused, z.dtype)
+
+
+_lock = threading.Lock()
+
+
+def _ticket(address, last):
+    with _lock:
+        counter = _memory(address, 1, "u4")
+        ticket = int(counter[0])
+        counter[0] = 0 if ticket >= last else ticket + 1
+        return ticket
+
+
+def _write(dtype):
+    def write(address, x):
+        _memory(address, 1, dtype)[0] = x
+
+    return write
+
+
+OPERATIONS = SimpleNamespace(
+    function=lambda function: function,
+    word=lambda words, i: int(_memory(words + 8 * i, 1, "i8")[0]),
+    real={
+        "float32": lambda word: np.int64(word).reshape(1).view("f4")[0],
+        "float64": lambda word: np.int64(word).reshape(1).view("f8")[0],
+    },
+    load=_load,
+    store=_store,
+    add=lambda x, y: x + y,
+    sub=lambda x, y: x - y,
+    mul=lambda x, y: x * y,
+    fma=_fma,
+    select=lambda condition, x, y: x if condition else y,
+    convert=lambda dtype: lambda x: x.astype(_COMPUTED[dtype]),
+    rounded=lambda stored: lambda x: _widen(_narrow(x, stored), stored, x.dtype),
+    read_real={
+        dtype: lambda address, dtype=dtype: _memory(address, 1, dtype)[0]
+        for dtype in ("float32", "float64")
+    },
+    write_real={dtype: _write(dtype) for dtype in ("float32", "float64")},
+    ticket=_ticket,
+)
+
+
+# What each number is rounded to, beside what it is computed in.
+PAIRS = [
+    ("float16", "float16"),
+    ("float16", "float32"),
+    ("float16", "float64"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "float64"),
+    ("float32", "float32"),
+    ("float32", "float64"),
+    ("float64", "float64"),
+]
+
+
+def _random(rng, n, dtype, offset):
+    """Numbers in memory that begins so many of them after an address of 16 bytes."""
+    stored = np.dtype(_STORED[dtype])
+    memory = np.zeros(n + 32, stored)
+    start = -memory.ctypes.data % 16 // stored.itemsize + offset
+    memory[start : start + n] = _narrow(rng.normal(size=n).astype("f4"), dtype)
+    return memory[start : start + n]
+
+
+def _array(numbers, dtype, device=0):
+    make = fake_gpu.Array if device is not None else fake_gpu.exporters.Versioned
+    array = make(numbers) if device is None else make(numbers, bfloat16=dtype == "bfloat16")
+    return array
+
+
+def _launch(kind, words, n_blocks):
+    cuda.jit(kernels.kernel(kind, OPERATIONS))[n_blocks, THREADS](words.ctypes.data)
+
+
+def check_update(dtype, average, offset, mu, weight_decay):
+    """Compare a launch with the CPU's engine, which is given the same numbers."""
+    rng = np.random.default_rng(0)
+    here = [[], [], []]
+    there = [[], [], []]
+    for n in (1, 3, 40, 9000):
+        for k, kind in enumerate((dtype, dtype, average)):
+            place = offset if offset >= 0 else k + 1
+            here[k].append(_random(rng, n, kind, 0))
+            there[k].append(_random(rng, n, kind, place))
+            there[k][-1][:] = here[k][-1]
+    table = Table(("", "", ""))
+    settings = {"eta": 0.1, "mu": mu, "weight_decay": weight_decay, "grad_scale": 0.7}
+    arrays = [[_array(x, dtype if k < 2 else average) for x in there[k]] for k in range(3)]
+    table.extend(*arrays, lambd=0.5, **settings)
+    (key,) = keys_of(table)
+    words = np.zeros(512, np.uint64)
+    stop, n_blocks, _ = pack(table, key, 0, words, UPDATE, 99)
+    assert (stop, n_blocks) == (4, 5)
+    _launch(build.Kind("update", dtype, average, False, 512), words, n_blocks)
+    as_torch = [
+        [torch.from_numpy(x.view("i2")).view(torch.bfloat16) if x.dtype == "u2" else x for x in arrays]
+        for arrays in here
+    ]
+    asgd_(*as_torch, lambd=0.5, **settings)
+    for ours, theirs in zip(there, here, strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+def check_scalars_on_device():
+    """The blocks of a launch advance the scalars once all have read them, unless a step is skipped."""
+    schedule = Schedule(lr=0.1, lambd=0.25, alpha=0.5, t0=2)
+    rng = np.random.default_rng(0)
+    params, grads, axs = (rng.normal(size=(2, 20_000)) for _ in range(3))
+    expected = params.copy(), axs.copy()
+    scalars = np.array([[0, 0.1, 1]] * 2 + [[0, 0, 0]], "f8")
+    scale, found_inf = np.array([4.0], "f4"), np.array([0.0], "f4")
+    n_rows, chunk = 2, 8192
+    words = np.zeros(512, np.uint64)
+    row_size = L.row_words(True)
+    sets = L.HEADER + n_rows * row_size
+    words[L.N_ROWS_AT], words[L.N_CHUNKS_AT], words[L.CHUNK_AT] = n_rows, 6, chunk
+    words[L.SETS_AT], words[L.TICKET_AT] = sets, scalars[2:].ctypes.data
+    words[L.GRAD_SCALE_AT], words[L.FOUND_INF_AT] = scale.ctypes.data, found_inf.ctypes.data
+    for i in range(n_rows):
+        row = words[L.HEADER + i * row_size :]
+        row[:3] = [x[i].ctypes.data for x in (params, grads, axs)]
+        row[L.PLACE_AT] = 3 * i | (20_000 - 2 * chunk) << L.FIRST_BITS
+        row[L.SCALARS_AT] = scalars[i:].ctypes.data
+    values = {L.LR_AT: 0.1, L.LAMBD_AT: 0.25, L.ALPHA_AT: 0.5, L.T0_AT: 2, L.EVERY_AT: 1, L.SIGN_AT: 1}
+    for place, value in values.items():
+        words[sets + place] = np.float64(value).view(np.uint64)
+    words[sets + L.FLAGS_AT] = L.SCALARS_ARE_DOUBLE
+    for k in range(6):
+        found_inf[0] = k == 3
+        _launch(build.Kind("update", "float64", "float64", True, 512), words, 6)
+        if k != 3:
+            asgd_(
+                list(expected[0]), list(grads), list(expected[1]), eta=schedule.eta, mu=schedule.mu,
+                lambd=0.25, grad_scale=0.25,
+            )
+            schedule.advance()
+        assert scalars.tolist() == [[schedule.step, schedule.eta, schedule.mu]] * 2 + [[0, 0, 0]]
+        assert np.array_equal(params, expected[0])
+        assert np.array_equal(axs, expected[1])
+
+
+def check_exchange(bits):
+    rng = np.random.default_rng(0)
+    one, other = (rng.integers(0, 99, 9000).astype(_STORED[bits]) for _ in range(2))
+    before = one.copy(), other.copy()
+    floats = [fake_gpu.Array(x.view(f"f{x.itemsize}")) for x in (one, other)]
+    for job, expected in ((L.SWAP, (1, 0)), (L.ASSIGN, (0, 0))):
+        table = Table(("", "", ""))
+        table.extend(floats[:1], None, floats[1:])
+        (key,) = keys_of(table)
+        words = np.zeros(512, np.uint64)
+        _, n_blocks, _ = pack(table, key, 0, words, job, 99)
+        _launch(build.Kind("exchange", bits, bits, False, 512), words, n_blocks)
+        assert np.array_equal(one, before[expected[0]])
+        assert np.array_equal(other, before[expected[1]])
+
+
+def main():
+    assert cuda.__name__.startswith("numba.cuda.simulator") or hasattr(cuda, "simulator")
+    n = 0
+    for dtype, average in PAIRS:
+        for mu, weight_decay, offset in ((1.0, 0.0, 0), (0.3, 0.1, 0), (0.3, 0.1, -1), (1.0, 0.1, 1)):
+            check_update(dtype, average, offset, mu, weight_decay)
+            n += 1
+    check_scalars_on_device()
+    for bits in ("bits16", "bits32", "bits64"):
+        check_exchange(bits)
+    print(f"{n + 4} launches simulated")
+
+
+if __name__ == "__main__":
+    main()

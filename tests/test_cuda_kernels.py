@@ -1,0 +1,196 @@
+"""The kernels without a GPU: simulated, and compiled for GPUs of all generations; and their files."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asgd_fast.cuda import build
+from asgd_fast.cuda.build import Kind
+
+HERE = Path(__file__).parent
+
+needs_compiler = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("numba_cuda", "nvidia")),
+    reason="numba-cuda and its compiler are not installed; pip install '.[cuda]'",
+)
+
+
+def _run(*command, **environment):
+    """Run Python as a process of its own, which must not fail."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE), **environment}
+    result = subprocess.run(
+        [sys.executable, "-W", "error", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_simulated_kernels_have_the_bits_of_the_cpu():
+    assert _run(str(HERE / "simulator.py")) == "36 launches simulated\n"
+
+
+PAIRS = [
+    ("float16", "float16"),
+    ("float16", "float32"),
+    ("float16", "float64"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "float32"),
+    ("bfloat16", "float64"),
+    ("float32", "float32"),
+    ("float32", "float64"),
+    ("float64", "float64"),
+]
+KINDS = [
+    *(Kind("update", *pair, False, 512) for pair in PAIRS),
+    Kind("update", "float32", "float32", False, 4095),
+    Kind("update", "float32", "float32", True, 1536),
+    Kind("update", "bfloat16", "float64", True, 4095),
+    Kind("exchange", "bits16", "bits16", False, 512),
+    Kind("exchange", "bits64", "bits64", False, 512),
+    *(Kind("assign", *pair, False, 512) for pair in PAIRS if pair[0] != pair[1]),
+]
+COMPILED = [
+    *((kind, (9, 0)) for kind in KINDS),
+    *((KINDS[6], cc) for cc in [(7, 5), (8, 0), (8, 9), (10, 0), (12, 0)]),
+    *((KINDS[i], cc) for cc in [(7, 5), (12, 0)] for i in (5, 10)),
+]
+
+
+def _name(x):
+    return "-".join(map(str, x))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("kind", "compute_capability"), COMPILED, ids=_name)
+def test_a_compiled_kernel_is_what_it_should_be(kind, compute_capability):
+    ptx = build.ptx_of(kind, compute_capability)
+    cubin, report = build.link(ptx, compute_capability)
+    assert cubin.startswith(b"\x7fELF")
+
+    # Whole accesses of 16 bytes, two of each array at a time but where registers would not last.
+    n = {"update": 2, "exchange": 1, "assign": 1}[kind.job]
+    for instruction in ("ld", "st"):
+        vectors = re.findall(rf"{instruction}\.global\.v(?:4\.[bfu]32|2\.[bfu]64)", ptx)
+        assert len(vectors) >= 2 * n
+        assert len(vectors) == len(re.findall(rf"{instruction}\.global\.v", ptx))
+
+    # Nothing in local memory, and no more registers than two blocks, or three, have.
+    assert not re.search(r"(ld|st)\.local", ptx)
+    assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", report)
+    (registers,) = map(int, re.findall(r"Used (\d+) registers", report))
+    is_light = kind.param == kind.average in ("float32", "float64") and not kind.on_device
+    assert registers <= (40 if is_light else 64) or (
+        compute_capability == (7, 5)  # has threads for two blocks at most
+    )
+
+    # The words are parameters: read from the constant bank, not copied.
+    (size,) = map(int, re.findall(r"\.param .*\.b8 \w+\[(\d+)\]", ptx))
+    assert size == 8 * kind.n_words
+
+    # Each operation rounds where it stands; the power in eta is the library's.
+    if not kind.on_device:
+        assert not re.search(r"\b(add|mul|fma)\.f(32|64)|\.(ftz|sat|approx)\b|call", ptx)
+    if kind.job == "update":
+        assert {"mul.rn", "fma.rn", "add.rn"} <= set(re.findall(r"\b\w+\.rn", ptx))
+
+    is_double = "float64" in kind or kind.on_device
+    assert is_double or ".f64" not in ptx
+
+
+@needs_compiler
+def test_nothing_is_compiled_twice(tmp_path):
+    """Another process finds the kernel on disk, and imports no compiler for it."""
+    code = """
+import sys
+from asgd_fast.cuda import build
+kind = build.Kind("exchange", "bits32", "bits32", False, 512)
+print(len(build.stored(kind, (9, 0)).cubin), "numba" in sys.modules)
+"""
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    first, numba = _run("-c", code, **environment).split()
+    again, no_numba = _run("-c", code, **environment).split()
+    assert int(first) > 1000
+    assert first == again
+    assert (numba, no_numba) == ("True", "False")
+
+
+KIND = Kind("update", "float32", "float32", False, 512)
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """A compiler that counts, and a folder of its own."""
+    made = []
+
+    def compile_one(kind, compute_capability):
+        made.append((kind, compute_capability))
+        return build.Binary("entry", b"code %d" % len(made))
+
+    monkeypatch.setattr(build, "compiled", compile_one)
+    monkeypatch.setattr(build, "user_cache_path", lambda name: tmp_path / name)
+    return made
+
+
+def test_a_kernel_comes_from_disk(compiled, tmp_path):
+    first = build.stored(KIND, (9, 0))
+    assert build.stored(KIND, (9, 0)) == first == build.Binary("entry", b"code 1")
+    assert len(compiled) == 1
+    (path,) = (tmp_path / "asgd_fast" / "cuda").iterdir()
+    assert path.suffix == ".cubin"
+
+
+def test_kernels_differ_by_kind_and_device(compiled):
+    build.stored(KIND, (9, 0))
+    build.stored(KIND, (8, 0))
+    build.stored(KIND._replace(n_words=1536), (9, 0))
+    build.stored(KIND._replace(on_device=True), (9, 0))
+    assert len(compiled) == 4
+
+
+@pytest.mark.parametrize("package", ["numba-cuda", "nvidia-nvvm", "asgd_fast's own sources"])
+def test_another_version_compiles_anew(compiled, monkeypatch, package):
+    build.stored(KIND, (9, 0))
+    if package in build.PACKAGES:
+        versions = {package: "99.0"}
+        real = build.version
+        monkeypatch.setattr(build, "version", lambda name: versions.get(name) or real(name))
+    else:
+        monkeypatch.setattr(build, "FILES", (*build.FILES, "launch.py"))
+    build.stored(KIND, (9, 0))
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda x: b"", lambda x: x[:-1], lambda x: x[:40] + b"?" + x[41:], lambda x: b"?" + x[1:]],
+    ids=["empty", "short", "changed", "another digest"],
+)
+def test_a_damaged_file_is_made_anew(compiled, tmp_path, damage):
+    build.stored(KIND, (9, 0))
+    (path,) = (tmp_path / "asgd_fast" / "cuda").iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    assert build.stored(KIND, (9, 0)).cubin == b"code 2"
+    assert build.stored(KIND, (9, 0)).cubin == b"code 2"
+
+
+def test_a_folder_that_cannot_be_written(compiled, tmp_path):
+    (tmp_path / "asgd_fast").write_text("a file in the way")
+    assert build.stored(KIND, (9, 0)).cubin == b"code 1"
+    assert build.stored(KIND, (9, 0)).cubin == b"code 2"
+
+
+@needs_compiler
+def test_a_gpu_that_the_linker_does_not_know():
+    with pytest.raises(RuntimeError, match=r"no kernel for compute capability 6\.1: "):
+        build.link(".version 8.0\n.target sm_61\n.address_size 64\n", (6, 1))
