@@ -19,7 +19,8 @@ lint: $(VENV)/test $(VENV)/dev
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint asgd_fast
 	$(BIN)/mypy
-	$(BIN)/stubtest --ignore-missing-stub $(foreach m,core dlpack schedule slots table,asgd_fast._$m)
+	$(BIN)/stubtest --mypy-config-file pyproject.toml --ignore-missing-stub \
+	    $(foreach m,core dlpack launches schedule slots table,asgd_fast._$m)
 
 # Builds the sdist, the wheel from the sdist, and uses the wheel in an environment of its own, away
 # from the source tree.

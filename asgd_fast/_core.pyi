@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypedDict
 
 from asgd_fast._table import Table
@@ -20,7 +20,7 @@ def exchange(
     table: Table,
     is_done: bytearray,
     n_threads: int = 1,
-    calls: list[Callable[[], object]] = ...,
+    calls: Iterable[Callable[[], object]] = (),
 ) -> list[Any]: ...
 def assign(table: Table, n_threads: int = 1) -> None: ...
 def copy(table: Table) -> None: ...

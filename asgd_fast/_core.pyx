@@ -259,7 +259,7 @@ def update(Table table, unsigned int n_threads=1):
                 _store_next(row)
 
 
-def exchange(Table table, bytearray is_done, unsigned int n_threads=1, list calls=[]):
+def exchange(Table table, bytearray is_done, unsigned int n_threads=1, calls=()):
     """Put the average of each row into its param; or, where that is done, the param back.
 
     Cannot fail, if no call does. Releases the GIL, and is one call so that no interrupt comes
@@ -273,7 +273,7 @@ def exchange(Table table, bytearray is_done, unsigned int n_threads=1, list call
     is_done : bytearray of length 1
         Whether the averages are in the params; changed.
     n_threads : int
-    calls : list of callable
+    calls : iterable of callable
         What does the same to rows of other engines; called first. They do not run Python code.
 
     Returns

@@ -2,10 +2,10 @@
 
 This module knows rows and words; it does not know how kernels are compiled or launched.
 
-A launch has its words by value, among the kernel's parameters: nothing is copied to the GPU, nothing
-there is kept for the next step or must outlive a captured graph, and what is packed for one launch is
-free for the next. First comes a header, then the rows, then the scalars of each set of rows that have
-the same. Each row's work is cut into chunks, one for a block of threads.
+A launch has its words by value, among the kernel's parameters: nothing is copied to the GPU, or is
+kept there for the next step, or must outlive a captured graph; and what is packed for one launch is
+free for the next. First comes a header, then the rows, then the scalars of each set of rows that
+have the same. Each row's work is cut into chunks, one for a block of threads.
 """
 
 from libc.stdint cimport int64_t, uint64_t
@@ -13,8 +13,7 @@ from libc.string cimport memcmp, memcpy, memmove
 
 from asgd_fast._table cimport BFLOAT16, CPU, FLOAT16, FLOAT32, FLOAT64, Row, Table
 
-# The threads of a block. With 512, 128 registers are left for each, and four blocks fill a
-# multiprocessor.
+# The threads of a block.
 THREADS = 512
 
 # The header.
@@ -30,8 +29,8 @@ cdef enum:
     _HEADER = 8
 
 # A row: the addresses of param, grad and average (0: none is kept); its place; and the address of
-# its scalars, if they are on the device. The place has, from the lowest bits, the number of the row's
-# first chunk in the launch, the size of its last chunk, and its set.
+# its scalars, if they are on the device. The place has, from the lowest bits, the number of the
+# row's first chunk in the launch, the size of its last chunk, and its set.
 cdef enum:
     _PLACE_AT = 3
     _SCALARS_AT = 4
@@ -83,8 +82,8 @@ cdef enum:  # the jobs
     _PUT_AVERAGE = 5     # exchange param and average; or keep the param and assign a wide average
     _PUT_BACK = 6
 
-# A chunk has so many numbers that a launch has enough blocks, in these bounds. In the smallest one each
-# thread still has two accesses of 16 bytes to make.
+# A chunk has so many numbers that a launch has enough blocks, in these bounds. In the smallest one
+# each thread still has two accesses of 16 bytes to make.
 cdef enum:
     SMALLEST_CHUNK = 1 << 13
     LARGEST_CHUNK = 1 << 16
@@ -212,7 +211,6 @@ def pack(
     cdef int64_t room = words.shape[0] - _HEADER, tail
     cdef bint is_new
     cdef uint64_t *row_at = &words[_HEADER]
-    cdef uint64_t *set_at
     cdef uint64_t now[_SET_ON_DEVICE]
     cdef uint64_t last[_SET_ON_DEVICE]
     cdef const Row *row

@@ -58,8 +58,8 @@ cdef class Slot:
         The address of the param if its average is the same memory, until the first step that
         averages; else 0.
     on_device : bool
-        Whether the block is in the memory of a GPU, which advances the scalars. The block then has a
-        row of zeros at its end.
+        Whether the block is in the memory of a GPU, which advances the scalars. The block then has
+        a row of zeros at its end.
     steps : float
         How many steps the param has made.
 

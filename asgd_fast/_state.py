@@ -87,14 +87,12 @@ def create(
     stepped = []
     for group in groups:
         fresh = [
-            param
-            for param in group["params"]
-            if param.grad is not None and not state.get(param)
+            param for param in group["params"] if param.grad is not None and not state.get(param)
         ]
         if any(param.is_cuda for param in fresh) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "state: is made in the first step, which cannot be part of a CUDA graph; make a step "
-                "before the capture"
+                "state: is made in the first step, which cannot be part of a CUDA graph; make a "
+                "step before the capture"
             )
         number("weight_decay", group["weight_decay"])
         lr = group["lr"].detach() if isinstance(group["lr"], Tensor) else group["lr"]
@@ -338,7 +336,7 @@ def find(
         slots = [slot for slot in chain(*before.groups) if slot is not None]
         known = {
             (id(slot.param), id(slot.state)): slot
-            for group, own in zip(groups, before.groups)
+            for group, own in zip(groups, before.groups, strict=False)
             for slot in own
             if slot is not None
             and slot.is_whole()
@@ -500,7 +498,7 @@ def _is_packable(param: Tensor, entry: Entry, group: Group) -> bool:
 
 
 def _is_of_engine(param: Tensor, group: Group) -> bool:
-    """Whether the param is an ordinary tensor on the right device, not left to torch by its group."""
+    """Whether the param is an ordinary tensor of a known device, not left to torch by its group."""
     return (
         type(param) in (Tensor, torch.nn.Parameter)
         and param.device.type in _DEVICES

@@ -231,7 +231,8 @@ def to_host(array: Any) -> npt.NDArray[Any]:
     """
     address, device, stream, shape, strides = whereabouts_of(array)
     if device is None:
-        return np.from_dlpack(array).copy(order="K")
+        copied: npt.NDArray[Any] = np.from_dlpack(array).copy(order="K")
+        return copied
     from asgd_fast.cuda import memory
 
     dtype = np.dtype(dtype_of(array))
@@ -311,7 +312,7 @@ def _exchange(arrays: Sequence[Exchange], is_done: bytearray) -> None:
     with _listed(arrays) as table:
         launches = on_devices(table, PUT_BACK if is_done[0] else PUT_AVERAGE)
         results = _core.exchange(
-            table, is_done, threads_for(table), [] if launches is None else launches.calls
+            table, is_done, threads_for(table), () if launches is None else launches.calls
         )
         if launches is not None:
             launches.finish(results)

@@ -255,9 +255,7 @@ def _fail_without_a_reason(array, out):
 _FAIL = ctypes.pythonapi.PyObject_IsTrue
 
 
-def exchange_api(
-    *versions, plain=True, fails=None, stream_of=None, name=b"dlpack_exchange_api"
-):
+def exchange_api(*versions, plain=True, fails=None, stream_of=None, name=b"dlpack_exchange_api"):
     """Make a capsule for ``__dlpack_c_exchange_api__``.
 
     Parameters

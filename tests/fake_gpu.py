@@ -6,22 +6,21 @@ A launch decodes the parameters as a device would, and runs the kernel's body on
 from __future__ import annotations
 
 import ctypes
-import sys
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from types import SimpleNamespace
 
 import exporters
 import numpy as np
-from asgd_fast._launches import THREADS
 
+from asgd_fast._launches import THREADS
 from asgd_fast.cuda import build, device, intrinsics, kernels, launch, memory
 
 SUCCESS = SimpleNamespace(name="CUDA_SUCCESS", value=0)
 REFUSED = SimpleNamespace(name="CUDA_ERROR_LAUNCH_FAILED", value=719)
 
 
-@lru_cache(maxsize=None)
+@cache
 def body(kind):
     """What a kernel does, compiled for the CPU; the same for all sizes of the parameters."""
     return kernels.twin(kind, intrinsics.make("cpu"))

@@ -1,5 +1,6 @@
-"""The kernels in Numba's simulator, against the CPU's engine: `python simulator.py`, in a process of its
-own, where NUMBA_ENABLE_CUDASIM=1 replaces the GPU.
+"""The kernels in Numba's simulator, against the CPU's engine.
+
+It takes a process of its own: ``NUMBA_ENABLE_CUDASIM=1 python simulator.py``.
 
 What Numba compiles to LLVM has a stand-in here, in NumPy and the C library: a vector is an array.
 """
@@ -8,25 +9,22 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import os
 import threading
 from types import SimpleNamespace
-
-os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
 
 import fake_gpu
 import numpy as np
 import torch
-from numba import cuda
+from numba import config, cuda
 
 from asgd_fast import Schedule, asgd_
-from asgd_fast import _launches as L
+from asgd_fast import _launches as layout
 from asgd_fast._launches import UPDATE, keys_of, pack
 from asgd_fast._table import Table
 from asgd_fast.cuda import build, kernels
 
-# So few that a block is quick to simulate.
-THREADS = kernels.THREADS = 8
+# Of a block: so few that it is quick to simulate.
+THREADS = 8
 
 _libm = ctypes.CDLL(ctypes.util.find_library("m"))
 _FMA = {np.dtype("f4"): _libm.fmaf, np.dtype("f8"): _libm.fma}
@@ -147,10 +145,8 @@ def _random(rng, n, dtype, offset):
     return memory[start : start + n]
 
 
-def _array(numbers, dtype, device=0):
-    make = fake_gpu.Array if device is not None else fake_gpu.exporters.Versioned
-    array = make(numbers) if device is None else make(numbers, bfloat16=dtype == "bfloat16")
-    return array
+def _array(numbers, dtype):
+    return fake_gpu.Array(numbers, bfloat16=dtype == "bfloat16")
 
 
 def _launch(kind, words, n_blocks):
@@ -178,7 +174,10 @@ def check_update(dtype, average, offset, mu, weight_decay):
     assert (stop, n_blocks) == (4, 5)
     _launch(build.Kind("update", dtype, average, False, 512), words, n_blocks)
     as_torch = [
-        [torch.from_numpy(x.view("i2")).view(torch.bfloat16) if x.dtype == "u2" else x for x in arrays]
+        [
+            torch.from_numpy(x.view("i2")).view(torch.bfloat16) if x.dtype == "u2" else x
+            for x in arrays
+        ]
         for arrays in here
     ]
     asgd_(*as_torch, lambd=0.5, **settings)
@@ -187,7 +186,7 @@ def check_update(dtype, average, offset, mu, weight_decay):
 
 
 def check_scalars_on_device():
-    """The blocks of a launch advance the scalars once all have read them, unless a step is skipped."""
+    """The last block advances the scalars that all others have read, unless a step is skipped."""
     schedule = Schedule(lr=0.1, lambd=0.25, alpha=0.5, t0=2)
     rng = np.random.default_rng(0)
     params, grads, axs = (rng.normal(size=(2, 20_000)) for _ in range(3))
@@ -196,27 +195,42 @@ def check_scalars_on_device():
     scale, found_inf = np.array([4.0], "f4"), np.array([0.0], "f4")
     n_rows, chunk = 2, 8192
     words = np.zeros(512, np.uint64)
-    row_size = L.row_words(True)
-    sets = L.HEADER + n_rows * row_size
-    words[L.N_ROWS_AT], words[L.N_CHUNKS_AT], words[L.CHUNK_AT] = n_rows, 6, chunk
-    words[L.SETS_AT], words[L.TICKET_AT] = sets, scalars[2:].ctypes.data
-    words[L.GRAD_SCALE_AT], words[L.FOUND_INF_AT] = scale.ctypes.data, found_inf.ctypes.data
+    row_size = layout.row_words(True)
+    sets = layout.HEADER + n_rows * row_size
+    words[layout.N_ROWS_AT], words[layout.N_CHUNKS_AT], words[layout.CHUNK_AT] = n_rows, 6, chunk
+    words[layout.SETS_AT], words[layout.TICKET_AT] = sets, scalars[2:].ctypes.data
+    words[layout.GRAD_SCALE_AT], words[layout.FOUND_INF_AT] = (
+        scale.ctypes.data,
+        found_inf.ctypes.data,
+    )
     for i in range(n_rows):
-        row = words[L.HEADER + i * row_size :]
+        row = words[layout.HEADER + i * row_size :]
         row[:3] = [x[i].ctypes.data for x in (params, grads, axs)]
-        row[L.PLACE_AT] = 3 * i | (20_000 - 2 * chunk) << L.FIRST_BITS
-        row[L.SCALARS_AT] = scalars[i:].ctypes.data
-    values = {L.LR_AT: 0.1, L.LAMBD_AT: 0.25, L.ALPHA_AT: 0.5, L.T0_AT: 2, L.EVERY_AT: 1, L.SIGN_AT: 1}
+        row[layout.PLACE_AT] = 3 * i | (20_000 - 2 * chunk) << layout.FIRST_BITS
+        row[layout.SCALARS_AT] = scalars[i:].ctypes.data
+    values = {
+        layout.LR_AT: 0.1,
+        layout.LAMBD_AT: 0.25,
+        layout.ALPHA_AT: 0.5,
+        layout.T0_AT: 2,
+        layout.EVERY_AT: 1,
+        layout.SIGN_AT: 1,
+    }
     for place, value in values.items():
         words[sets + place] = np.float64(value).view(np.uint64)
-    words[sets + L.FLAGS_AT] = L.SCALARS_ARE_DOUBLE
+    words[sets + layout.FLAGS_AT] = layout.SCALARS_ARE_DOUBLE
     for k in range(6):
         found_inf[0] = k == 3
         _launch(build.Kind("update", "float64", "float64", True, 512), words, 6)
         if k != 3:
             asgd_(
-                list(expected[0]), list(grads), list(expected[1]), eta=schedule.eta, mu=schedule.mu,
-                lambd=0.25, grad_scale=0.25,
+                list(expected[0]),
+                list(grads),
+                list(expected[1]),
+                eta=schedule.eta,
+                mu=schedule.mu,
+                lambd=0.25,
+                grad_scale=0.25,
             )
             schedule.advance()
         assert scalars.tolist() == [[schedule.step, schedule.eta, schedule.mu]] * 2 + [[0, 0, 0]]
@@ -229,7 +243,7 @@ def check_exchange(bits):
     one, other = (rng.integers(0, 99, 9000).astype(_STORED[bits]) for _ in range(2))
     before = one.copy(), other.copy()
     floats = [fake_gpu.Array(x.view(f"f{x.itemsize}")) for x in (one, other)]
-    for job, expected in ((L.SWAP, (1, 0)), (L.ASSIGN, (0, 0))):
+    for job, expected in ((layout.SWAP, (1, 0)), (layout.ASSIGN, (0, 0))):
         table = Table(("", "", ""))
         table.extend(floats[:1], None, floats[1:])
         (key,) = keys_of(table)
@@ -241,10 +255,16 @@ def check_exchange(bits):
 
 
 def main():
-    assert cuda.__name__.startswith("numba.cuda.simulator") or hasattr(cuda, "simulator")
+    assert config.ENABLE_CUDASIM
+    kernels.THREADS = THREADS
     n = 0
     for dtype, average in PAIRS:
-        for mu, weight_decay, offset in ((1.0, 0.0, 0), (0.3, 0.1, 0), (0.3, 0.1, -1), (1.0, 0.1, 1)):
+        for mu, weight_decay, offset in (
+            (1.0, 0.0, 0),
+            (0.3, 0.1, 0),
+            (0.3, 0.1, -1),
+            (1.0, 0.1, 1),
+        ):
             check_update(dtype, average, offset, mu, weight_decay)
             n += 1
     check_scalars_on_device()

@@ -10,6 +10,8 @@ import fake_gpu
 import numpy as np
 import pytest
 import torch
+
+from asgd_fast import ArrayASGD, asgd_
 from asgd_fast._launches import (
     AVERAGE,
     CHUNK_AT,
@@ -29,8 +31,6 @@ from asgd_fast._launches import (
     row_words,
     set_words,
 )
-
-from asgd_fast import ArrayASGD, asgd_
 
 SETTINGS = {
     "plain": {"eta": 0.1, "lambd": 0.0},
@@ -315,9 +315,7 @@ class WithoutExchangeAPI(fake_gpu.exporters.Versioned):
 
 
 def test_a_library_without_the_exchange_api(gpu):
-    arrays = [
-        WithoutExchangeAPI(np.ones(3), device_type=fake_gpu.exporters.CUDA) for _ in range(2)
-    ]
+    arrays = [WithoutExchangeAPI(np.ones(3), device_type=fake_gpu.exporters.CUDA) for _ in range(2)]
     asgd_(*arrays, eta=0.25, lambd=0.0)
     assert arrays[0].array.tolist() == [0.75] * 3
     assert gpu.launches[0].stream == 1
@@ -348,7 +346,7 @@ def test_a_capture_is_refused(gpu):
     gpu.captured.add(0x71)
     there = [fake_gpu.Array(np.ones(3), device) for device in (0, 1)]
     grads = [fake_gpu.Array(np.ones(3), device) for device in (0, 1)]
-    with pytest.raises(RuntimeError, match="the stream is being captured into a CUDA graph.*captu"):
+    with pytest.raises(RuntimeError, match=r"stream is being captured into a CUDA graph.*captu"):
         asgd_(there, grads, eta=0.1)
     assert gpu.launches == []
     assert all(x.array.tolist() == [1.0] * 3 for x in there)

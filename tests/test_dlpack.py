@@ -94,7 +94,8 @@ UNALIGNED = numbers(5).view(np.uint8)[4:-4].view(np.float64)
 GAPS = r"strides \(2,\) of shape \(4,\) leave gaps or repeat elements; expected a contiguous array"
 ADDRESS = "address 0x[0-9a-f]+ is not a multiple of its 8-byte numbers; expected aligned memory$"
 DEVICE = (
-    "device metal:0 is not supported; expected an array in the memory of the CPU or of a CUDA device$"
+    "device metal:0 is not supported; expected an array in the memory of the CPU or of a CUDA "
+    "device$"
 )
 
 # What may be wrong with any array: how it is lent instead, and the message.

@@ -34,8 +34,9 @@ PACKAGES = (
 )
 FILES = ("build.py", "intrinsics.py", "kernels.py")
 
-# How many blocks of 512 threads share a multiprocessor: a thread has 40 or 64 registers then, which are
-# enough to spill none. Eight numbers at a time take more, a wider average, and the power in eta.
+# How many blocks of 512 threads share a multiprocessor: a thread has 40 or 64 registers then, which
+# are enough to spill none. Half types take more, eight at a time; so do wide averages and scalars
+# on the device.
 BLOCKS_AT_ONCE = {False: 3, True: 2}
 
 
@@ -252,7 +253,7 @@ def _read(path: Path) -> Binary | None:
 
 
 def _write(path: Path, binary: Binary) -> None:
-    """Leave a kernel in a file, as far as that is allowed; whoever reads it finds all or nothing."""
+    """Leave a kernel in a file, if that is allowed; whoever reads it finds all or nothing."""
     rest = binary.entry.encode() + b"\n" + binary.cubin
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

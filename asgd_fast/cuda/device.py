@@ -6,7 +6,7 @@ This module knows the driver; it does not know what is launched, nor how kernels
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -145,12 +145,12 @@ class Device:
             status = checked(call.cuStreamIsCapturing(stream))
         if status != call.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
             raise RuntimeError(
-                "the stream is being captured into a CUDA graph, in which eta and mu would stay what "
-                "they are now; expected an optimizer with capturable=True"
+                "the stream is being captured into a CUDA graph, in which eta and mu would stay "
+                "what they are now; expected an optimizer with capturable=True"
             )
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_of(number: int) -> Device:
     """Return a device by its number; the same each time."""
     return Device(number)

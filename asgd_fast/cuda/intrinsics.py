@@ -1,10 +1,11 @@
 """What Numba does not have: memory by its address, vectors, operations that round where they stand.
 
 All code that emits LLVM stands here. Each operation is made for the GPU or for the CPU, since the
-kernels' body is compiled for both: so a machine without a GPU can check its bits.
+kernels' body is compiled for both: so a machine without a GPU can check its bits. This module does
+not know what is computed.
 
-A vector is a value of some lanes of float32 or float64, whatever the numbers are in memory. Lanes are
-operated on one by one: LLVM has no vectors of operations that nothing may contract.
+A vector is a value of some lanes of float32 or float64, whatever the numbers are in memory. Lanes
+are operated on one by one: LLVM has no vectors of operations that nothing may contract.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _STORED = {
 ACCESS = 16
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """The type of n lanes of a dtype: "float32", "float64", or bits that are only moved."""
 
     def __init__(self, dtype: str, n: int) -> None:
@@ -60,7 +61,7 @@ class Vector(types.Type):  # type: ignore[misc]
         super().__init__(name=f"Vector({dtype}, {n})")
 
 
-class Words(types.Type):  # type: ignore[misc]
+class Words(types.Type):
     """The type of n 64-bit words which a kernel gets by value, among its parameters."""
 
     def __init__(self, n: int) -> None:
@@ -68,7 +69,7 @@ class Words(types.Type):  # type: ignore[misc]
         super().__init__(name=f"Words({n})")
 
 
-class _ByValue(ArgumentAttributes):  # type: ignore[misc]
+class _ByValue(ArgumentAttributes):
     """The attributes of a parameter that is passed by value, in either of NVVM's dialects."""
 
     def __init__(self, names_type: bool) -> None:
@@ -121,7 +122,7 @@ def make(target: Target, compute_capability: tuple[int, int] = (7, 5)) -> Simple
         from numba.core.datamodel import models
         from numba.core.extending import intrinsic, register_model
 
-        function = njit
+        function = njit(error_model="numpy")  # as on the GPU, a division by 0 raises nothing
     _register(models, register_model)
     machine = _Machine(target, compute_capability)
     floats = {"float32": types.float32, "float64": types.float64}
@@ -182,12 +183,12 @@ def _register(models: Any, register_model: Any) -> None:
     _registered.append(models)
 
     @register_model(Vector)
-    class VectorModel(models.PrimitiveModel):  # type: ignore[misc, name-defined]
+    class VectorModel(models.PrimitiveModel):
         def __init__(self, manager: Any, vector: Vector) -> None:
             super().__init__(manager, vector, ir.VectorType(_STORED[vector.dtype], vector.n))
 
     @register_model(Words)
-    class WordsModel(models.PrimitiveModel):  # type: ignore[misc, name-defined]
+    class WordsModel(models.PrimitiveModel):
         def __init__(self, manager: Any, words: Words) -> None:
             super().__init__(manager, words, ir.ArrayType(_I64, words.n).as_pointer())
 
@@ -370,7 +371,7 @@ def _load(
     def load(typing_context: Any, address: Any, stride: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             numbers = []
-            for part in _parts(builder, *args, parts):
+            for part in _parts(builder, args[0], args[1], parts):
                 numbers += _read_numbers(machine, builder, part, stored, lanes)
             lane = _STORED[dtype]
             return _vector(builder, [_widen(builder, x, stored, lane) for x in numbers])
@@ -389,9 +390,7 @@ def _store(
             address, stride, vector = args
             numbers = _lanes(builder, vector)
             for i, part in enumerate(_parts(builder, address, stride, parts)):
-                _write_numbers(
-                    machine, builder, part, stored, numbers[i * lanes : (i + 1) * lanes]
-                )
+                _write_numbers(machine, builder, part, stored, numbers[i * lanes : (i + 1) * lanes])
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, Vector(dtype, lanes * parts)), codegen
@@ -407,15 +406,13 @@ def _parts(builder: Any, address: Any, stride: Any, parts: int) -> list[Any]:
 
 
 def _access(kind: Any) -> Any:
-    """Return the type of an access: numbers of 16 bits go in pairs, as NVVM splits longer vectors."""
+    """Return the type of an access. Integers of 16 bits go in pairs: NVVM splits longer vectors."""
     lane = _I32 if kind == _I16 else kind
     size = {_FLOAT: 4, _DOUBLE: 8, ir.HalfType(): 2}.get(lane) or lane.width // 8
     return ir.VectorType(lane, ACCESS // size)
 
 
-def _read_numbers(
-    machine: _Machine, builder: Any, address: Any, stored: str, n: int
-) -> list[Any]:
+def _read_numbers(machine: _Machine, builder: Any, address: Any, stored: str, n: int) -> list[Any]:
     """Load one number as it is in memory, or so many as fill whole accesses."""
     kind = _STORED[stored]
     if n == 1:
@@ -423,7 +420,9 @@ def _read_numbers(
     numbers = []
     for offset in range(0, n * SIZES[stored], ACCESS):
         at = builder.add(address, _I64(offset))
-        for x in _lanes(builder, builder.load(machine.pointer(builder, at, _access(kind)), align=ACCESS)):
+        for x in _lanes(
+            builder, builder.load(machine.pointer(builder, at, _access(kind)), align=ACCESS)
+        ):
             if kind == _I16:
                 numbers += [builder.trunc(x, _I16), builder.trunc(builder.lshr(x, _I32(16)), _I16)]
             else:

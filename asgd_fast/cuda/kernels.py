@@ -1,10 +1,11 @@
 """The GPU's kernels: what each thread of each block does with the rows of a launch.
 
-This module knows words, addresses and numbers; it does not know how a kernel is compiled or launched,
-nor where the words come from: `_launches` lays them out.
+This module knows words, addresses and numbers; it does not know how a kernel is compiled or
+launched, nor where the words come from: `_launches` lays them out.
 
-The update is the one of _loops.pxi, with its bits. The functions that make it are compiled for the GPU,
-for the CPU (`twin`), and run as they are in Numba's simulator: so they are checked without a GPU.
+The update is the one of _loops.pxi, with its bits. The functions that make it are compiled for the
+GPU, for the CPU (`twin`), and run as they are in Numba's simulator: so they are checked without a
+GPU.
 """
 
 from __future__ import annotations
@@ -122,14 +123,14 @@ def kernel(kind: Kind, ops: SimpleNamespace) -> Callable[[Any], None]:
 
     if finish is None:
 
-        def run(words):  # type: ignore[no-untyped-def]
+        def run(words):
             do_chunk(words, types.int64(cuda.blockIdx.x), types.int64(cuda.threadIdx.x))
 
         return run
 
     word, ticket = ops.word, ops.ticket
 
-    def run_and_finish(words):  # type: ignore[no-untyped-def]
+    def run_and_finish(words):
         thread = types.int64(cuda.threadIdx.x)
         do_chunk(words, types.int64(cuda.blockIdx.x), thread)
         # The block that is last to get here finishes: all others have read what it changes.
@@ -145,7 +146,7 @@ def kernel(kind: Kind, ops: SimpleNamespace) -> Callable[[Any], None]:
 
 
 def twin(kind: Kind, ops: SimpleNamespace) -> Callable[[int, int], None]:
-    """Return what a launch does, on the CPU: a function of the words' address and the blocks' number.
+    """Return what a launch does, on the CPU: a function of the address of words, and a number.
 
     Parameters
     ----------
@@ -160,7 +161,7 @@ def twin(kind: Kind, ops: SimpleNamespace) -> Callable[[int, int], None]:
     do_chunk, finish = jobs_of(kind, ops)
 
     @ops.function
-    def run(words, n_blocks):  # type: ignore[no-untyped-def]
+    def run(words, n_blocks):
         for block in range(n_blocks):
             for thread in range(THREADS):
                 do_chunk(words, block, thread)
@@ -168,7 +169,7 @@ def twin(kind: Kind, ops: SimpleNamespace) -> Callable[[int, int], None]:
             for thread in range(THREADS):
                 finish(words, thread)
 
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def _update(kind: Kind, ops: SimpleNamespace, scalars_of: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,13 +177,13 @@ def _update(kind: Kind, ops: SimpleNamespace, scalars_of: Callable[..., Any]) ->
     find, walk = _find(kind, ops), _walk(ops, kind, _update_unit(kind, ops), has_phases=True)
 
     @ops.function
-    def do_chunk(words, block, thread):  # type: ignore[no-untyped-def]
+    def do_chunk(words, block, thread):
         row, param, grad, ax, n, at = find(words, block)
         phase, scalars = scalars_of(words, row, at, ax)
         if phase != SKIP:
             walk(param, grad, ax, n, thread, phase, scalars)
 
-    return do_chunk  # type: ignore[no-any-return]
+    return do_chunk
 
 
 def _update_unit(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
@@ -202,7 +203,7 @@ def _update_unit(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
         stride, ax_stride = THREADS * lanes * size, THREADS * lanes * ax_size
 
         @ops.function
-        def update(param, grad, ax, i, phase, scalars):  # type: ignore[no-untyped-def]
+        def update(param, grad, ax, i, phase, scalars):
             neg_eta, decay, has_weight_decay, weight_decay, grad_scale, mu = scalars
             p = load(param + i * size, stride)
             g = load(grad + i * size, stride)
@@ -220,7 +221,7 @@ def _update_unit(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
             elif phase == COPY:
                 store_ax(ax + i * ax_size, ax_stride, widen(p))
 
-        return update  # type: ignore[no-any-return]
+        return update
 
     return unit
 
@@ -234,34 +235,34 @@ def _exchange(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
         load, store, stride = _mover(ops, kind.param, lanes, parts)
 
         @ops.function
-        def swap(param, grad, ax, i, phase, scalars):  # type: ignore[no-untyped-def]
+        def swap(param, grad, ax, i, phase, scalars):
             p, a = load(param + i * size, stride), load(ax + i * size, stride)
             store(param + i * size, stride, a)
             store(ax + i * size, stride, p)
 
-        return swap  # type: ignore[no-any-return]
+        return swap
 
     def copy_unit(lanes: int, parts: int) -> Callable[..., Any]:
         load, store, stride = _mover(ops, kind.param, lanes, parts)
 
         @ops.function
-        def copy(param, grad, ax, i, phase, scalars):  # type: ignore[no-untyped-def]
+        def copy(param, grad, ax, i, phase, scalars):
             store(param + i * size, stride, load(grad + i * size, stride))
 
-        return copy  # type: ignore[no-any-return]
+        return copy
 
     swapping = _walk(ops, kind, swap_unit)
     copying = _walk(ops, kind, copy_unit)
 
     @ops.function
-    def do_chunk(words, block, thread):  # type: ignore[no-untyped-def]
+    def do_chunk(words, block, thread):
         _, param, grad, ax, n, _ = find(words, block)
         if word(words, JOB_AT) == SWAP:
             swapping(param, param, ax, n, thread, 0, 0)
         else:
             copying(param, grad, 0, n, thread, 0, 0)
 
-    return do_chunk  # type: ignore[no-any-return]
+    return do_chunk
 
 
 def _mover(ops: SimpleNamespace, bits: str, lanes: int, parts: int) -> tuple[Any, Any, int]:
@@ -282,34 +283,34 @@ def _assign(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
         stride, ax_stride = THREADS * lanes * size, THREADS * lanes * ax_size
 
         @ops.function
-        def assign(param, grad, ax, i, phase, scalars):  # type: ignore[no-untyped-def]
+        def assign(param, grad, ax, i, phase, scalars):
             store(param + i * size, stride, narrow(load(ax + i * ax_size, ax_stride)))
 
-        return assign  # type: ignore[no-any-return]
+        return assign
 
     assigning = _walk(ops, kind, unit)
 
     @ops.function
-    def do_chunk(words, block, thread):  # type: ignore[no-untyped-def]
+    def do_chunk(words, block, thread):
         _, param, _, ax, n, _ = find(words, block)
         assigning(param, param, ax, n, thread, 0, 0)
 
-    return do_chunk  # type: ignore[no-any-return]
+    return do_chunk
 
 
 def _find(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make what finds the chunk of a block: its row's place, addresses, length, and scalars' place."""
+    """Make what finds the chunk of a block: where its row is, addresses, length, and scalars."""
     word = ops.word
     size, ax_size = SIZES[kind.param], SIZES[kind.average]
     row_size, set_at = row_words(kind.on_device), _set_at(kind, ops)
     first_mask, tail_mask = (1 << FIRST_BITS) - 1, (1 << TAIL_BITS) - 1
 
     @ops.function
-    def first_of(words, i):  # type: ignore[no-untyped-def]
+    def first_of(words, i):
         return word(words, HEADER + i * row_size + PLACE_AT) & first_mask
 
     @ops.function
-    def find(words, block):  # type: ignore[no-untyped-def]
+    def find(words, block):
         n_rows = word(words, N_ROWS_AT)
         low, high = 0, n_rows
         while high - low > 1:
@@ -332,7 +333,7 @@ def _find(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
             ax += start * ax_size
         return row, param, grad, ax, n, set_at(words, row)
 
-    return find  # type: ignore[no-any-return]
+    return find
 
 
 def _set_at(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
@@ -340,11 +341,11 @@ def _set_at(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     word, set_size = ops.word, set_words(kind.on_device)
 
     @ops.function
-    def set_at(words, row):  # type: ignore[no-untyped-def]
+    def set_at(words, row):
         number = word(words, row + PLACE_AT) >> (FIRST_BITS + TAIL_BITS)
         return word(words, SETS_AT) - number * set_size
 
-    return set_at  # type: ignore[no-any-return]
+    return set_at
 
 
 def _walk(
@@ -361,13 +362,13 @@ def _walk(
     size, ax_size = SIZES[kind.param], SIZES[kind.average]
     lanes = ACCESS // size
     stride = THREADS * lanes
-    # Two accesses at once keep more of the memory busy; eight doubles fill the registers by themselves.
+    # Two accesses at once keep more of the memory busy; eight doubles fill the registers alone.
     parts = 2 if lanes * ax_size <= 2 * ACCESS else 1
     many, once, singly = unit(lanes, parts), unit(lanes, 1), unit(1, 1)
     ahead = (parts - 1) * stride
 
     @ops.function
-    def walk(param, grad, ax, n, thread, phase, scalars):  # type: ignore[no-untyped-def]
+    def walk(param, grad, ax, n, thread, phase, scalars):
         head = min((-param & (ACCESS - 1)) // size, n)
         ends = (param + head * size) | (grad + head * size)
         if ax != 0:
@@ -397,7 +398,7 @@ def _walk(
             singly(param, grad, ax, i if i < head else i - head + stop, phase, scalars)
             i += THREADS
 
-    return walk  # type: ignore[no-any-return]
+    return walk
 
 
 def _scalars_of_set(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
@@ -407,7 +408,7 @@ def _scalars_of_set(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     mean = ops.real["float64" if kind.average == "float64" else "float32"]
 
     @ops.function
-    def scalars_of(words, row, at, ax):  # type: ignore[no-untyped-def]
+    def scalars_of(words, row, at, ax):
         how = word(words, at + HOW_AT)
         return how & PHASES, (
             real(word(words, at + NEG_ETA_AT)),
@@ -418,7 +419,7 @@ def _scalars_of_set(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
             mean(word(words, at + MU_AT)),
         )
 
-    return scalars_of  # type: ignore[no-any-return]
+    return scalars_of
 
 
 def _scalars_on_device(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
@@ -429,7 +430,7 @@ def _scalars_on_device(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     stored, plan_of, is_skipped, eta_after = _stored(ops), _plan(ops), _is_skipped(ops), _eta(ops)
 
     @ops.function
-    def scalars_of(words, row, at, ax):  # type: ignore[no-untyped-def]
+    def scalars_of(words, row, at, ax):
         step, eta, mu = stored(words, row, at)
         lr, lambd, alpha, t0, _, is_current = plan_of(words, at)
         if is_current:
@@ -456,7 +457,7 @@ def _scalars_on_device(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
             mean(mu),
         )
 
-    return scalars_of  # type: ignore[no-any-return]
+    return scalars_of
 
 
 def _advance(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
@@ -467,14 +468,15 @@ def _advance(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     stored, plan_of, is_skipped, eta_after = _stored(ops), _plan(ops), _is_skipped(ops), _eta(ops)
 
     @ops.function
-    def mu_after(step, every):  # type: ignore[no-untyped-def]
+    def mu_after(step, every):
         if every == 1.0 or step <= 1.0:
             return 1.0 / max(1.0, step)
-        step = math.floor(step - 1.0)
-        return 1.0 / (step / every + 1.0) if math.fmod(step, every) == 0.0 else 0.0
+        after_first = types.float64(math.floor(step - 1.0))
+        n = types.float64(math.floor(after_first / every))
+        return 1.0 / (n + 1.0) if n * every == after_first else 0.0
 
     @ops.function
-    def finish(words, thread):  # type: ignore[no-untyped-def]
+    def finish(words, thread):
         i = thread
         n_rows = word(words, N_ROWS_AT)
         if is_skipped(words):
@@ -500,7 +502,7 @@ def _advance(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
                 write_float(address + 8, types.float32(mu_after(step - t0, every)))
             i += THREADS
 
-    return finish  # type: ignore[no-any-return]
+    return finish
 
 
 def _stored(ops: SimpleNamespace) -> Callable[..., Any]:
@@ -508,7 +510,7 @@ def _stored(ops: SimpleNamespace) -> Callable[..., Any]:
     word, read_float, read_double = ops.word, ops.read_real["float32"], ops.read_real["float64"]
 
     @ops.function
-    def stored(words, row, at):  # type: ignore[no-untyped-def]
+    def stored(words, row, at):
         address = word(words, row + SCALARS_AT)
         if word(words, at + FLAGS_AT) & SCALARS_ARE_DOUBLE:
             return read_double(address), read_double(address + 8), read_double(address + 16)
@@ -518,7 +520,7 @@ def _stored(ops: SimpleNamespace) -> Callable[..., Any]:
             types.float64(read_float(address + 8)),
         )
 
-    return stored  # type: ignore[no-any-return]
+    return stored
 
 
 def _plan(ops: SimpleNamespace) -> Callable[..., Any]:
@@ -527,7 +529,7 @@ def _plan(ops: SimpleNamespace) -> Callable[..., Any]:
     read_float, read_double = ops.read_real["float32"], ops.read_real["float64"]
 
     @ops.function
-    def plan_of(words, at):  # type: ignore[no-untyped-def]
+    def plan_of(words, at):
         flags = word(words, at + FLAGS_AT)
         lr = double(word(words, at + LR_AT))
         if flags & LR_IS_FLOAT:
@@ -538,7 +540,7 @@ def _plan(ops: SimpleNamespace) -> Callable[..., Any]:
         t0, every = double(word(words, at + T0_AT)), double(word(words, at + EVERY_AT))
         return lr, lambd, alpha, t0, every, (flags & IS_CURRENT) != 0
 
-    return plan_of  # type: ignore[no-any-return]
+    return plan_of
 
 
 def _is_skipped(ops: SimpleNamespace) -> Callable[..., Any]:
@@ -546,22 +548,22 @@ def _is_skipped(ops: SimpleNamespace) -> Callable[..., Any]:
     word, read_float = ops.word, ops.read_real["float32"]
 
     @ops.function
-    def is_skipped(words):  # type: ignore[no-untyped-def]
+    def is_skipped(words):
         address = word(words, FOUND_INF_AT)
         if address == 0:
             return False
         return read_float(address) != 0.0
 
-    return is_skipped  # type: ignore[no-any-return]
+    return is_skipped
 
 
 def _eta(ops: SimpleNamespace) -> Callable[..., Any]:
     """Make what computes eta after so many steps."""
 
     @ops.function
-    def eta_after(step, lr, lambd, alpha, is_current):  # type: ignore[no-untyped-def]
+    def eta_after(step, lr, lambd, alpha, is_current):
         if is_current and step <= 0.0:
             return lr
         return lr / (1.0 + lambd * lr * step) ** alpha
 
-    return eta_after  # type: ignore[no-any-return]
+    return eta_after

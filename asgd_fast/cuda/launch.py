@@ -1,7 +1,7 @@
-"""Launches on CUDA devices: the rows of a table become calls of the driver, one for each kind of row.
+"""Launches on CUDA devices: the rows of a table become calls of the driver, one for each kind.
 
-This module knows tables, words and streams; it does not know what kernels do, nor how they are made.
-The driver is called directly: a launch by Numba takes 18 us.
+This module knows tables, words and streams; it does not know what kernels do, nor how they are
+made. The driver is called directly: a launch by Numba takes 18 us.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Launches", "prepared"]
 
-# For how many words the kernels' parameters have room: enough for 120, 380 or 1,000 rows. The second
-# is a compromise, since the driver copies all of them at each launch; the last is as many as CUDA
-# allows since 12.1, and the first as many as before.
+# For how many words the kernels' parameters have room: enough for 124, 380 or 1,020 rows. The
+# driver copies all of them at each launch, hence the second; the last is as many as CUDA allows
+# since 12.1, the first as many as before.
 SIZES = (512, 1536, 4095)
 LARGE_SINCE = 12010
 
@@ -100,9 +100,7 @@ class Launches:
         grid = (n_blocks, 1, 1, THREADS, 1, 1, 0)
         self.calls += (
             partial(call.cuCtxPushCurrent, device.context),
-            partial(
-                call.cuLaunchKernel, device.function(kind), *grid, stream, words.parameters, 0
-            ),
+            partial(call.cuLaunchKernel, device.function(kind), *grid, stream, words.parameters, 0),
             call.cuCtxPopCurrent,
         )
         self._words.append(words)
@@ -168,11 +166,11 @@ def prepared(table: Table, job: int) -> Launches:
             start = 0
             while start < len(table):
                 words = _spare_words.pop() if _spare_words else Words()
-                room = words.words if device.driver_version >= LARGE_SINCE else words.words[: SIZES[0]]
-                n_blocks = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
-                start, n_blocks, n_words = pack(
-                    table, key, start, room, part, n_blocks, *addresses
+                room = (
+                    words.words if device.driver_version >= LARGE_SINCE else words.words[: SIZES[0]]
                 )
+                n_blocks = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
+                start, n_blocks, n_words = pack(table, key, start, room, part, n_blocks, *addresses)
                 if n_blocks == 0:
                     _spare_words.append(words)
                     continue

@@ -1,0 +1,251 @@
+"""Times of steps on a CUDA device, beside torch's: ``python asv_benchmarks/gpu.py [--save docs]``.
+
+First the tests that need a GPU are run, unless told otherwise. Then each case is timed: its
+contenders in turn, steps between two events of the device, after a warm-up; the host's time is
+that of a call which does not wait. With --save, gpu.json and gpu.md there have the figures, with
+the card and all versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import warnings
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from asgd_fast import ASGD
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+REPOSITORY = Path(__file__).parent.parent
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SIZES = (10**6, 10**7, 10**8, 10**9)
+
+# How often the memory of a number is passed over: read param, grad and average; write both.
+PASSES = {"average": 5, "copy": 4, "lazy": 3}
+
+# The shapes of a ResNet-50 have 161 tensors of 25.6 million numbers in all.
+SETS = {
+    "161 tensors, 25.6 M": [158_745] * 161,
+    "300 of 1e4": [10_000] * 300,
+    "1,000 of 1e4": [10_000] * 1000,
+}
+
+ROUNDS = 20
+CALLS = 5
+
+# No case has been seen to need more of the memory than this share.
+MEMORY = 0.8
+
+
+class Case(NamedTuple):
+    """What is timed.
+
+    Attributes
+    ----------
+    name : str
+    dtype : torch.dtype
+    phase : {"average", "copy", "lazy"}
+    sizes : list of int
+        Of the tensors.
+    """
+
+    name: str
+    dtype: torch.dtype
+    phase: str
+    sizes: list[int]
+
+    @property
+    def moved(self) -> int:
+        """The bytes that our step moves."""
+        return PASSES[self.phase] * self.dtype.itemsize * sum(self.sizes)
+
+
+class Times(NamedTuple):
+    """The times of a contender, medians of the rounds: ms for the device, us for the host."""
+
+    device: float
+    host: float
+
+
+def cases() -> Iterator[Case]:
+    """Yield what is timed: large tensors in each dtype and phase, and sets of small ones."""
+    for dtype in DTYPES:
+        for n in SIZES:
+            for phase in PASSES:
+                yield Case(f"{n:.0e} {_name(dtype)}", dtype, phase, [n])
+    for name, sizes in SETS.items():
+        for phase in PASSES:
+            yield Case(f"{name} float32", torch.float32, phase, sizes)
+
+
+def contenders(case: Case) -> dict[str, Callable[[], object]]:
+    """Return the steps of a case, over the same params and gradients."""
+    params = [torch.randn(n, device="cuda").to(case.dtype) for n in case.sizes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    t0 = -1.0 if case.phase == "average" else 1e6
+    options: dict[str, Any] = {"lr": 1e-4, "t0": t0}
+    ours = ASGD(params, lazy_average=case.phase == "lazy", **options)
+    theirs = torch.optim.ASGD(params, **options)
+    found: dict[str, Callable[[], object]] = {
+        "asgd_fast": ours.step,
+        "torch.optim.ASGD": theirs.step,
+    }
+    if case.dtype == torch.float32:
+        captured = ASGD(params, capturable=True, **options)
+        found["asgd_fast, capturable"] = captured.step
+        compiled = torch.optim.ASGD(params, capturable=True, **options)
+        found["torch.optim.ASGD, compiled"] = torch.compile(compiled.step, fullgraph=False)
+        found["asgd_fast in a graph"] = _replay(captured)
+    found["torch.optim.SGD(fused)"] = torch.optim.SGD(params, lr=1e-4, fused=True).step
+    # Reads and writes half of what the step moves, each.
+    n = case.moved // 2
+    source, target = (torch.empty(n, dtype=torch.uint8, device="cuda") for _ in range(2))
+    found["copy of as many bytes"] = partial(target.copy_, source)
+    return found
+
+
+def _replay(optimizer: ASGD) -> Callable[[], object]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph.replay
+
+
+def measured(case: Case) -> dict[str, Times]:
+    """Time the contenders of a case in turn."""
+    steps = contenders(case)
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    device: dict[str, list[float]] = {name: [] for name in steps}
+    host: dict[str, list[float]] = {name: [] for name in steps}
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(ROUNDS):
+            for name, step in steps.items():
+                step()
+                torch.cuda.synchronize()
+                begin.record()
+                for _ in range(CALLS):
+                    step()
+                end.record()
+                torch.cuda.synchronize()
+                device[name].append(begin.elapsed_time(end) / CALLS)
+                start = perf_counter()
+                step()
+                host[name].append((perf_counter() - start) * 1e6)
+                torch.cuda.synchronize()
+    finally:
+        gc.enable()
+    return {name: Times(median(device[name]), median(host[name])) for name in steps}
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return the figures as the tables of a page."""
+    lines = [f"- {name}: {value}" for name, value in results["machine"].items()]
+    lines += [
+        "",
+        "| case | | device, ms | TB/s | of a copy's | times ours | host, us |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in results["cases"]:
+        ours, copy = (
+            case["times"][name]["device"] for name in ("asgd_fast", "copy of as many bytes")
+        )
+        label = f"{case['name']}, {case['phase']}"
+        for name, times in case["times"].items():
+            ms = times["device"]
+            figures = (
+                f"{ms:.4f} | {case['moved'] / ms / 1e9:.2f} | {copy / ms:.2f} | {ms / ours:.2f}"
+            )
+            lines.append(f"| {label} | {name} | {figures} | {times['host']:.1f} |")
+            label = ""
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> dict[str, str]:
+    """Return what the figures are of."""
+    properties = torch.cuda.get_device_properties(0)
+    packages = ("asgd_fast", "torch", "numba", "numba-cuda", "cuda-bindings")
+    return {
+        "card": f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+        f"{properties.total_memory >> 30} GiB",
+        "driver": str(_driver_version()),
+        "CUDA of torch": str(torch.version.cuda),
+        **{package: version(package) for package in packages},
+        "command": "python asv_benchmarks/gpu.py",
+    }
+
+
+def _driver_version() -> int:
+    from cuda.bindings import driver
+
+    _, number = driver.cuDriverGetVersion()
+    return int(number)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def main() -> int:
+    """Check, measure, and print or save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--save", type=Path, help="a folder for gpu.json and gpu.md")
+    parser.add_argument("--no-tests", action="store_true", help="measure only")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("There is no CUDA device here.", file=sys.stderr)
+        return 1
+    if not arguments.no_tests:
+        import pytest
+
+        if pytest.main(["-q", "-m", "gpu", str(REPOSITORY / "tests")]) != 0:
+            return 1
+    warnings.filterwarnings(
+        "ignore", message=".*capturable.*"
+    )  # that steps are made outside of graphs
+    results: dict[str, Any] = {"machine": machine(), "cases": []}
+    memory = MEMORY * torch.cuda.get_device_properties(0).total_memory
+    for case in cases():
+        # Params, gradients, averages of four optimizers, what torch allocates, and the copy.
+        if 16 * case.dtype.itemsize * sum(case.sizes) > memory:
+            print(f"{case.name}, {case.phase}: more than the memory", file=sys.stderr)
+            continue
+        times = {name: each._asdict() for name, each in measured(case).items()}
+        results["cases"].append(
+            {"name": case.name, "phase": case.phase, "moved": case.moved, "times": times}
+        )
+        torch.cuda.empty_cache()
+        print(f"{case.name}, {case.phase}", file=sys.stderr)
+    text = report(results)
+    print(text)
+    if arguments.save is not None:
+        (arguments.save / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+        (arguments.save / "gpu.md").write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

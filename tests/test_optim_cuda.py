@@ -1,0 +1,504 @@
+"""The torch optimizer over params on CUDA devices, whose memory here is the host's: see fake_cuda.
+
+torch.optim.ASGD(foreach=False) on the CPU is the oracle, whose bits the device's must be.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from types import SimpleNamespace
+
+import fake_cuda
+import pytest
+import torch
+from twins import NAMES, bits, twin
+
+from asgd_fast import ASGD
+from asgd_fast.cuda import device as device_module
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with fake_cuda.installed(monkeypatch) as driver:
+        yield driver
+
+
+class Twins:
+    """Our optimizer over params on a device, and torch's over the same on the CPU."""
+
+    def __init__(self, params, devices=("cuda",), groups=None, **options):
+        self.theirs_params = [twin(p) for p in params]
+        self.params = [_on(p, devices[i % len(devices)]) for i, p in enumerate(params)]
+        pick = groups or (lambda own: own)
+        self.ours = ASGD(pick(self.params), **options)
+        own = ("lazy_average", "average_dtype", "capturable")
+        options = {name: value for name, value in options.items() if name not in own}
+        self.theirs = torch.optim.ASGD(pick(self.theirs_params), foreach=False, **options)
+
+    def step(self, skip=()):
+        for i, (ours, theirs) in enumerate(zip(self.params, self.theirs_params, strict=True)):
+            theirs.grad = None if i in skip else torch.randn_like(theirs)
+            ours.grad = None if i in skip else _on(theirs.grad, ours.device)
+        before = fake_cuda.waits()
+        self.ours.step()
+        self.waits = fake_cuda.waits() - before
+        self.theirs.step()
+
+    def run(self, steps, skip=lambda _: ()):
+        for k in range(steps):
+            self.step(skip(k))
+            self.check()
+
+    def check(self):
+        for ours, theirs in zip(self.params, self.theirs_params, strict=True):
+            _same(ours, theirs)
+            assert (ours in self.ours.state) == (theirs in self.theirs.state)
+            if theirs in self.theirs.state:
+                for name in NAMES:
+                    _same(self.ours.state[ours][name], self.theirs.state[theirs][name])
+
+
+def _on(tensor, device):
+    """A copy in the same layout."""
+    data = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+    data.copy_(tensor.detach())
+    return torch.nn.Parameter(data) if isinstance(tensor, torch.nn.Parameter) else data
+
+
+def _same(ours, theirs):
+    assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+    assert torch.equal(bits(ours.detach().cpu()), bits(theirs.detach()))
+
+
+def _params(*shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.nn.Parameter(torch.randn(shape, dtype=dtype, generator=generator)) for shape in shapes
+    ]
+
+
+OPTIONS = {
+    "usual": {"t0": 3},
+    "copy": {},
+    "all": {"t0": 2, "weight_decay": 0.1, "maximize": True, "lambd": 0.1, "alpha": 0.5},
+}
+SCALARS = {"host": {}, "device": {"capturable": True}}
+
+
+@pytest.mark.parametrize("where", SCALARS.values(), ids=SCALARS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_a_run_has_torchs_bits(gpu, dtype, options, where):
+    params = _params((5, 3), (1000,), (), (2, 3, 4, 4), (0, 3), dtype=dtype)
+    params[3].data = params[3].data.to(memory_format=torch.channels_last)
+    params[0].data = params[0].data.t()
+    twins = Twins(params, lr=0.1, **options, **where)
+    twins.run(12, skip=lambda k: {k % 5} if k > 2 else ())
+    assert {launch.kind.on_device for launch in gpu.launches} == {bool(where)}
+    assert twins.waits == 0
+
+
+def test_many_params_make_one_launch(gpu):
+    twins = Twins(_params(*[(i % 7 + 1,) for i in range(300)]), t0=1)
+    twins.run(4)
+    assert [int(launch.words[0]) for launch in gpu.launches] == [300] * 4
+
+
+def test_several_groups_and_a_scheduler(gpu):
+    def groups(params):
+        return [{"params": params[:2], "lr": 0.3}, {"params": params[2:], "weight_decay": 0.1}]
+
+    twins = Twins(_params((3,), (4,), (5,)), groups=groups, t0=2, lr=0.1)
+    schedulers = [
+        torch.optim.lr_scheduler.ExponentialLR(x, 0.7) for x in (twins.ours, twins.theirs)
+    ]
+    for _ in range(8):
+        twins.run(1)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert len(gpu.launches) == 8
+
+
+def test_params_on_all_devices(gpu):
+    twins = Twins(_params(*[(100,)] * 6), devices=("cuda:1", "cpu", "cuda:0"), t0=2)
+    twins.run(6)
+    assert sorted({launch.device for launch in gpu.launches}) == [0, 1]
+    assert len(gpu.launches) == 12
+
+
+def test_half_types_are_rounded_once(gpu):
+    for dtype in (torch.float16, torch.bfloat16):
+        here = _params((1000,), dtype=dtype)
+        there = [_on(p, "cuda") for p in here]
+        optimizers = [ASGD(params, t0=1, lr=0.1) for params in (here, there)]
+        for _ in range(6):
+            here[0].grad = torch.randn_like(here[0])
+            there[0].grad = here[0].grad.cuda()
+            for optimizer in optimizers:
+                optimizer.step()
+            _same(there[0], here[0])
+            _same(optimizers[1].state[there[0]]["ax"], optimizers[0].state[here[0]]["ax"])
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
+def test_own_options_are_those_of_the_cpu(gpu, capturable):
+    """Wide averages, every second iterate, and lr that acts at once: torch has none of them."""
+    here = _params((1000,), (3, 4))
+    there = [_on(p, "cuda") for p in here]
+    own = {} if capturable else {"lr_schedule": "current", "average_every": 2}
+    options = {"t0": 2, "lr": 0.1, "average_dtype": torch.float64, "lambd": 0.1, **own}
+    one, other = ASGD(here, **options), ASGD(there, capturable=capturable, **options)
+    for k in range(10):
+        if k == 6:
+            one.start_averaging()
+            other.start_averaging()
+        for p, q in zip(here, there, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.cuda()
+        one.step()
+        other.step()
+        for p, q in zip(here, there, strict=True):
+            _same(q, p)
+            for name in NAMES:
+                assert one.state[p][name].equal(other.state[q][name].cpu())
+
+
+# The state
+
+
+def test_scalars_are_the_hosts_until_the_device_must_have_them(gpu):
+    twins = Twins(_params((5,), (6,)))
+    twins.run(2)
+    for state in twins.ours.state.values():
+        assert [state[name].device.type for name in ("step", "eta", "mu", "ax")] == ["cpu"] * 3 + [
+            "cuda"
+        ]
+    twins = Twins(_params((5,), (6,)), capturable=True)
+    twins.run(2)
+    for state in twins.ours.state.values():
+        assert {state[name].device for name in NAMES} == {torch.device("cuda", 0)}
+
+
+def test_a_lazy_average_is_its_params_memory(gpu):
+    twins = Twins(_params((50,)), t0=4)
+    (param,) = twins.params
+    for k in range(1, 9):
+        twins.run(1)
+        is_lazy = twins.ours.state[param]["ax"].data_ptr() == param.data_ptr()
+        assert is_lazy == (k < 6)  # whose iterate is the first of the average
+        row = gpu.launches[-1].words[8:]
+        assert (row[2] == 0) == is_lazy
+
+
+@pytest.mark.parametrize("options", [{"lazy_average": False}, {"capturable": True}], ids=str)
+def test_an_average_that_is_not_lazy(gpu, options):
+    twins = Twins(_params((50,)), **options)
+    twins.run(2)
+    assert twins.ours.state[twins.params[0]]["ax"].data_ptr() != twins.params[0].data_ptr()
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize(
+    "devices", [("cpu", "cuda"), ("cuda", "cpu"), ("cuda:0", "cuda:1")], ids=str
+)
+def test_a_checkpoint_goes_between_devices(gpu, devices, capturable):
+    torch.manual_seed(0)
+    options = {"t0": 2, "lr": 0.1}
+    start, goal = devices
+    twins = Twins(_params((5, 3), (7,)), devices=(start,), **options)
+    twins.run(5)
+    state = copy.deepcopy(_moved(twins.ours.state_dict(), "cpu"))
+    twins.params = [_on(p, goal) for p in twins.params]
+    twins.ours = ASGD(twins.params, **options)
+    twins.ours.load_state_dict(state)
+    twins.ours.param_groups[0]["capturable"] = capturable and goal != "cpu"
+    twins.run(5)
+    for param, entry in twins.ours.state.items():
+        assert entry["ax"].device == param.device
+        assert entry["eta"].is_cuda == (capturable and goal != "cpu")
+
+
+def _moved(state_dict, device):
+    """What torch.load(map_location=device) makes of a checkpoint."""
+    state = {
+        i: {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in entry.items()}
+        for i, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def test_a_checkpoint_goes_to_torch_on_the_device(gpu):
+    torch.manual_seed(0)
+    twins = Twins(_params((5, 3), (7,)), t0=2)
+    twins.run(5)
+    params = [_on(p.detach(), "cuda").requires_grad_() for p in twins.params]
+    theirs = torch.optim.ASGD(params, t0=2, foreach=False)
+    theirs.load_state_dict(copy.deepcopy(_moved(twins.ours.state_dict(), "cpu")))
+    theirs.param_groups[0]["foreach"] = False  # which rounds in other places
+    for _ in range(3):
+        twins.run(1)
+        for p, q in zip(params, twins.params, strict=True):
+            p.grad = q.grad.clone()
+        theirs.step()
+        for p, q in zip(params, twins.params, strict=True):
+            _same(p, q.cpu())
+
+
+def test_moving_a_model_while_it_trains(gpu):
+    twins = Twins(_params((5, 3)), devices=("cpu",), t0=6)
+    for device in ("cpu", "cuda:0", "cuda:1", "cpu"):
+        for p in twins.params:
+            p.data = p.data.to(device)
+            p.grad = None
+        state = twins.ours.state.get(twins.params[0])
+        if state and device != "cpu":
+            state["ax"] = state["ax"].to(device)
+        elif state:
+            state["ax"] = state["ax"].cpu()
+        twins.run(3)
+
+
+def test_capturable_may_be_switched_on_and_off(gpu):
+    twins = Twins(_params((5, 3)), t0=2)
+    for capturable in (False, True, False):
+        twins.ours.param_groups[0]["capturable"] = capturable
+        twins.run(3)
+        assert gpu.launches[-1].kind.on_device == capturable
+
+
+def test_averaged_parameters(gpu):
+    for options in ({}, {"capturable": True}, {"average_dtype": torch.float64}):
+        twins = Twins(_params((5, 3), (1000,)), t0=1, **options)
+        for _ in range(5):
+            twins.step()
+        averages = [twins.ours.state[p]["ax"].to(p.dtype) for p in twins.params]
+        averages = [ax.clone() for ax in averages]
+        before = [p.detach().clone() for p in twins.params]
+        with twins.ours.averaged_parameters():
+            for p, ax in zip(twins.params, averages, strict=True):
+                assert torch.equal(p, ax)
+                assert not torch.equal(p, before[0]) if p.shape == before[0].shape else True
+        for p, q in zip(twins.params, before, strict=True):
+            assert torch.equal(p, q)
+        targets = [torch.zeros_like(p) for p in twins.params]
+        twins.ours.copy_averages_to(targets)
+        assert all(torch.equal(x, y) for x, y in zip(targets, averages, strict=True))
+        twins.step()
+
+
+def test_an_interrupted_exchange_is_undone(gpu):
+    twins = Twins(_params((5, 3), (1000,)), t0=1)
+    for _ in range(5):
+        twins.step()
+    before = [p.detach().clone() for p in twins.params]
+    with pytest.raises(KeyboardInterrupt), twins.ours.averaged_parameters():
+        raise KeyboardInterrupt
+    assert all(torch.equal(p, q) for p, q in zip(twins.params, before, strict=True))
+    gpu.fails = True
+    with pytest.raises(RuntimeError, match="CUDA: "), twins.ours.averaged_parameters():
+        pass
+    gpu.fails = False
+
+
+# Scalars on the device
+
+
+def test_a_learning_rate_on_the_device(gpu):
+    lr = torch.tensor(0.1, dtype=torch.float64, device="cuda")
+    twins = Twins(_params((5, 3)), t0=2, capturable=True, lr=0.1)
+    twins.ours.param_groups[0]["lr"] = lr
+    for k in range(8):
+        twins.run(1)
+        assert twins.waits == (k == 0)  # to make the state
+        lr.fill_(0.1 / (k + 1))
+        twins.theirs.param_groups[0]["lr"] = 0.1 / (k + 1)
+
+
+def test_double_scalars(gpu, double_scalars):
+    twins = Twins(_params((5, 3), dtype=torch.float64), t0=2, capturable=True, lambd=0.3)
+    twins.run(8)
+    assert twins.ours.state[twins.params[0]]["eta"].dtype == torch.float64
+
+
+class Scaler:
+    """What a GradScaler does to an optimizer that takes the unscaling over."""
+
+    def __init__(self, scale):
+        self.scale = torch.tensor([scale], device="cuda")
+
+    def step(self, optimizer, is_infinite):
+        optimizer.grad_scale = self.scale
+        optimizer.found_inf = torch.tensor([float(is_infinite)], device="cuda")
+        before = fake_cuda.waits()
+        optimizer.step()
+        self.waits = fake_cuda.waits() - before
+        del optimizer.grad_scale, optimizer.found_inf
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"lazy_average": False}], ids=str)
+def test_a_scaler_skips_steps_without_a_wait(gpu, options):
+    scaler, n_waits = Scaler(1024.0), 0
+    twins = Twins(_params((5, 3), (1000,)), t0=3, lr=0.1, **options)
+    for k in range(14):
+        for ours, theirs in zip(twins.params, twins.theirs_params, strict=True):
+            theirs.grad = torch.randn_like(theirs)
+            ours.grad = theirs.grad.cuda() * 1024
+            if k in (0, 4, 5):
+                ours.grad[0] = float("inf")
+        scaler.step(twins.ours, k in (0, 4, 5))
+        if k in (0, 4, 5):
+            for theirs in twins.theirs_params:
+                theirs.grad = None
+        twins.theirs.step()
+        for ours, theirs in zip(twins.params, twins.theirs_params, strict=True):
+            _same(ours, theirs)
+            if theirs in twins.theirs.state:
+                for name in NAMES:
+                    _same(twins.ours.state[ours][name], twins.theirs.state[theirs][name])
+        n_waits += scaler.waits
+    # To give lazy averages memory the state is read once, in time.
+    assert n_waits == (0 if options else 1)
+    assert all(launch.kind.on_device for launch in gpu.launches)
+    twins.run(2)  # a step without the scaler
+
+
+def test_an_average_stays_lazy_under_a_scaler(gpu):
+    scaler = Scaler(2.0)
+    twins = Twins(_params((50,)), t0=4)
+    (param,) = twins.params
+    for k in range(1, 9):
+        param.grad = torch.randn_like(param)
+        scaler.step(twins.ours, k == 2)
+        is_lazy = twins.ours.state[param]["ax"].data_ptr() == param.data_ptr()
+        assert is_lazy == (k < 6)  # at the latest
+
+
+def test_a_scaler_and_a_param_on_the_cpu(gpu):
+    scaler = Scaler(4.0)
+    twins = Twins(_params((5,), (6,)), devices=("cuda", "cpu"), t0=1)
+    for k in range(6):
+        for ours, theirs in zip(twins.params, twins.theirs_params, strict=True):
+            theirs.grad = None if k == 3 else torch.randn_like(theirs)
+            ours.grad = (torch.ones_like(theirs) if k == 3 else theirs.grad * 4).to(ours.device)
+        scaler.step(twins.ours, k == 3)
+        twins.theirs.step()
+        twins.check()
+
+
+# What is refused
+
+
+def test_a_capture_needs_capturable(gpu):
+    twins = Twins(_params((5,)))
+    twins.run(2)
+    gpu.captured.add(1)
+    twins.params[0].grad = torch.ones(5, device="cuda")
+    before, n = twins.params[0].detach().clone(), len(gpu.launches)
+    version = twins.params[0]._version
+    with pytest.raises(RuntimeError, match=r"captured into a CUDA graph.*capturable=True$"):
+        twins.ours.step()
+    assert torch.equal(before, twins.params[0])
+    assert (len(gpu.launches), twins.params[0]._version) == (n, version)
+    gpu.captured.clear()
+    twins.run(2)
+
+
+def test_a_capturable_step_is_captured(gpu):
+    twins = Twins(_params((5,)), capturable=True, t0=1)
+    twins.run(2)
+    gpu.captured.add(1)
+    twins.run(2)
+
+
+def test_the_first_step_cannot_be_captured(gpu):
+    gpu.captured.add(1)
+    twins = Twins(_params((5,)), capturable=True)
+    with pytest.raises(RuntimeError, match="make a step before the capture"):
+        twins.step()
+    assert twins.ours.state == {}
+
+
+def _missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    return ImportError, r"need the packages of the cuda extra; pip install 'asgd_fast\[cuda\]'$"
+
+
+def _no_driver(monkeypatch):
+    def init(flags):
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    _bindings(monkeypatch, init)
+    return RuntimeError, "the CUDA driver was not found: Failed to dlopen libcuda.so.1$"
+
+
+def _broken_driver(monkeypatch):
+    status = SimpleNamespace(name="CUDA_ERROR_NO_DEVICE")
+    _bindings(monkeypatch, lambda flags: (status,))
+    return RuntimeError, "the CUDA driver does not work: cuInit returned CUDA_ERROR_NO_DEVICE$"
+
+
+def _bindings(monkeypatch, init):
+    functions = SimpleNamespace(cuInit=init, CUresult=SimpleNamespace(CUDA_SUCCESS=None))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=functions))
+
+
+@pytest.mark.parametrize("fault", [_missing, _no_driver, _broken_driver])
+def test_what_is_not_installed_is_named(gpu, monkeypatch, fault):
+    twins = Twins(_params((5,)))
+    monkeypatch.setattr(device_module, "driver", REAL_DRIVER)
+    error, message = fault(monkeypatch)
+    before = twins.params[0].detach().clone()
+    twins.params[0].grad = torch.ones(5, device="cuda")
+    with pytest.raises(error, match=message):
+        twins.ours.step()
+    assert torch.equal(before, twins.params[0])
+
+
+REAL_DRIVER = device_module.driver
+
+
+def test_params_that_share_memory_go_to_torch(gpu):
+    memory = torch.randn(9, device="cuda")
+    params = [torch.nn.Parameter(memory[:5]), torch.nn.Parameter(memory[4:])]
+    optimizer = ASGD(params, t0=1)
+    copies = torch.nn.Parameter(memory.cpu()[:5].clone())
+    assert params[0].data_ptr() == memory.data_ptr()
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert gpu.launches == []
+    assert not torch.equal(params[0].cpu(), copies)
+
+
+def test_gradients_of_another_layout_are_converted(gpu):
+    twins = Twins(_params((4, 6)), t0=1)
+    for _ in range(4):
+        theirs = twins.theirs_params[0]
+        theirs.grad = torch.randn(6, 4).t()
+        twins.params[0].grad = _on(theirs.grad, "cuda")
+        twins.ours.step()
+        twins.theirs.step()
+        twins.check()
+    assert len(gpu.launches) == 4
+
+
+def test_autograd_is_told(gpu):
+    twins = Twins(_params((5,)), t0=1)
+    twins.run(3)
+    before = twins.params[0]._version
+    twins.run(1)
+    assert twins.params[0]._version == before + 1
+
+
+def test_another_kind_of_gpu_goes_to_torch(gpu, monkeypatch):
+    """Of AMD's devices, which torch calls cuda too, no engine knows."""
+    from asgd_fast import _state
+
+    monkeypatch.setattr(_state, "_DEVICES", ("cpu",))
+    twins = Twins(_params((5, 3)), t0=2)
+    twins.ours.param_groups[0]["foreach"] = False
+    twins.run(5)
+    assert gpu.launches == []
+    assert re.match("cuda", str(twins.ours.state[twins.params[0]]["eta"].device))
