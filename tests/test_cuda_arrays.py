@@ -6,6 +6,8 @@ kernels' own body, which must give the bits of the CPU's engine.
 
 from __future__ import annotations
 
+import sys
+
 import fake_gpu
 import numpy as np
 import pytest
@@ -335,7 +337,7 @@ def test_cupys_current_stream_is_asked(gpu, monkeypatch):
         cuda = Cuda
 
     ndarray = type("ndarray", (WithoutExchangeAPI,), {"__module__": "cupy._core.core"})
-    monkeypatch.setitem(fake_gpu.sys.modules, "cupy", Library)
+    monkeypatch.setitem(sys.modules, "cupy", Library)
     arrays = [ndarray(np.ones(3), device_type=fake_gpu.exporters.CUDA) for _ in range(2)]
     asgd_(*arrays, eta=0.1)
     assert gpu.launches[0].stream == 0x99
