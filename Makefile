@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard asgd_fast/*.p* asgd_fast/*.h)
 
-.PHONY: demo test lint dist coverage bench clean
+.PHONY: demo test cuda lint dist coverage bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py $(DEMO)
@@ -13,6 +13,8 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest $(TEST)
+
+cuda: $(VENV)/cuda
 
 lint: $(VENV)/test $(VENV)/dev
 	$(BIN)/ruff check .
@@ -56,6 +58,11 @@ $(VENV)/demo: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/test: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# With the compiler for GPUs, by which the tests compile all kernels; no GPU is needed.
+$(VENV)/cuda: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --editable '.[test,cuda]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml

@@ -36,6 +36,7 @@ def _run(*command, **environment):
     return result.stdout
 
 
+@pytest.mark.heavy
 def test_the_simulated_kernels_have_the_bits_of_the_cpu():
     assert _run(str(HERE / "simulator.py"), NUMBA_ENABLE_CUDASIM="1") == "36 launches simulated\n"
 
@@ -71,6 +72,7 @@ def _name(x):
     return "-".join(map(str, x))
 
 
+@pytest.mark.heavy
 @needs_compiler
 @pytest.mark.parametrize(("kind", "compute_capability"), COMPILED, ids=_name)
 def test_a_compiled_kernel_is_what_it_should_be(kind, compute_capability):
