@@ -63,7 +63,9 @@ def test_dense_layouts_are_updated_in_place(make, dtype, by_torch):
     assert by_torch == []
 
 
-@pytest.mark.parametrize("make", [*DENSE.values(), *SPARSELY_LAID.values()], ids=str)
+@pytest.mark.parametrize(
+    "make", [*DENSE.values(), *SPARSELY_LAID.values()], ids=[*DENSE, *SPARSELY_LAID]
+)
 def test_gradients_in_another_layout(make, by_torch):
     param = nn.Parameter(make())
     twins = Twins([param], **OPTIONS)
