@@ -125,8 +125,12 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::optional<c10::Device> device;
   const auto n = op.schema().arguments().size();
   const auto begin = stack->size() - n;
+  bool mixes = false;
   auto convert = [&](const at::Tensor& tensor) {
-    if (tensor.defined() && tensor.is_cuda() && !device) device = tensor.device();
+    if (!tensor.defined()) return tensor;
+    mixes |= tensor.is_cpu() && tensor.dim() > 0;
+    mixes |= tensor.is_cuda() && device && *device != tensor.device();
+    if (tensor.is_cuda() && !device) device = tensor.device();
     return host_of(tensor, pairs);
   };
   for (size_t i = begin; i < stack->size(); ++i) {
@@ -149,6 +153,7 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       }
     }
   }
+  TORCH_CHECK(!mixes, "Expected all tensors to be on the same device: ", op.schema());
   const c10::Device there = device.value_or(c10::Device(CUDA, current));
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   give_back(pairs);
