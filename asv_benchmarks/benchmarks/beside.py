@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # In each of them, every contender runs for 5 ms.
-ROUNDS = 15
+ROUNDS = 11
 
 
 def _share(own: Callable[[], object], other: Callable[[], object]) -> float:
