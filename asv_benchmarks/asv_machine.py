@@ -25,6 +25,8 @@ def remember(name: str) -> None:
         MachineCollection.save(name, {**Machine.get_defaults(), "machine": name})
 
 
-remember(Machine.get_unique_machine_name())
-if "ASGD_FAST_MACHINE" in os.environ:
-    remember(os.environ["ASGD_FAST_MACHINE"])
+def setup() -> None:
+    """Note this machine; asv calls it when it loads the plugin."""
+    remember(Machine.get_unique_machine_name())
+    if "ASGD_FAST_MACHINE" in os.environ:
+        remember(os.environ["ASGD_FAST_MACHINE"])

@@ -23,9 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import asv_machine  # noqa: F401  # notes what this machine is, so that asv need not ask
-from asv.util import load_json
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -76,6 +73,9 @@ def main() -> int:
     parser.add_argument("head", nargs="?", default="HEAD")
     arguments = parser.parse_args()
     base, head = (_git("rev-parse", f"{x}^{{commit}}") for x in (arguments.base, arguments.head))
+    import asv_machine
+
+    asv_machine.setup()
     if _git("status", "--porcelain", "--untracked-files=no", "asgd_fast", "setup.py"):
         print("Changes that are not committed are not measured.")
     statuses = {stage.name: check(stage, base, head) for stage in STAGES}
@@ -168,12 +168,29 @@ def figures(results: Path, base: str, head: str) -> dict[str, tuple[float, float
     return {x: (found[base].get(x, nan), found[head].get(x, nan)) for x in names}
 
 
+def configuration(path: Path) -> dict[str, Any]:
+    """Return a configuration of asv: JSON with whole lines of comment.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    dict
+    """
+    found: dict[str, Any] = json.loads(
+        re.sub(r"^ *//.*$", "", path.read_text(), flags=re.MULTILINE)
+    )
+    return found
+
+
 def _asv(stage: Stage, benchmarks: Sequence[str], base: str, head: str) -> tuple[int, str]:
     """Run ``asv continuous``, with results of its own, and return its exit status and output."""
-    config: dict[str, Any] = load_json(str(ROOT / "asv.conf.json"), js_comments=True)
+    config = configuration(ROOT / "asv.conf.json")
     for name in ("repo", "benchmark_dir", "env_dir"):
         config[name] = str(ROOT / config[name])
-    config.update(results_dir=str(FOLDER / "results"), html_dir=str(FOLDER / "html"), plugins=[])
+    config.update(results_dir=str(FOLDER / "results"), plugins=[])
     FOLDER.mkdir(parents=True)
     path = FOLDER / "asv.conf.json"
     path.write_text(json.dumps(config))

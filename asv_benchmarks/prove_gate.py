@@ -1,10 +1,10 @@
-"""Show that the gate sees a loop that is 20 % slower, keeps quiet about one that is not, and says
-when it could measure nothing.
+"""Show that the gate sees a loop that is 20 % slower, and is quiet about one that is not.
 
     python asv_benchmarks/prove_gate.py [--runs 5]
 
 In a clone, with three commits on top of HEAD: one that changes nothing, one that updates a fifth of
-the elements twice, and one that does not build. Takes about 20 minutes.
+the elements twice, and one that does not build, of which nothing can be measured. Takes about 20
+minutes.
 """
 
 from __future__ import annotations
