@@ -21,8 +21,17 @@ if TYPE_CHECKING:
 ROUNDS = 11
 
 
-def _share(own: Callable[[], object], other: Callable[[], object]) -> float:
-    """Return how many times as long as another call ours takes, the median over the rounds."""
+def share(own: Callable[[], object], other: Callable[[], object]) -> float:
+    """Return how many times as long as another call ours takes, the median over the rounds.
+
+    Parameters
+    ----------
+    own, other : callable
+
+    Returns
+    -------
+    float
+    """
     from measure import in_turn, ratio
 
     return rounded(ratio(in_turn({"own": own, "other": other}, ROUNDS), "own", "other"))
@@ -33,7 +42,7 @@ def _share_of_torchs(params: list[Tensor], phase: str) -> float:
     others = torch.optim.ASGD(params, t0=0 if phase == "averaging" else 1e6)
     for _ in range(3):
         others.step()
-    return _share(own, others.step)
+    return share(own, others.step)
 
 
 def _arrays_of(optimizer: torch.optim.ASGD) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +104,7 @@ class TorchCompile:
             call()
         except torch._dynamo.exc.BackendCompilerFailed as error:
             skip(f"torch.compile failed: {error}")
-        return _share(optimizer.step, call)
+        return share(optimizer.step, call)
 
 
 class PlainLoop:
@@ -117,4 +126,4 @@ class PlainLoop:
             loops = PlainLoops(parallel=False)
         except FileNotFoundError as error:
             skip(f"no C compiler: {error}")
-        return _share(optimizer.step, loops.loop(loop, *_arrays_of(optimizer)))
+        return share(optimizer.step, loops.loop(loop, *_arrays_of(optimizer)))

@@ -135,12 +135,14 @@ def params_of(
         As for `sizes_of`.
     dtype : torch.dtype
     device : str
-        Skips where the memory for params, gradients and wide averages is not there.
+        Skips where there is none, or not the memory for params, gradients and wide averages.
 
     Returns
     -------
     list of Tensor
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        skip("there is no CUDA device")
     sizes = sizes_of(tensors)
     needed = sum(sizes) * (3 * dtype.itemsize + 8)
     if device == "cpu" and needed > _free_memory():
