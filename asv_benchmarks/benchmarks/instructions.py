@@ -115,11 +115,11 @@ class Gathering:
     timeout = 300
     unit = "instructions per param"
     params = (("no average", "averaging"), ("at first", "again"))
-    param_names = ("average", "time")
+    param_names = ("average", "turn")
 
     def setup_cache(self) -> Counts:
         return _counted("rows", "_table", "extend")
 
     @titled("instructions of taking arrays in")
-    def track_gathering(self, counts: Counts, average: str, time: str) -> float:
-        return _count(counts, f"{average}, {time}")
+    def track_gathering(self, counts: Counts, average: str, turn: str) -> float:
+        return _count(counts, f"{average}, {turn}")
