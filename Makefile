@@ -58,10 +58,10 @@ bench-smoke: $(VENV)/test $(VENV)/bench
 bench-check: $(VENV)/bench
 	$(BIN)/python asv_benchmarks/gate.py $(CHECK)
 
-# The commits of history.txt that the machine called MACHINE has no results of yet.
+# What the machine called MACHINE has no results of yet, on the commits of history.txt.
 bench-record: $(VENV)/bench
 	cut -d' ' -f1 asv_benchmarks/history.txt | ASGD_FAST_MACHINE=$(MACHINE) \
-	  $(BIN)/asv run --machine $(MACHINE) --skip-existing-commits $(BENCH) HASHFILE:-
+	  $(BIN)/asv run --machine $(MACHINE) --skip-existing $(BENCH) HASHFILE:-
 
 # What Cython made of each line, as pages in build/annotate; with the directives of setup.py.
 annotate: $(VENV)/dev
