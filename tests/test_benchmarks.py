@@ -220,11 +220,18 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def test_browser_shows_a_graph_with_its_name_and_unit(published, browse):
-    dom = browse("torch_optimizer.Sizes.time_step")
-    assert "ASGD.step() of one tensor" in dom
-    assert "flot-overlay" in dom
-    assert "seconds" in dom
+@pytest.mark.parametrize(
+    ("name", "title", "unit"),
+    [
+        ("instructions.Loop.track_loop", "instructions of the inner loop", "per element"),
+        ("torch_optimizer.Sizes.time_step", "ASGD.step() of one tensor", "seconds"),
+    ],
+)
+def test_browser_shows_a_graph_with_its_name_and_unit(browse, name, title, unit):
+    dom = browse(name)
+    assert title in dom
+    assert "flot-overlay" in dom  # drawn: there are data
+    assert unit in dom
 
 
 def test_browser_shows_the_regressions(published, browse):
