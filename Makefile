@@ -72,11 +72,11 @@ annotate: $(VENV)/dev
 
 # The instructions of the engine, by function.
 callgrind: $(VENV)/test
-	rm -f build/callgrind.out*
+	mkdir -p build
 	valgrind --tool=callgrind --callgrind-out-file=build/callgrind.out --dump-instr=yes \
 	  --collect-atstart=no --toggle-collect='__pyx_pw_9asgd_fast_5_core_*update' \
 	  $(BIN)/python -I asv_benchmarks/counted.py loops
-	callgrind_annotate build/callgrind.out | head -n 40
+	callgrind_annotate --auto=no build/callgrind.out | head -n 40
 
 clean:
 	rm -rf build dist *.egg-info asgd_fast/*.c asgd_fast/*.so $(VENV) .asv
