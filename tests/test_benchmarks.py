@@ -10,6 +10,7 @@ import http.server
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -154,6 +155,33 @@ def test_results_of_several_commits_are_published(published):
         assert benchmark["pretty_name"], name
         assert benchmark["unit"] not in ("", "unit"), name
         assert not any(re.fullmatch(r"param\d+", param) for param in benchmark["param_names"]), name
+
+
+def test_compare_takes_this_machines_results(gate, published, tmp_path):
+    """Of the stored ones, a copy that is said to be this machine's."""
+    one, other = [json.loads(path.read_text())["commit_hash"] for path in stored()[:2]]
+    (theirs,) = {path.parent for path in stored()}
+    results = tmp_path / "results"
+    shutil.copytree(theirs, results / theirs.name)
+    ours = results / platform.node()
+    shutil.copytree(theirs, ours)
+    shutil.copy(RESULTS / "benchmarks.json", results)
+    for path in ours.glob("*.json"):
+        path.write_text(path.read_text().replace(theirs.name, ours.name))
+    configuration = gate.configuration(BENCHMARKS / "asv.conf.json")
+    configuration.update(repo=str(ROOT), results_dir=str(results))
+    (tmp_path / "asv.conf.json").write_text(json.dumps(configuration))
+    shutil.copy(BENCHMARKS / "asv_machine.py", tmp_path)
+    compared = subprocess.run(
+        [sys.executable, "-m", "asv", "compare", one, other],
+        cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    assert "instructions.Loop.track_loop" in compared.stdout
 
 
 # What the page loads from elsewhere, as Debian has it: libjs-jquery, libjs-jquery-flot and so on.
