@@ -19,6 +19,8 @@ from .cases import TENSORS, optimizer_of, params_of, skip, titled
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
 PHASES = ("lazy", "averaging")
 ELEMENTS = (10**6, 10**7, 10**8)
 
@@ -41,8 +43,14 @@ def _waited(call: Callable[[], object]) -> Callable[[], None]:
 
 @lru_cache(maxsize=1)
 def _step(tensors: int | str, phase: str, dtype: str = "float32") -> Callable[[], object]:
-    params = params_of(tensors, getattr(torch, dtype), "cuda")
-    return optimizer_of(params, phase).step
+    return _optimizer(params_of(tensors, getattr(torch, dtype), "cuda"), phase).step
+
+
+def _optimizer(params: list[Tensor], phase: str) -> torch.optim.ASGD:
+    try:
+        return optimizer_of(params, phase)
+    except ImportError as error:
+        skip(f"there are no kernels: {error}")
 
 
 @lru_cache(maxsize=1)
@@ -108,7 +116,7 @@ class TorchDefault:
     @titled("time on the GPU as a share of torch.optim.ASGD's")
     def track_share(self, tensors: int | str) -> float:
         params = params_of(tensors, device="cuda")
-        own = optimizer_of(params, "averaging")
+        own = _optimizer(params, "averaging")
         others = torch.optim.ASGD(params, t0=0)
         for _ in range(3):
             others.step()
