@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard asgd_fast/*.p* asgd_fast/*.h)
 
-.PHONY: demo test cuda lint dist coverage bench clean
+.PHONY: demo test cuda lint dist coverage performance bench bench-smoke bench-check bench-record
+.PHONY: annotate callgrind clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py $(DEMO)
@@ -43,11 +44,44 @@ coverage: $(VENV)/test $(VENV)/dev
 	cd build/coverage && ../../$(BIN)/python -m coverage report
 
 # Bound threads: see docs/performance.md.
-bench: $(VENV)/test
-	OMP_PROC_BIND=true $(BIN)/python asv_benchmarks/performance.py $(BENCH)
+performance: $(VENV)/test
+	OMP_PROC_BIND=true $(BIN)/python asv_benchmarks/performance.py $(PERFORMANCE)
+
+# Commits, each in a build of its own: a range in BENCH, by default HEAD alone.
+bench: $(VENV)/bench
+	$(BIN)/asv run $(BENCH)
+
+# Every benchmark once, on the working tree; the largest cases are left out.
+bench-smoke: $(VENV)/test $(VENV)/bench
+	$(BIN)/asv check -E existing:same
+	$(BIN)/asv run -E existing:same --quick --dry-run --show-stderr --bench '^(?!.*(0000000|161 of))'
+
+# Whether HEAD is slower than its parent; other commits in CHECK.
+bench-check: $(VENV)/bench
+	$(BIN)/python asv_benchmarks/gate.py $(CHECK)
+
+# What the machine called MACHINE has no results of yet, on the commits of history.txt.
+bench-record: $(VENV)/bench
+	cut -d' ' -f1 asv_benchmarks/history.txt | ASGD_FAST_MACHINE=$(MACHINE) \
+	  $(BIN)/asv run --machine $(MACHINE) --skip-existing $(BENCH) HASHFILE:-
+
+# What Cython made of each line, as pages in build/annotate; with the directives of setup.py.
+annotate: $(VENV)/dev
+	mkdir -p build/annotate
+	for m in $(basename $(notdir $(wildcard asgd_fast/*.pyx))); do \
+	  $(BIN)/cython -3 --annotate -o build/annotate/$$m.c asgd_fast/$$m.pyx \
+	    -X boundscheck=False,wraparound=False,cdivision=True,initializedcheck=False || exit; done
+
+# The instructions of the engine, by function.
+callgrind: $(VENV)/test
+	mkdir -p build
+	valgrind --tool=callgrind --callgrind-out-file=build/callgrind.out --dump-instr=yes \
+	  --collect-atstart=no --toggle-collect='__pyx_pw_9asgd_fast_5_core_*update' \
+	  $(BIN)/python -I asv_benchmarks/counted.py loops
+	callgrind_annotate --auto=no build/callgrind.out | head -n 40
 
 clean:
-	rm -rf build dist *.egg-info asgd_fast/*.c asgd_fast/*.so $(VENV)
+	rm -rf build dist *.egg-info asgd_fast/*.c asgd_fast/*.so $(VENV) .asv
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -67,4 +101,8 @@ $(VENV)/cuda: $(VENV)/test
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/bin/python asv_benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement asv_benchmarks/requirements.txt
 	touch $@

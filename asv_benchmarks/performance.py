@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from measure import Times, from_memory, in_turn, ratio, typical
+from models import resnet50
 from plain import FLAGS, PlainLoops
 
 import asgd_fast
@@ -250,21 +251,6 @@ def repeated(call: Callable[[], object], times: int) -> None:
     """Make a call so many times."""
     for _ in range(times):
         call()
-
-
-def resnet50() -> list[int]:
-    """Return the sizes of the 161 tensors of ResNet-50, in their order."""
-    sizes = [64 * 3 * 7 * 7, 64, 64]
-    width_in = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            sizes += [width * width_in, width, width]
-            sizes += [width * width * 9, width, width]
-            sizes += [4 * width * width, 4 * width, 4 * width]
-            if block == 0:
-                sizes += [4 * width * width_in, 4 * width, 4 * width]
-            width_in = 4 * width
-    return [*sizes, 1000 * 2048, 1000]
 
 
 def small(_: PlainLoops) -> dict[str, Any]:

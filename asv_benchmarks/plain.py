@@ -1,4 +1,4 @@
-"""The plain loops of plain.c, compiled for this machine and run by the OpenMP runtime of torch."""
+"""The plain loops of plain.c, compiled for this machine; run by torch's threads or by one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from asgd_fast.threads import openmp_runtime
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -23,16 +21,28 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 
 
 class PlainLoops:
-    """The loops, by name: averaging, copying, streaming, stepping, wide, swapping."""
+    """The loops, by name: averaging, copying, streaming, stepping, wide, swapping.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    parallel : bool
+        By as many threads as torch's operations; else by the caller's alone, which needs no
+        OpenMP runtime.
+    """
+
+    def __init__(self, *, parallel: bool = True) -> None:
         compiler = (sysconfig.get_config_var("CC") or "cc").split()
         source = Path(__file__).with_name("plain.c")
-        # In the process already, so that the loops find its functions and bring no other.
-        ctypes.CDLL(openmp_runtime(), mode=ctypes.RTLD_GLOBAL)
+        flags = [flag for flag in FLAGS if parallel or flag != "-fopenmp"]
+        if parallel:
+            # Which commits of before there were threads do not have.
+            from asgd_fast.threads import openmp_runtime
+
+            # In the process already, so that the loops find its functions and bring no other.
+            ctypes.CDLL(openmp_runtime(), mode=ctypes.RTLD_GLOBAL)
         with tempfile.TemporaryDirectory() as folder:
             compiled, library = f"{folder}/plain.o", f"{folder}/plain.so"
-            subprocess.run([*compiler, *FLAGS, "-c", source, "-o", compiled], check=True)
+            subprocess.run([*compiler, *flags, "-c", source, "-o", compiled], check=True)
             subprocess.run([*compiler, "-shared", compiled, "-o", library], check=True)
             self._library = ctypes.CDLL(library)
 

@@ -1,0 +1,57 @@
+"""A plugin of asv, to which this machine is known, so that nothing asks for it.
+
+The first run notes what it is, and ``asv compare`` takes its results, not those of other machines
+that the repository keeps.
+
+``ASGD_FAST_MACHINE`` in the environment adds a name for the machine, under which results that are
+kept for long are recorded (``make bench-record``): many virtual machines share one host name.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from asv.commands.compare import Compare
+from asv.machine import Machine, MachineCollection
+from asv.util import UserError
+
+
+def remember(name: str) -> None:
+    """Note this machine under a name, unless there is one.
+
+    Parameters
+    ----------
+    name : str
+    """
+    try:
+        MachineCollection.load(name)
+    except UserError:
+        MachineCollection.save(name, {**Machine.get_defaults(), "machine": name})
+
+
+def compare_this_machine() -> None:
+    """Make this machine's results those that ``asv compare`` takes, if there are any.
+
+    Where there are those of several machines, it asks for ``--machine`` otherwise.
+    """
+    compare = Compare.run
+
+    @wraps(compare)
+    def run(conf: Any, *arguments: Any, machine: str | None = None, **options: Any) -> Any:
+        own = MachineCollection.load(Machine.get_unique_machine_name())["machine"]
+        if machine is None and Path(conf.results_dir, own).is_dir():
+            machine = own
+        return compare(conf, *arguments, machine=machine, **options)
+
+    Compare.run = run
+
+
+def setup() -> None:
+    """Do all of that; asv calls it when it loads the plugin."""
+    remember(Machine.get_unique_machine_name())
+    if "ASGD_FAST_MACHINE" in os.environ:
+        remember(os.environ["ASGD_FAST_MACHINE"])
+    compare_this_machine()

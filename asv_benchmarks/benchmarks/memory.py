@@ -1,0 +1,65 @@
+"""The memory of training steps, and that of the optimizer's state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .cases import optimizer_of, params_of, rounded, titled, use_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PHASES = ("lazy", "copy", "averaging", "wide averages")
+
+MODEL = "161 of ResNet-50"
+
+
+class TrainingStep:
+    """Three steps of the tensors of ResNet-50, 98 MiB: gradients, and the optimizer's state."""
+
+    version = "1"
+    params = (PHASES,)
+    param_names = ("phase",)
+
+    @titled("peak memory of a process that trains 98 MiB of params")
+    def peakmem_training_step(self, phase: str) -> None:
+        use_threads(1)
+        params = params_of(MODEL)
+        optimizer = optimizer_of(params, phase)
+        for _ in range(3):
+            for p in params:
+                p.grad = None
+            loss = torch.stack([(p * p).sum() for p in params]).sum()
+            loss.backward()
+            optimizer.step()
+
+
+class State:
+    """What the state of the tensors of ResNet-50 holds beside the params themselves."""
+
+    version = "1"
+    unit = "bytes per element"
+    params = (PHASES,)
+    param_names = ("phase",)
+
+    @titled("memory of the optimizer's state")
+    def track_state(self, phase: str) -> float:
+        params = params_of(MODEL)
+        optimizer = optimizer_of(params, phase)
+        own = {_storage(p)[0] for p in params}
+        found = dict(
+            _storage(x)
+            for entry in optimizer.state.values()
+            for x in entry.values()
+            if isinstance(x, torch.Tensor)
+        )
+        held = sum(size for address, size in found.items() if address not in own)
+        return rounded(held / sum(p.numel() for p in params))
+
+
+def _storage(x: Tensor) -> tuple[int, int]:
+    """Return the address and the bytes of the memory that a tensor is a view of."""
+    storage = x.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()

@@ -1,0 +1,219 @@
+"""Compare a commit with its parent, and fail if it is slower, or if nothing was measured.
+
+    python asv_benchmarks/gate.py [base [head]]        (by default HEAD^ and HEAD; make bench-check)
+
+asv builds both commits and measures them in turn. Instructions are exact: 2 % more of them fail.
+Times are compared where a figure can be trusted on a busy machine: one thread, at least ten
+microseconds, four rounds of each commit in turn. One that is 10 % slower, by asv's statistics too,
+is measured again, and fails if it is slower again.
+
+Exit status: 0 not slower, 1 slower, 2 nothing can be said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".asv" / "gate"
+
+SAME, SLOWER, UNKNOWN = 0, 1, 2
+
+# What asv says when a benchmark is slower. Its exit status alone does not tell that from a build
+# that failed.
+DECREASED = "PERFORMANCE DECREASED"
+
+# A line of asv's table: mark, before, after, ratio, benchmark.
+SLOWER_ROW = re.compile(r"^\| \+ +\|[^|]+\|[^|]+\|[^|]+\| (.+?) +\|$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Benchmarks that are compared in one go, by regular expressions of their names with params."""
+
+    name: str
+    benchmarks: tuple[str, ...]
+    factor: float
+    options: tuple[str, ...] = ()
+    again: bool = False  # whether what is slower is measured once more
+
+
+STAGES = (
+    Stage("instructions", (r"^instructions\.",), 1.02),
+    Stage(
+        "times",
+        (
+            r"^arrays\.Sizes\.time_asgd\((100000|1000000), ",
+            r"^arrays\.Arrays\.time_asgd\(.*1,000",
+            r"^torch_optimizer\.Tensors\.time_step\(.*1,000",
+        ),
+        1.1,
+        ("-a", "rounds=4", "-a", "sample_time=0.02"),
+        again=True,
+    ),
+)
+
+
+def main() -> int:
+    """Compare, print, and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("base", nargs="?", default="HEAD^")
+    parser.add_argument("head", nargs="?", default="HEAD")
+    arguments = parser.parse_args()
+    base, head = (_git("rev-parse", f"{x}^{{commit}}") for x in (arguments.base, arguments.head))
+    import asv_machine
+
+    asv_machine.setup()
+    if _git("status", "--porcelain", "--untracked-files=no", "asgd_fast", "setup.py"):
+        print("Changes that are not committed are not measured.")
+    statuses = {stage.name: check(stage, base, head) for stage in STAGES}
+    for name, status in statuses.items():
+        print(f"{name}: {('not slower', 'SLOWER', 'NOT MEASURED')[status]}")
+    return max(statuses.values())
+
+
+def check(stage: Stage, base: str, head: str) -> int:
+    """Return whether a commit is slower in one stage.
+
+    Parameters
+    ----------
+    stage : Stage
+    base, head : str
+        The commits' full hashes.
+
+    Returns
+    -------
+    int
+        `SAME`, `SLOWER` or `UNKNOWN`.
+    """
+    slower: Sequence[str] = ()
+    for benchmarks in (stage.benchmarks, None):
+        wanted = benchmarks or [f"^{re.escape(name)}$" for name in slower]
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        status, output = _asv(stage, wanted, base, head)
+        status = verdict(status, output, figures(FOLDER / "results", base, head))
+        slower = SLOWER_ROW.findall(output)
+        if status != SLOWER or not stage.again:
+            break
+    return status
+
+
+def verdict(status: int, output: str, measured: dict[str, tuple[float, float]]) -> int:
+    """Return what asv's run says.
+
+    Parameters
+    ----------
+    status : int
+        The exit status of ``asv continuous``.
+    output : str
+        What it printed.
+    measured : dict of str to (float, float)
+        The figures of both commits, nan where there is none.
+
+    Returns
+    -------
+    int
+        `SAME`, `SLOWER` or `UNKNOWN`: the last where nothing was measured, or what the base has a
+        figure for was not.
+    """
+    lost = [name for name, (x, y) in measured.items() if math.isnan(y) and not math.isnan(x)]
+    n_both = sum(not math.isnan(x) and not math.isnan(y) for x, y in measured.values())
+    print(f"{n_both} figures of both commits")
+    if lost:
+        print("figures of the first commit alone:", ", ".join(lost))
+    if not n_both or lost:
+        return UNKNOWN
+    if DECREASED in output:
+        return SLOWER
+    return SAME if status == 0 else UNKNOWN
+
+
+def figures(results: Path, base: str, head: str) -> dict[str, tuple[float, float]]:
+    """Return the figures of two commits that asv has written.
+
+    Parameters
+    ----------
+    results : Path
+        A folder of results.
+    base, head : str
+        Full hashes.
+
+    Returns
+    -------
+    dict of str to (float, float)
+        By benchmark and the number of its combination of params; nan where there is none.
+    """
+    found: dict[str, dict[str, float]] = {base: {}, head: {}}
+    for path in results.glob("*/*-*.json"):
+        result = json.loads(path.read_text())
+        for name, columns in result["results"].items():
+            values = dict(zip(result["result_columns"], columns, strict=False))["result"] or [None]
+            for i, x in enumerate(values):
+                figure = float("nan") if x is None else float(x)
+                found[result["commit_hash"]][f"{name} #{i}"] = figure
+    names = sorted(found[base].keys() | found[head].keys())
+    nan = float("nan")
+    return {x: (found[base].get(x, nan), found[head].get(x, nan)) for x in names}
+
+
+def configuration(path: Path) -> dict[str, Any]:
+    """Return a configuration of asv: JSON with whole lines of comment.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    dict
+    """
+    found: dict[str, Any] = json.loads(
+        re.sub(r"^ *//.*$", "", path.read_text(), flags=re.MULTILINE)
+    )
+    return found
+
+
+def _asv(stage: Stage, benchmarks: Sequence[str], base: str, head: str) -> tuple[int, str]:
+    """Run ``asv continuous``, with results of its own, and return its exit status and output."""
+    config = configuration(ROOT / "asv.conf.json")
+    for name in ("repo", "benchmark_dir", "env_dir"):
+        config[name] = str(ROOT / config[name])
+    config.update(results_dir=str(FOLDER / "results"), plugins=[])
+    FOLDER.mkdir(parents=True)
+    path = FOLDER / "asv.conf.json"
+    path.write_text(json.dumps(config))
+    command = [sys.executable, "-m", "asv", "--config", str(path), "continuous", "--show-stderr"]
+    command += ["-f", str(stage.factor), *stage.options]
+    for benchmark in benchmarks:
+        command += ["-b", benchmark]
+    process = subprocess.Popen(
+        [*command, base, head], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    return process.wait(), "".join(lines)
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

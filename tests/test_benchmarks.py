@@ -1,0 +1,270 @@
+"""The benchmarks over time: asv's configurations, the gate, the stored results and their page.
+
+That every benchmark runs is checked by `make bench-smoke`, which has them all run once.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "asv_benchmarks"
+RESULTS = BENCHMARKS / "results"
+
+pytestmark = pytest.mark.skipif(
+    not BENCHMARKS.is_dir(), reason="asv_benchmarks/ is in the repository only"
+)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.delitem(sys.modules, "gate", raising=False)
+    return import_module("gate")
+
+
+def test_both_configurations_name_the_same_things(gate):
+    own = gate.configuration(BENCHMARKS / "asv.conf.json")
+    root = gate.configuration(ROOT / "asv.conf.json")
+    for configuration, folder in ((own, BENCHMARKS), (root, ROOT)):
+        for name in ("repo", "benchmark_dir", "env_dir", "results_dir", "html_dir"):
+            configuration[name] = os.path.normpath(folder / configuration[name])
+    assert own.pop("plugins") == [".asv_machine"]
+    assert root.pop("plugins") == [".asv_benchmarks.asv_machine"]
+    assert own == root
+
+
+NAN = math.nan
+SAID_SLOWER = "SOME BENCHMARKS HAVE CHANGED SIGNIFICANTLY.\nPERFORMANCE DECREASED."
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "measured", "verdict"),
+    [
+        pytest.param(0, "NOT SIGNIFICANTLY CHANGED", {"x": (1.0, 1.0)}, "SAME", id="same"),
+        pytest.param(1, SAID_SLOWER, {"x": (1.0, 1.2)}, "SLOWER", id="slower"),
+        pytest.param(0, "", {}, "UNKNOWN", id="no benchmark"),
+        pytest.param(0, "", {"x": (NAN, NAN)}, "UNKNOWN", id="all skipped"),
+        pytest.param(0, "", {"x": (1.0, NAN), "y": (1.0, 1.0)}, "UNKNOWN", id="one lost"),
+        pytest.param(0, "", {"x": (NAN, 1.0), "y": (1.0, 1.0)}, "SAME", id="one new"),
+        pytest.param(1, "Build failed", {"x": (1.0, 1.0)}, "UNKNOWN", id="asv failed"),
+        pytest.param(2, "", {"x": (1.0, 1.0)}, "UNKNOWN", id="a benchmark failed"),
+    ],
+)
+def test_gate_tells_slower_from_not_measured(gate, status, output, measured, verdict):
+    assert gate.verdict(status, output, measured) == getattr(gate, verdict)
+
+
+def table_of(*rows):
+    """What asv prints of slower and of faster benchmarks."""
+    return "\n".join(f"| {mark} | 10.1±0.2μs | 12.3±1μs |  1.22 | {name} |" for mark, name in rows)
+
+
+@pytest.mark.parametrize(("again", "verdict"), [(SAID_SLOWER, "SLOWER"), ("same", "SAME")])
+def test_gate_measures_again_what_was_slower(gate, monkeypatch, tmp_path, again, verdict):
+    name = "arrays.Sizes.time_asgd(100000, 'copy')"
+    first = table_of(("+", name), ("-", "arrays.Other.time_x(1)")) + "\n" + SAID_SLOWER
+    asked = []
+
+    def asv(stage, benchmarks, base, head):
+        asked.append(benchmarks)
+        output = first if len(asked) == 1 else again
+        return int(SAID_SLOWER in output), output
+
+    monkeypatch.setattr(gate, "FOLDER", tmp_path / "gate")
+    monkeypatch.setattr(gate, "_asv", asv)
+    monkeypatch.setattr(gate, "figures", lambda *_: {name: (1.0, 1.2)})
+    times = gate.STAGES[1]
+    assert gate.check(times, "base", "head") == getattr(gate, verdict)
+    assert asked[0] == times.benchmarks
+    (pattern,) = asked[1]
+    assert re.search(pattern, name)
+    assert not re.search(pattern, "arrays.Sizes.time_asgd(1000000, 'copy')")
+
+
+def test_gate_reads_what_asv_writes(gate, tmp_path):
+    folder = tmp_path / "machine"
+    folder.mkdir()
+    for commit, figures in (("a" * 40, "[1.5, NaN]"), ("b" * 40, "[1.75, null]")):
+        (folder / f"{commit[:8]}-environment.json").write_text(
+            f'{{"commit_hash": "{commit}", "result_columns": ["result", "params"],'
+            f' "results": {{"x.X.track_x": [{figures}, [["1", "2"]]], "y.time_y": [null, []]}}}}'
+        )
+    found = gate.figures(tmp_path, "a" * 40, "b" * 40)
+    assert found.pop("x.X.track_x #0") == (1.5, 1.75)
+    assert set(found) == {"x.X.track_x #1", "y.time_y #0"}
+    assert all(math.isnan(x) for pair in found.values() for x in pair)
+
+
+def stored():
+    """The results that the repository keeps, by machine and commit."""
+    tracked = subprocess.run(
+        ["git", "ls-files", RESULTS], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    return [ROOT / path for path in tracked if re.search(r"/[0-9a-f]{8}-[^/]*\.json$", path)]
+
+
+def in_history(path):
+    commit = json.loads(path.read_text())["commit_hash"]
+    found = subprocess.run(
+        ["git", "merge-base", "--is-ancestor", commit, "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+    )
+    return found.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The folder of the page that asv makes of the stored results."""
+    if find_spec("asv") is None:
+        pytest.skip("asv is not installed")
+    if not stored() or not all(map(in_history, stored())):
+        pytest.skip("not a clone with the whole history")
+    folder = tmp_path_factory.mktemp("published")
+    subprocess.run(
+        [sys.executable, "-m", "asv", "publish", "--html-dir", folder / "html"],
+        cwd=ROOT,
+        env={**os.environ, "HOME": str(folder)},
+        capture_output=True,
+        check=True,
+    )
+    return folder / "html"
+
+
+def test_results_of_several_commits_are_published(published):
+    index = json.loads((published / "index.json").read_text())
+    assert len(index["revision_to_hash"]) >= 10
+    for name, benchmark in index["benchmarks"].items():
+        assert benchmark["pretty_name"], name
+        assert benchmark["unit"] not in ("", "unit"), name
+        assert not any(re.fullmatch(r"param\d+", param) for param in benchmark["param_names"]), name
+
+
+def test_compare_takes_this_machines_results(gate, published, tmp_path):
+    """Of the stored ones, a copy that is said to be this machine's."""
+    one, other = [json.loads(path.read_text())["commit_hash"] for path in stored()[:2]]
+    (theirs,) = {path.parent for path in stored()}
+    results = tmp_path / "results"
+    shutil.copytree(theirs, results / theirs.name)
+    ours = results / platform.node()
+    shutil.copytree(theirs, ours)
+    shutil.copy(RESULTS / "benchmarks.json", results)
+    for path in ours.glob("*.json"):
+        path.write_text(path.read_text().replace(theirs.name, ours.name))
+    configuration = gate.configuration(BENCHMARKS / "asv.conf.json")
+    configuration.update(repo=str(ROOT), results_dir=str(results))
+    (tmp_path / "asv.conf.json").write_text(json.dumps(configuration))
+    shutil.copy(BENCHMARKS / "asv_machine.py", tmp_path)
+    compared = subprocess.run(
+        [sys.executable, "-m", "asv", "compare", one, other],
+        cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    assert "instructions.Loop.track_loop" in compared.stdout
+
+
+# What the page loads from elsewhere, as Debian has it: libjs-jquery, libjs-jquery-flot and so on.
+SHARED = Path("/usr/share/javascript")
+LIBRARIES = (
+    "jquery/jquery.min.js",
+    "jquery-flot/jquery.flot.min.js",
+    "jquery-stupidtable/stupidtable.min.js",
+    "blueimp-md5/md5.min.js",
+    "bootstrap/js/bootstrap.min.js",
+)
+
+
+@pytest.fixture(scope="module")
+def browse(published, tmp_path_factory):
+    """A function that returns what a browser makes of a part of the page."""
+    browsers = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, browsers)), None)
+    if browser is None:
+        pytest.skip("there is no chromium")
+    if not all((SHARED / library).is_file() for library in LIBRARIES):
+        pytest.skip("there are no JavaScript libraries of Debian's")
+    page = published / "index.html"
+    text = re.sub(r'<(script|link)\b[^>]*"https://[^>]*>(</script>)?', "", page.read_text())
+    scripts = []
+    for library in LIBRARIES:
+        name = Path(library).name
+        shutil.copy(SHARED / library, published / name)
+        scripts.append(f'<script src="{name}"></script>')
+    page.write_text(text.replace("</title>", "</title>" + "\n".join(scripts), 1))
+
+    handler = functools.partial(QuietHandler, directory=published)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    profile = tmp_path_factory.mktemp("profile")
+
+    def visit(part):
+        return subprocess.run(
+            [
+                browser,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                f"--user-data-dir={profile}",
+                "--window-size=1400,900",
+                "--virtual-time-budget=10000",
+                "--dump-dom",
+                f"http://127.0.0.1:{server.server_port}/index.html#{part}",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+
+    yield visit
+    server.shutdown()
+    server.server_close()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "unit"),
+    [
+        ("instructions.Loop.track_loop", "instructions of the inner loop", "per element"),
+        ("torch_optimizer.Sizes.time_step", "ASGD.step() of one tensor", "seconds"),
+    ],
+)
+def test_browser_shows_a_graph_with_its_name_and_unit(browse, name, title, unit):
+    dom = browse(name)
+    assert title in dom
+    assert "flot-overlay" in dom  # drawn: there are data
+    assert unit in dom
+
+
+def test_browser_shows_the_regressions(published, browse):
+    dom = browse("/regressions")
+    found = json.loads((published / "regressions.json").read_text())["regressions"]
+    assert "Regressions" in dom
+    for name, *_ in found:
+        assert name in dom
