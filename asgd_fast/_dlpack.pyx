@@ -6,7 +6,8 @@ An exporter is asked, in this order, through its type's C exchange API (DLPack 1
 object is made), a versioned capsule (DLPack 1.0), a legacy capsule. The exchange API and the legacy
 capsule say nothing of read-only memory, autograd or lazily negated values, so these are checked
 here, on every path. NumPy's arrays are read through its own C interface where they are plain, which
-takes a hundredth of the time of a capsule.
+takes a hundredth of the time of a capsule. Those of Numba's devices do not speak DLPack and are read
+through ``__cuda_array_interface__``.
 """
 
 import sys
@@ -18,6 +19,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsul
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdint cimport int32_t, int64_t, uintptr_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 cdef extern from *:
@@ -45,6 +47,7 @@ cdef class _Exporter:
     cdef DLPackExchangeAPI *api
     cdef bint has_dlpack      # has a __dlpack__ method
     cdef bint has_device      # has a __dlpack_device__ method
+    cdef bint has_interface   # has a __cuda_array_interface__ attribute, and nothing better
     cdef bint takes_version   # its __dlpack__ takes max_version
     cdef bint has_autograd    # its instances have .requires_grad (torch)
     cdef bint has_lazy_sign   # its instances have .is_neg() and .is_conj() (torch)
@@ -58,6 +61,8 @@ cdef class _Exporter:
         self.api = exchange_api_of(cls)
         self.has_dlpack = hasattr(cls, "__dlpack__")
         self.has_device = hasattr(cls, "__dlpack_device__")
+        self.has_interface = (
+            self.api == NULL and not self.has_dlpack and hasattr(cls, "__cuda_array_interface__"))
         self.takes_version = True
         self.has_autograd = hasattr(cls, "requires_grad")
         self.has_lazy_sign = hasattr(cls, "is_neg")
@@ -67,6 +72,9 @@ cdef class _Exporter:
             self._requires_grad = cls.requires_grad
             kind = type(self._requires_grad)
             self._get_requires_grad = (<PyTypeObject *>kind).tp_descr_get
+
+    cdef bint lends(self) noexcept:
+        return self.api != NULL or self.has_dlpack or self.has_interface
 
     cdef bint requires_grad(self, object array) except -1:
         """The same as array.requires_grad, in fewer steps where it is a descriptor."""
@@ -91,7 +99,7 @@ cdef _Exporter _exporter_of(object array):
     cdef object found = _exporters.get(cls)
     if found is None:
         found = _Exporter(cls)
-        if (<_Exporter>found).api == NULL and not (<_Exporter>found).has_dlpack:
+        if not (<_Exporter>found).lends():
             return <_Exporter>found
         _exporters[cls] = found
     _last = <_Exporter>found
@@ -143,8 +151,7 @@ cdef DLPackExchangeAPI *exchange_api_of(cls) except? NULL:
 
 
 cdef bint is_array(object candidate):
-    cdef _Exporter exporter = _exporter_of(candidate)
-    return exporter.api != NULL or exporter.has_dlpack
+    return _exporter_of(candidate).lends()
 
 
 cdef int borrow(object array, bint writing, Borrowed *out, Known *known) except -1:
@@ -156,7 +163,7 @@ cdef int borrow(object array, bint writing, Borrowed *out, Known *known) except 
     cdef _Exporter exporter = _exporter_of(array)
     out.versioned = NULL
     out.legacy = NULL
-    if exporter.api == NULL and not exporter.has_dlpack:
+    if not exporter.lends():
         raise TypeError(
             f"{type(array).__name__} is not an array; "
             "expected an array of a library that speaks DLPack, such as NumPy, torch or CuPy")
@@ -167,9 +174,12 @@ cdef int borrow(object array, bint writing, Borrowed *out, Known *known) except 
             "it requires grad, and autograd does not see this update; pass its detach(), "
             "which shares the memory")
     capsule = None
+    is_read_only = False
     try:
         if exporter.api != NULL:
             _borrow_from_exchange_api(exporter, array, writing, out)
+        elif exporter.has_interface:
+            is_read_only = _borrow_from_interface(array.__cuda_array_interface__, out)
         else:
             capsule = _capsule_of(exporter, array)
             _borrow_from_capsule(capsule, out)
@@ -193,7 +203,9 @@ cdef int borrow(object array, bint writing, Borrowed *out, Known *known) except 
         if out.tensor.dtype.code == kDLComplex and exporter.has_lazy_sign and array.is_conj():
             raise ValueError(
                 "its memory holds the values before a pending conjugation; pass its resolve_conj()")
-        if writing:
+        if writing and is_read_only:
+            raise BufferError("it is read-only; expected an array that may be written")
+        if writing and not exporter.has_interface:
             _check_writable(exporter, array, out)
     except (BufferError, ValueError):
         give_back(out)
@@ -260,6 +272,58 @@ cdef int _borrow_from_exchange_api(
     return 0
 
 
+cdef bint _borrow_from_interface(dict interface, Borrowed *out) except -1:
+    """Describe an array as the dict does, version 3 of the interface; whether it is read-only.
+
+    Source: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html
+    """
+    from asgd_fast.cuda.device import number_of
+
+    cdef object dtype = np.dtype(interface["typestr"])
+    cdef tuple shape = interface["shape"]
+    cdef tuple strides = interface.get("strides") or ()
+    cdef int i, n = len(shape)
+    address, is_read_only = interface["data"]
+    if interface.get("mask") is not None:
+        raise BufferError("it has a mask")
+    if not dtype.isnative:
+        raise BufferError(f"its dtype {dtype.str} has the bytes of another machine's order")
+    device = number_of(address)
+    cdef DLManagedTensor *managed = <DLManagedTensor *>malloc(
+        sizeof(DLManagedTensor) + 2 * n * sizeof(int64_t))
+    if managed == NULL:
+        raise MemoryError
+    cdef DLTensor *tensor = &managed.dl_tensor
+    managed.manager_ctx = NULL
+    managed.deleter = _free
+    tensor.data = <void *><uintptr_t>address
+    tensor.device.device_type = kDLCUDA
+    tensor.device.device_id = device
+    tensor.ndim = n
+    tensor.dtype.code = _CODES.get(dtype.kind, kDLOpaqueHandle)
+    tensor.dtype.bits = 8 * dtype.itemsize
+    tensor.dtype.lanes = 1
+    tensor.byte_offset = 0
+    tensor.shape = <int64_t *>(managed + 1)
+    tensor.strides = tensor.shape + n if strides else NULL
+    for i in range(n):
+        tensor.shape[i] = shape[i]
+        if strides:
+            tensor.strides[i] = strides[i] // dtype.itemsize
+    out.legacy = managed
+    out.tensor = tensor[0]
+    return is_read_only
+
+
+cdef dict _CODES = {
+    "f": kDLFloat, "c": kDLComplex, "i": kDLInt, "u": kDLUInt, "b": kDLBool,
+}
+
+
+cdef void _free(DLManagedTensor *managed) noexcept:
+    free(managed)
+
+
 cdef int _borrow_from_capsule(object capsule, Borrowed *out) except -1:
     if PyCapsule_IsValid(capsule, b"dltensor_versioned"):
         out.versioned = <DLManagedTensorVersioned *>PyCapsule_GetPointer(
@@ -300,6 +364,8 @@ cdef object stream_of(object array, int32_t device_id):
         if exporter.api.current_work_stream(kDLCUDA, device_id, &stream) != 0:
             _raise_pending()
         return <uintptr_t>stream
+    if exporter.has_interface:
+        return array.__cuda_array_interface__.get("stream") or 0
     library = type(array).__module__.partition(".")[0]
     if library == "torch":
         return sys.modules["torch"].cuda.current_stream(device_id).cuda_stream
@@ -351,7 +417,8 @@ def path_of(array):
     Returns
     -------
     str
-        "C interface", "exchange API 1.3", "versioned capsule 1.0" or "legacy capsule".
+        "C interface", "exchange API 1.3", "versioned capsule 1.0", "legacy capsule" or "CUDA array
+        interface".
     """
     cdef _Exporter exporter = _exporter_of(array)
     cdef Borrowed borrowed
@@ -363,6 +430,8 @@ def path_of(array):
     memset(&known, 0, sizeof(known))
     if exporter.is_numpy:
         return "C interface"
+    if exporter.has_interface:
+        return "CUDA array interface"
     borrow(array, False, &borrowed, &known)
     forget(&known)
     try:

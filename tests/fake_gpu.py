@@ -39,6 +39,8 @@ class Driver:
         The kernels, in order.
     copies : list of (int, int)
         The devices and streams of copies from or to the host.
+    devices : dict of int to int
+        Those of addresses that will be asked for.
     waits : list of int
         The streams that were waited for.
     """
@@ -49,12 +51,14 @@ class Driver:
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT=16,
     )
+    CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
     CUstreamCaptureStatus = SimpleNamespace(CU_STREAM_CAPTURE_STATUS_NONE=0)
 
     def __init__(self, n_devices=2, version=13000):
         self.n_devices, self.version = n_devices, version
         self.launches, self.contexts, self.captured, self.loaded = [], [], set(), []
         self.copies, self.waits = [], []
+        self.devices = {}
         self.fails = False
 
     def cuDeviceGet(self, number):
@@ -75,6 +79,9 @@ class Driver:
 
     def cuCtxPopCurrent(self):
         return SUCCESS, self.contexts.pop()
+
+    def cuPointerGetAttribute(self, attribute, address):
+        return SUCCESS, {9: self.devices[address]}[attribute]
 
     def cuStreamIsCapturing(self, stream):
         return SUCCESS, int(stream in self.captured)

@@ -343,6 +343,47 @@ def test_cupys_current_stream_is_asked(gpu, monkeypatch):
     assert gpu.launches[0].stream == 0x99
 
 
+class Described:
+    """An array as Numba's devices have it: described by a dict."""
+
+    def __init__(self, gpu, array, device=0, **others):
+        self.array, self.others = array, others
+        gpu.devices[array.ctypes.data] = device
+
+    @property
+    def __cuda_array_interface__(self):
+        interface = self.array.__array_interface__
+        return {**interface, "version": 3, "stream": 0x55, **self.others}
+
+
+def test_arrays_of_numbas_devices(gpu):
+    rng = np.random.default_rng(0)
+    here = [np.asfortranarray(rng.normal(size=(3, 4))) for _ in range(3)]
+    there = [x.copy("F") for x in here]
+    asgd_(*here, eta=0.1, mu=0.5)
+    asgd_(*(Described(gpu, x, 1) for x in there), eta=0.1, mu=0.5)
+    assert all(np.array_equal(x, y) for x, y in zip(here, there, strict=True))
+    assert (gpu.launches[0].device, gpu.launches[0].stream) == (1, 0x55)
+
+
+@pytest.mark.parametrize(
+    ("others", "error", "message"),
+    [
+        ({"typestr": "<i8"}, ValueError, "params: dtype int64 is not supported"),
+        ({"typestr": ">f8"}, ValueError, "params: .*another machine's order"),
+        ({"mask": "some"}, ValueError, "params: .*it has a mask"),
+        ({"data": (64, True)}, BufferError, "params: it is read-only"),
+        ({"strides": (16,)}, ValueError, r"params: strides \(2,\) of shape \(4,\) leave gaps"),
+    ],
+    ids=["dtype", "byte order", "mask", "read-only", "strided"],
+)
+def test_unfit_arrays_of_numbas_devices(gpu, others, error, message):
+    gpu.devices[64] = 0
+    with pytest.raises(error, match=message):
+        asgd_(Described(gpu, np.ones(4), **others), Described(gpu, np.ones(4)), eta=0.1)
+    assert gpu.launches == []
+
+
 def test_a_capture_is_refused(gpu):
     """eta, mu and the addresses of the gradients would stay what they are."""
     gpu.captured.add(0x71)

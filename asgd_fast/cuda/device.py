@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from asgd_fast.cuda.build import Kind
 
-__all__ = ["LEGACY_STREAM", "Device", "checked", "device_of", "driver"]
+__all__ = ["LEGACY_STREAM", "Device", "checked", "device_of", "driver", "number_of"]
 
 # The default stream, whatever else the driver is told to take for it.
 LEGACY_STREAM = 1
@@ -154,6 +154,30 @@ class Device:
 def device_of(number: int) -> Device:
     """Return a device by its number; the same each time."""
     return Device(number)
+
+
+def number_of(address: int) -> int:
+    """Return the number of the device that has some memory.
+
+    Parameters
+    ----------
+    address : int
+        0 if there is none.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        As `driver`; or no device has it.
+    """
+    if address == 0:
+        return 0
+    call = driver()
+    ordinal = call.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    return int(checked(call.cuPointerGetAttribute(ordinal, address)))
 
 
 def checked(result: tuple[Any, ...]) -> Any:
