@@ -6,8 +6,8 @@ An exporter is asked, in this order, through its type's C exchange API (DLPack 1
 object is made), a versioned capsule (DLPack 1.0), a legacy capsule. The exchange API and the legacy
 capsule say nothing of read-only memory, autograd or lazily negated values, so these are checked
 here, on every path. NumPy's arrays are read through its own C interface where they are plain, which
-takes a hundredth of the time of a capsule. Those of Numba's devices do not speak DLPack and are read
-through ``__cuda_array_interface__``.
+takes a hundredth of the time of a capsule. Arrays of Numba's devices do not speak DLPack; they are
+read through ``__cuda_array_interface__``.
 """
 
 import sys

@@ -385,6 +385,15 @@ def test_array_asgd_and_its_checkpoint():
         assert np.array_equal(there[1].cpu().numpy(), states[0]["ax.1"])
 
 
+def test_numba_arrays():
+    from numba import cuda
+
+    p, g, ax = (cuda.to_device(np.full(1000, x)) for x in (1.0, 1.0, 0.0))
+    asgd_(p, g, ax, eta=0.25, mu=0.5, lambd=0.0)
+    assert (p.copy_to_host() == 0.75).all()
+    assert (ax.copy_to_host() == 0.375).all()
+
+
 def test_cupy_arrays():
     cupy = pytest.importorskip("cupy")
     with cupy.cuda.Stream(non_blocking=True) as stream:
