@@ -103,8 +103,8 @@ def make(target: Target, compute_capability: tuple[int, int] = (7, 5)) -> Simple
         is of `lanes` numbers that follow each other, which are aligned to 16 bytes if there are
         more than one; parts are `stride` bytes apart.
 
-        Arithmetic on vectors, or on a vector and numbers: ``add``, ``sub``, ``mul``, ``fma``, each
-        rounded once; ``select(condition, x, y)``; ``convert(dtype)`` and ``rounded(stored)`` make
+        Arithmetic on vectors, on a vector and numbers, or on two numbers of one type: ``add``,
+        ``sub``, ``mul``, each rounded once; ``fma`` with a vector last; ``select(condition, x, y)``; ``convert(dtype)`` and ``rounded(stored)`` make
         functions of a vector.
 
         Scalars in memory: ``read_real[dtype](address)``, ``write_real[dtype](address, x)``, and for
@@ -290,9 +290,12 @@ def _arithmetic(machine: _Machine, intrinsic: Any, name: str) -> Any:
     @intrinsic
     def operation(typing_context: Any, x: Any, y: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return _by_lane(
-                builder, signature, args, lambda x, y: machine.rounded_once(builder, name, x, y)
-            )
+            def of_one(x: Any, y: Any) -> Any:
+                return machine.rounded_once(builder, name, x, y)
+
+            if not _is_vector(signature.return_type):
+                return of_one(*args)
+            return _by_lane(builder, signature, args, of_one)
 
         return (x if _is_vector(x) else y)(x, y), codegen
 

@@ -425,6 +425,7 @@ def _scalars_of_set(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
 def _scalars_on_device(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     """Make what computes scalars from those in the GPU's memory, as the host does for others."""
     word, double, read_float = ops.word, ops.real["float64"], ops.read_real["float32"]
+    sub, mul = ops.sub, ops.mul
     real = types.float64 if kind.param == "float64" else types.float32
     mean = types.float64 if kind.average == "float64" else types.float32
     stored, plan_of, is_skipped, eta_after = _stored(ops), _plan(ops), _is_skipped(ops), _eta(ops)
@@ -435,7 +436,7 @@ def _scalars_on_device(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
         lr, lambd, alpha, t0, _, is_current = plan_of(words, at)
         if is_current:
             eta = eta_after(step - t0, lr, lambd, alpha, is_current)
-        decay = 1.0 - lambd * eta
+        decay = sub(1.0, mul(lambd, eta))
         if is_current and step <= t0:
             decay = 1.0
         factor = double(word(words, at + SIGN_AT))
@@ -559,11 +560,12 @@ def _is_skipped(ops: SimpleNamespace) -> Callable[..., Any]:
 
 def _eta(ops: SimpleNamespace) -> Callable[..., Any]:
     """Make what computes eta after so many steps."""
+    add, mul = ops.add, ops.mul
 
     @ops.function
     def eta_after(step, lr, lambd, alpha, is_current):
         if is_current and step <= 0.0:
             return lr
-        return lr / (1.0 + lambd * lr * step) ** alpha
+        return lr / add(1.0, mul(mul(lambd, lr), step)) ** alpha
 
     return eta_after

@@ -161,16 +161,16 @@ def prepared(table: Table, job: int) -> Launches:
         stream = table.streams[number] or LEGACY_STREAM
         if job == UPDATE and not on_device:
             device.refuse_capture(stream)
+        room = SIZES[-1] if device.driver_version >= LARGE_SINCE else SIZES[0]
+        enough = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
         addresses = [_address(found, number) for found in (table.grad_scale, table.found_inf)]
         for part in _parts(job, param != average):
             start = 0
             while start < len(table):
-                words = _spare_words.pop() if _spare_words else Words()
-                room = (
-                    words.words if device.driver_version >= LARGE_SINCE else words.words[: SIZES[0]]
+                words = _words()
+                start, n_blocks, n_words = pack(
+                    table, key, start, words.words[:room], part, enough, *addresses
                 )
-                n_blocks = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
-                start, n_blocks, n_words = pack(table, key, start, room, part, n_blocks, *addresses)
                 if n_blocks == 0:
                     _spare_words.append(words)
                     continue
@@ -178,6 +178,13 @@ def prepared(table: Table, job: int) -> Launches:
                 kind = _kind(part, param, average, on_device, size)
                 launches.add(device, kind, n_blocks, stream, words)
     return launches
+
+
+def _words() -> Words:
+    try:
+        return _spare_words.pop()
+    except IndexError:
+        return Words()
 
 
 def _parts(job: int, is_wide: bool) -> tuple[int, ...]:
