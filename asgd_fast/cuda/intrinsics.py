@@ -104,8 +104,8 @@ def make(target: Target, compute_capability: tuple[int, int] = (7, 5)) -> Simple
         more than one; parts are `stride` bytes apart.
 
         Arithmetic on vectors, on a vector and numbers, or on two numbers of one type: ``add``,
-        ``sub``, ``mul``, each rounded once; ``fma`` with a vector last; ``select(condition, x, y)``; ``convert(dtype)`` and ``rounded(stored)`` make
-        functions of a vector.
+        ``sub``, ``mul``, each rounded once; ``fma`` with a vector last; ``select(condition, x,
+        y)``; ``convert(dtype)`` and ``rounded(stored)`` make functions of a vector.
 
         Scalars in memory: ``read_real[dtype](address)``, ``write_real[dtype](address, x)``, and for
         the GPU ``ticket(address, last)``, which counts its calls up to `last` and begins anew.
