@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,17 @@ def test_a_compiled_kernel_is_what_it_should_be(kind, compute_capability):
 
     is_double = "float64" in kind or kind.on_device
     assert is_double or ".f64" not in ptx
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_launch_goes_through_the_bindings(tmp_path):
+    """All but the device is as on a GPU: compiler, linker, and the interface of the driver."""
+    command = ["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", HERE / "stub_driver.c"]
+    subprocess.run(command, check=True)
+    script = str(HERE / "through_bindings.py")
+    folders = {"LD_LIBRARY_PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    assert _run(script, **folders) == "launched\n"
 
 
 @needs_compiler
