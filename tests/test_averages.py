@@ -182,6 +182,7 @@ def test_averages_are_rounded_as_torch_rounds_them(simd_level, dtype, wide):
         same(shipped[number], wanted[number])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 def test_large_params_with_two_threads(dtype, wide):
