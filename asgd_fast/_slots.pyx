@@ -169,8 +169,10 @@ cdef struct Common:
     PyObject *block     # of which the rest is known
     char *address
     bint double_scalars
-    void *ticket        # behind the scalars of a block on a device
-    const void *lr_on_device  # where a tensor's lr is; NULL: with the host
+    int device          # which GPU has the block
+    void *ticket        # behind the scalars of a block there
+    const void *lr_on_device  # where a GPU has lr; NULL: with the host
+    int lr_device
     bint double_lr
     bint on_device      # whether scalars of params on a GPU are to be there
 
@@ -321,7 +323,8 @@ cdef class Slots:
                 slot = slots[i]
                 if slot is None or slot.param is not param or not slot._is_whole():
                     return None
-                if by_torch or slot._block is None:
+                if by_torch or slot._block is None or (
+                        group["capturable"] and not slot._is_on_gpu):
                     left.append((group, slot))
                     continue
                 if slot.on_device:
@@ -376,6 +379,14 @@ cdef class Slots:
             common.written = common.block
         if (row.param != slot._address or slot._version is None) and (
                 not self._renew(slot, row.param)):
+            table.abandon()
+            return False
+        slot._is_on_gpu = row.device != CPU
+        if slot.on_device and row.device != common.device:
+            slot._is_detached = True  # from its scalars, which have stayed where it was
+            table.abandon()
+            return False
+        if slot.on_device and common.lr_on_device != NULL and row.device != common.lr_device:
             table.abandon()
             return False
         if row.device != CPU:
@@ -583,6 +594,7 @@ cdef class Slots:
             raise RuntimeError("state: the memory of step, eta and mu was taken away")
         common.address = <char *>data_of(&borrowed.tensor)
         common.double_scalars = borrowed.tensor.dtype.bits == 64
+        common.device = borrowed.tensor.device.device_id
         common.ticket = common.address + (
             3 * (borrowed.tensor.shape[0] - 1) * (borrowed.tensor.dtype.bits // 8))
         common.block = <PyObject *>block
@@ -593,10 +605,14 @@ cdef class Slots:
         cdef Borrowed borrowed
         memset(&common, 0, sizeof(common))
         check_group(group)
-        if isinstance(lr, self._tensor) and lr.is_cuda and self._export(lr, False, &borrowed):
+        if (
+            isinstance(lr, self._tensor) and lr.is_cuda and lr.itemsize >= 4
+            and self._export(lr, False, &borrowed)
+        ):
             give_back(&borrowed)  # the group keeps it
             common.plan.lr = NAN
             common.lr_on_device = data_of(&borrowed.tensor)
+            common.lr_device = borrowed.tensor.device.device_id
             common.double_lr = borrowed.tensor.dtype.bits == 64
         else:
             common.plan.lr = number("lr", lr)

@@ -705,7 +705,8 @@ class ASGD(torch.optim.ASGD):
         outside: list[Tensor | None] = []  # of the table, and yet read or written
         for group, slot in left:
             grad = None
-            if slot.packed and not group["differentiable"]:
+            is_capturable = slot.param.is_cuda or not group["capturable"]
+            if slot.packed and is_capturable and not group["differentiable"]:
                 grad = _converted_grad(slot)
             if grad is not None and slots.add(table, group, slot, grad, unscale, rounds_scalars()):
                 outside.append(slot.param.grad)

@@ -260,6 +260,40 @@ def test_moving_a_model_while_it_trains(gpu):
         twins.run(3)
 
 
+def test_moving_a_param_away_from_its_scalars(gpu):
+    """They are found again, and put where it is."""
+    twins = Twins(_params((5, 3)), t0=2, capturable=True)
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        (param,) = twins.params
+        param.grad = None
+        param.data = param.data.to(device)
+        if param in twins.ours.state:
+            entry = twins.ours.state[param]
+            entry["ax"] = entry["ax"].to(device)
+            for name in ("step", "eta", "mu"):
+                entry[name] = entry[name].to(device)
+        twins.run(3)
+        assert {twins.ours.state[param][name].device for name in NAMES} == {param.device}
+        assert gpu.launches[-1].device == param.device.index
+    # Where it alone has moved, torch's function says so, or makes the step.
+    param.grad = None
+    param.data = param.data.cpu()
+    twins.ours.param_groups[0]["capturable"] = False
+    twins.ours.state[param]["ax"] = twins.ours.state[param]["ax"].cpu()
+    twins.run(3)
+    assert twins.ours.state[param]["eta"].device.type == "cpu"
+
+
+def test_a_learning_rate_on_another_device(gpu):
+    lr = torch.tensor(0.1, device="cuda:1")
+    twins = Twins(_params((5, 3)), devices=("cuda:0",), capturable=True)
+    twins.ours.param_groups[0]["lr"] = lr
+    n = len(gpu.launches)
+    with pytest.raises(RuntimeError, match="same device"):
+        twins.step()
+    assert len(gpu.launches) == n
+
+
 def test_capturable_may_be_switched_on_and_off(gpu):
     twins = Twins(_params((5, 3)), t0=2)
     for capturable in (False, True, False):
