@@ -149,8 +149,12 @@ def on_devices(table: Table, job: int = UPDATE) -> Launches | None:
     """
     if not table.has_gpu_rows:
         return None
-    from asgd_fast.cuda.launch import prepared
+    from asgd_fast.cuda import MISSING
 
+    try:
+        from asgd_fast.cuda.launch import prepared
+    except ImportError as error:
+        raise ImportError(MISSING) from error
     return prepared(table, job)
 
 

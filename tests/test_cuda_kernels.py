@@ -9,9 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import fake_gpu
+import numpy as np
 import pytest
 
+from asgd_fast import asgd_
 from asgd_fast.cuda import build
 from asgd_fast.cuda.build import Kind
 
@@ -202,6 +206,38 @@ def test_a_folder_that_cannot_be_written(compiled, tmp_path):
     (tmp_path / "asgd_fast").write_text("a file in the way")
     assert build.stored(KIND, (9, 0)).cubin == b"code 1"
     assert build.stored(KIND, (9, 0)).cubin == b"code 2"
+
+
+def _without_numba(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    return "ModuleNotFoundError: .*numba"
+
+
+def _without_numba_cuda(monkeypatch):
+    from numba import cuda
+
+    monkeypatch.setattr(cuda, "implementation", "Built-in", raising=False)
+    return "ImportError: numba-cuda is not installed"
+
+
+def _of_unfit_versions(monkeypatch):
+    monkeypatch.setitem(sys.modules, "asgd_fast.cuda.intrinsics", SimpleNamespace())
+    return "ImportError: cannot import name 'Words'"
+
+
+@pytest.mark.parametrize("fault", [_without_numba, _without_numba_cuda, _of_unfit_versions])
+def test_a_compiler_that_is_missing_is_named(monkeypatch, fault):
+    reason = fault(monkeypatch)
+    with pytest.raises(ImportError, match=rf"pip install 'asgd_fast\[cuda\]' \({reason}"):
+        build.ptx_of(KIND, (9, 0))
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, "asgd_fast.cuda.launch", raising=False)
+    monkeypatch.delitem(sys.modules, "asgd_fast.cuda.build", raising=False)
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    with pytest.raises(ImportError, match=r"need the packages of the cuda extra; pip install"):
+        asgd_(*(fake_gpu.Array(np.ones(3)) for _ in range(2)), eta=0.1)
 
 
 @needs_compiler

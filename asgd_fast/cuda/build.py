@@ -18,6 +18,7 @@ from typing import NamedTuple
 from platformdirs import user_cache_path
 
 from asgd_fast import _launches
+from asgd_fast.cuda import MISSING
 
 __all__ = ["Binary", "Kind", "compiled", "link", "ptx_of", "stored"]
 
@@ -148,13 +149,15 @@ def ptx_of(kind: Kind, compute_capability: tuple[int, int]) -> str:
     ImportError, RuntimeError
         As `stored`.
     """
-    from numba import cuda, types
+    try:
+        from numba import cuda, types
 
-    from asgd_fast.cuda.intrinsics import Words, make
-    from asgd_fast.cuda.kernels import kernel
-
-    if getattr(cuda, "implementation", None) != "NVIDIA":
-        raise ImportError("numba-cuda is not installed; pip install 'asgd_fast[cuda]'")
+        if cuda.implementation != "NVIDIA":  # but Numba's own, which is older
+            raise ImportError("numba-cuda is not installed")
+        from asgd_fast.cuda.intrinsics import Words, make
+        from asgd_fast.cuda.kernels import kernel
+    except Exception as error:  # of any kind, where versions do not go together
+        raise ImportError(f"{MISSING} ({type(error).__name__}: {error})") from error
     is_half = kind.param in ("float16", "bfloat16")
     takes_many = is_half or kind.on_device or kind.param != kind.average
     ptx, _ = cuda.compile(

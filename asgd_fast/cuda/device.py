@@ -10,6 +10,7 @@ from functools import cache, lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from asgd_fast.cuda import MISSING
 from asgd_fast.cuda.build import stored
 
 if TYPE_CHECKING:
@@ -42,10 +43,7 @@ def driver() -> Any:
     try:
         from cuda.bindings import driver as functions
     except ImportError as error:
-        raise ImportError(
-            "arrays in the memory of a CUDA device need the packages of the cuda extra; "
-            "pip install 'asgd_fast[cuda]'"
-        ) from error
+        raise ImportError(MISSING) from error
     try:
         (status,) = functions.cuInit(0)
     except Exception as error:  # of whatever kind: the library was not found
