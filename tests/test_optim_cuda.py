@@ -398,6 +398,17 @@ def test_a_scaler_skips_steps_without_a_wait(gpu, options):
     twins.run(2)  # a step without the scaler
 
 
+def test_the_first_step_that_is_made_has_its_learning_rate(gpu):
+    """As in torch, where a skipped step makes no state."""
+    scaler = Scaler(1.0)
+    twins = Twins(_params((50,), dtype=torch.float64), lr=0.1)
+    twins.params[0].grad = torch.full_like(twins.params[0], float("inf"))
+    scaler.step(twins.ours, True)
+    for optimizer in (twins.ours, twins.theirs):
+        optimizer.param_groups[0]["lr"] = 0.2
+    twins.run(3)
+
+
 def test_an_average_stays_lazy_under_a_scaler(gpu):
     scaler = Scaler(2.0)
     twins = Twins(_params((50,)), t0=4)

@@ -436,6 +436,11 @@ def _scalars_on_device(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
         lr, lambd, alpha, t0, _, is_current = plan_of(words, at)
         if is_current:
             eta = eta_after(step - t0, lr, lambd, alpha, is_current)
+        elif step == 0.0:
+            # It may have changed since the state was made, if steps were skipped.
+            eta = lr
+            if word(words, at + FLAGS_AT) & SCALARS_ARE_DOUBLE == 0:
+                eta = types.float64(types.float32(lr))
         decay = sub(1.0, mul(lambd, eta))
         if is_current and step <= t0:
             decay = 1.0
