@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+import tempfile
 import warnings
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,17 +18,28 @@ import torch
 
 @lru_cache
 def _build():
-    """Build and load the extension; some seconds the first time."""
+    """Build and load the extension, in ten seconds.
+
+    Each process makes its own: in a folder that several share, one that was killed leaves a lock for
+    which the others wait forever.
+    """
     from torch.utils import cpp_extension
 
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
-    with warnings.catch_warnings():
+    ninja = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        warnings.catch_warnings(),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         warnings.simplefilter("ignore")  # of what the build does
+        patch.setenv("PATH", ninja)
         cpp_extension.load(
             "asgd_fast_fake_cuda",
             [str(Path(__file__).parent / "fake_cuda.cpp")],
-            extra_cflags=["-O1"],
+            extra_cflags=["-O0"],
+            build_directory=folder,
             is_python_module=False,
         )
 
