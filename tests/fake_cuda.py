@@ -20,8 +20,8 @@ import torch
 def _build():
     """Build and load the extension, in ten seconds.
 
-    Each process makes its own: in a folder that several share, one that was killed leaves a lock for
-    which the others wait forever.
+    Each process makes its own: in a shared folder one that was killed leaves a lock, for which all
+    others wait.
     """
     from torch.utils import cpp_extension
 
