@@ -11,7 +11,7 @@ have the same. Each row's work is cut into chunks, one for a block of threads.
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcmp, memcpy, memmove
 
-from asgd_fast._table cimport BFLOAT16, CPU, FLOAT16, FLOAT32, FLOAT64, Row, Table
+from asgd_fast._table cimport BFLOAT16, CPU, FLOAT16, FLOAT32, FLOAT64, OnDevice, Row, Table
 
 # The threads of a block.
 THREADS = 512
@@ -120,7 +120,7 @@ def set_words(bint on_device):
 
 # What rows must have in common to go into one launch, as one number.
 cdef inline int64_t _key_of(const Row *row) noexcept nogil:
-    cdef int64_t on_device = row.scalars_on_device != NULL
+    cdef int64_t on_device = row.on_device != 0
     return row.device | <int64_t>row.kind << 32 | <int64_t>row.ax_size << 36 | on_device << 40
 
 
@@ -221,7 +221,7 @@ def pack(
             continue
         if job == _UPDATE:
             if on_device:
-                _set_on_device(row, now)
+                _set_on_device(row, &table.on_device[row.on_device - 1], now)
             else:
                 _set_of(row, now)
         n = (row.n + chunk - 1) // chunk
@@ -244,8 +244,8 @@ def pack(
         tail = row.n - (n - 1) * chunk if n != 0 else 0
         row_at[_PLACE_AT] = n_chunks | tail << _FIRST_BITS | (n_sets - 1) << _SET_SHIFT
         if on_device:
-            row_at[_SCALARS_AT] = <uint64_t>row.scalars_on_device
-            words[_TICKET_AT] = <uint64_t>row.ticket
+            row_at[_SCALARS_AT] = <uint64_t>table.on_device[row.on_device - 1].scalars
+            words[_TICKET_AT] = <uint64_t>table.on_device[row.on_device - 1].ticket
         row_at += row_size
         room -= row_size
         n_rows += 1
@@ -300,22 +300,22 @@ cdef void _set_of(const Row *row, uint64_t *now) noexcept:
         now[_HOW_AT] |= _HAS_WEIGHT_DECAY
 
 
-cdef void _set_on_device(const Row *row, uint64_t *now) noexcept:
-    now[_LR_AT] = _bits(row.plan.lr, True)
-    now[_LAMBD_AT] = _bits(row.plan.lambd, True)
-    now[_ALPHA_AT] = _bits(row.plan.alpha, True)
-    now[_T0_AT] = _bits(row.plan.t0, True)
-    now[_EVERY_AT] = _bits(row.plan.average_every, True)
+cdef void _set_on_device(const Row *row, const OnDevice *own, uint64_t *now) noexcept:
+    now[_LR_AT] = _bits(own.plan.lr, True)
+    now[_LAMBD_AT] = _bits(own.plan.lambd, True)
+    now[_ALPHA_AT] = _bits(own.plan.alpha, True)
+    now[_T0_AT] = _bits(own.plan.t0, True)
+    now[_EVERY_AT] = _bits(own.plan.average_every, True)
     now[_L2_AT] = _bits(row.weight_decay, True)
     now[_SIGN_AT] = _bits(row.grad_scale, True)
     now[_FLAGS_AT] = 0
     if row.double_scalars:
         now[_FLAGS_AT] |= _SCALARS_ARE_DOUBLE
-    if row.plan.current:
+    if own.plan.current:
         now[_FLAGS_AT] |= _IS_CURRENT
-    if row.lr_on_device != NULL:
-        now[_LR_AT] = <uint64_t>row.lr_on_device
-        now[_FLAGS_AT] |= _LR_IS_DOUBLE if row.double_lr else _LR_IS_FLOAT
+    if own.lr != NULL:
+        now[_LR_AT] = <uint64_t>own.lr
+        now[_FLAGS_AT] |= _LR_IS_DOUBLE if own.double_lr else _LR_IS_FLOAT
 
 
 cdef inline uint64_t _bits(double x, bint is_double) noexcept:

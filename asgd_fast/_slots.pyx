@@ -24,7 +24,7 @@ from asgd_fast._dlpack cimport (
     know,
 )
 from asgd_fast._schedule cimport Plan, Scalars, decay_of, scalars_after
-from asgd_fast._table cimport AX, CPU, GRAD, PARAM, Row, Table
+from asgd_fast._table cimport AX, CPU, GRAD, PARAM, OnDevice, Row, Table
 from asgd_fast._tensor cimport data_of
 
 from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
@@ -292,6 +292,7 @@ cdef class Slots:
             that eta has no value.
         """
         cdef list left = [], slots
+        cdef bint by_torch, capturable
         cdef object lr = None
         cdef Slot slot
         cdef Common common
@@ -307,12 +308,13 @@ cdef class Slots:
                 return None
             table.reserve(len(slots))
             by_torch = group["differentiable"]
+            capturable = group["capturable"]
             if by_torch:
                 check_group(group)
             else:
                 lr = self._lr_of(group)
                 common = self._common_of(group, lr, unscale, round_scalars)
-                common.on_device = on_device or group["capturable"]
+                common.on_device = on_device or capturable
             for i in range(len(slots)):
                 if i >= len(params):  # shortened meanwhile
                     return None
@@ -323,8 +325,7 @@ cdef class Slots:
                 slot = slots[i]
                 if slot is None or slot.param is not param or not slot._is_whole():
                     return None
-                if by_torch or slot._block is None or (
-                        group["capturable"] and not slot._is_on_gpu):
+                if by_torch or slot._block is None or (capturable and not slot._is_on_gpu):
                     left.append((group, slot))
                     continue
                 if slot.on_device:
@@ -392,7 +393,7 @@ cdef class Slots:
         if row.device != CPU:
             table.note_stream(slot.param)
         if slot.on_device:
-            _set_scalars_on_device(row, slot, common)
+            _set_scalars_on_device(row, table.put_on_device(), slot, common)
             slot.at_most += 1
         else:
             _set_scalars(row, slot, common)
@@ -646,13 +647,15 @@ cdef inline void _set_scalars(Row *row, Slot slot, const Common *common) noexcep
         row.decay = 1.0 - common.plan.lambd * row.eta
 
 
-cdef inline void _set_scalars_on_device(Row *row, Slot slot, const Common *common) noexcept:
-    row.scalars_on_device = common.address + 3 * slot._place * (8 if common.double_scalars else 4)
+cdef inline void _set_scalars_on_device(
+    Row *row, OnDevice *own, Slot slot, const Common *common,
+) noexcept:
+    own.scalars = common.address + 3 * slot._place * (8 if common.double_scalars else 4)
+    own.ticket = common.ticket
+    own.plan = _plan_of(slot, common)
+    own.lr = common.lr_on_device
+    own.double_lr = common.double_lr
     row.double_scalars = common.double_scalars
-    row.ticket = common.ticket
-    row.plan = _plan_of(slot, common)
-    row.lr_on_device = common.lr_on_device
-    row.double_lr = common.double_lr
     row.weight_decay = common.weight_decay
     row.grad_scale = common.grad_scale
 

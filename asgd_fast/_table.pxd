@@ -42,13 +42,18 @@ cdef struct Row:
     void *scalars           # step, eta and mu, to become `next`; NULL: the caller keeps them
     bint double_scalars     # whether they are double rather than float
     Scalars next
-    void *scalars_on_device  # instead, in the GPU's memory, with what they follow from
-    Plan plan
-    const void *lr_on_device  # instead of the plan's; NULL: that holds
-    bint double_lr
-    void *ticket              # one 32-bit zero beside the scalars, where blocks count themselves
+    int on_device           # if a GPU has the scalars: which of the table's, from 1; else 0
     Py_ssize_t index        # the param's place among the caller's, for messages
     int64_t offset          # where the param begins in the work of the table, in bytes
+
+
+# The scalars of a row that the GPU has in its memory, and advances.
+cdef struct OnDevice:
+    void *scalars
+    Plan plan            # what they follow from
+    const void *lr       # where the GPU has it, instead of the plan's; NULL: that holds
+    bint double_lr
+    void *ticket         # one 32-bit zero beside the scalars, where blocks count themselves
 
 
 cdef struct Memory:  # of one row
@@ -71,6 +76,9 @@ cdef class Table:
     cdef Py_ssize_t n_rows
     cdef readonly int64_t work      # the bytes of all params of the CPU, each as whole cache lines
     cdef readonly bint has_gpu_rows
+    cdef OnDevice *on_device
+    cdef Py_ssize_t _n_on_device
+    cdef Py_ssize_t _on_device_capacity
     cdef readonly dict streams      # the current stream of each GPU, as the params' library has it
     cdef public object grad_scale   # tensors of one float32 in the memory of each GPU, by its
     cdef public object found_inf    # number: for rows with scalars there; else None
@@ -95,6 +103,7 @@ cdef class Table:
     cdef int commit(self, owner) except -1
     cdef int _own(self, owner) except -1
     cdef int note_stream(self, array) except -1
+    cdef OnDevice *put_on_device(self) except NULL
     cdef void abandon(self) noexcept
     cdef void _give_back(self, Py_ssize_t keep) noexcept
     cdef bint _was_checked(self) noexcept

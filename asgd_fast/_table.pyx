@@ -149,6 +149,9 @@ cdef class Table:
         self.n_rows = 0
         self.work = 0
         self.has_gpu_rows = False
+        self.on_device = NULL
+        self._n_on_device = 0
+        self._on_device_capacity = 0
         self.streams = {}
         self._capacity = 0
         self._lent = NULL
@@ -166,6 +169,7 @@ cdef class Table:
         cdef Py_ssize_t i
         self.clear()
         free(self._owners)
+        free(self.on_device)
         for i in range(3 * self._capacity):
             forget(&self._known[i])
         free(self._known)
@@ -188,6 +192,7 @@ cdef class Table:
         if self.has_gpu_rows:
             self.has_gpu_rows = False
             self.streams.clear()
+            self._n_on_device = 0
             self.grad_scale = self.found_inf = None
         self._give_back(0)
         while self._n_owners > 0:
@@ -404,7 +409,7 @@ cdef class Table:
         row.grad = NULL
         row.ax = NULL
         row.scalars = NULL
-        row.scalars_on_device = NULL
+        row.on_device = 0
         row.index = index
         self._n_lent_before = self._n_lent
         return row
@@ -496,6 +501,20 @@ cdef class Table:
         if device not in self.streams:
             self.streams[device] = stream_of(array, device)
         return 0
+
+    cdef OnDevice *put_on_device(self) except NULL:
+        """Let the GPU have the scalars of the row, which are to be filled in."""
+        cdef Py_ssize_t capacity = max(64, 2 * self._on_device_capacity)
+        cdef void *room
+        if self._n_on_device == self._on_device_capacity:
+            room = realloc(self.on_device, capacity * sizeof(OnDevice))
+            if room == NULL:
+                raise MemoryError
+            self.on_device = <OnDevice *>room
+            self._on_device_capacity = capacity
+        self._n_on_device += 1
+        self.rows[self.n_rows].on_device = self._n_on_device
+        return &self.on_device[self._n_on_device - 1]
 
     cdef void abandon(self) noexcept:
         """Give back what was lent for the row."""

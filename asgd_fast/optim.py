@@ -570,7 +570,7 @@ class ASGD(torch.optim.ASGD):
                 loss = closure()
         given = self.__dict__  # by a scaler, and taken away after the step
         found_inf, scale = given.get("found_inf"), given.get("grad_scale")
-        if isinstance(found_inf, Tensor) and found_inf.is_cuda:
+        if found_inf is not None and isinstance(found_inf, Tensor) and found_inf.is_cuda:
             # From now on the device has the scalars, as it alone knows whether it made a step.
             self._on_device = True
             if self._slots is None or not self._slots.all_on_device:
@@ -604,31 +604,30 @@ class ASGD(torch.optim.ASGD):
     ) -> None:
         """Update every param that has a gradient, by an engine as far as it goes."""
         slots, left = self._gather(table, unscale)
-        if found_inf is not None and (left or not slots.all_on_device):
-            if found_inf:
-                return
+        if found_inf is not None and (left or not slots.all_on_device or not _is_fit(table)):
+            # What is to be done by others cannot be left to the device.
             table.clear()
-            unscale = 1.0 if scale is None else _inverse(scale)
-            found_inf = scale = None
-            slots, left = self._gather(table, unscale)
+            if not found_inf:
+                self._update(table, 1.0 if scale is None else _inverse(scale), None, None)
+            return
         if left:
             _check_graph_capture(self)
             if any(_grad_of(slot).is_sparse for _, slot in left):
                 raise RuntimeError("ASGD does not support sparse gradients")
             left = self._fit(left, slots, table, unscale)
-        try:
-            table.check_overlap()
-        except ValueError:
+        if not _is_fit(table):
             # The order of operations shows where memory is shared: it is to be torch's.
             left = self._active(slots)
+        launches = None
+        if table.has_gpu_rows:
+            table.found_inf = _on_each(table.streams, found_inf)
+            table.grad_scale = _on_each(table.streams, scale)
+            launches = on_devices(table)
         if left:
             with torch.set_grad_enabled(self.defaults["differentiable"]):
                 _step_by_torch(left, unscale, self.average_dtype)
         if table:
             n_threads = threads_for(table)
-            table.found_inf = _on_each(table.streams, found_inf)
-            table.grad_scale = _on_each(table.streams, scale)
-            launches = on_devices(table)
             # Before the memory changes: nothing fails from here on, unless a device does.
             increment_versions(slots.written)
             if launches is not None:
@@ -649,12 +648,12 @@ class ASGD(torch.optim.ASGD):
             slots = self._read_slots()
         if is_watched:
             return slots, self._active(slots)
-        how = unscale, rounds_scalars(), self._on_device
-        left = slots.gather(table, self.param_groups, *how)
+        groups, on_device = self.param_groups, self._on_device
+        left = slots.gather(table, groups, unscale, rounds_scalars(), on_device)
         if left is None:  # a first gradient, or groups or state that were changed by hand
             table.clear()
             slots = self._read_slots()
-            left = slots.gather(table, self.param_groups, *how)
+            left = slots.gather(table, groups, unscale, rounds_scalars(), on_device)
         if left is None:
             raise RuntimeError("param_groups: changed by another thread during the step")
         return slots, left
@@ -749,6 +748,15 @@ def _is_watched() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def _is_fit(table: Table) -> bool:
+    """Whether no arrays of a table share memory; it is empty otherwise."""
+    try:
+        table.check_overlap()
+    except ValueError:
+        return False
+    return True
 
 
 def _begins(group: Group, slot: Slot) -> bool:

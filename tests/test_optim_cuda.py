@@ -420,6 +420,36 @@ def test_an_average_stays_lazy_under_a_scaler(gpu):
         assert is_lazy == (k < 6)  # at the latest
 
 
+def test_a_scaler_and_params_that_share_memory(gpu):
+    memory = torch.randn(9, device="cuda")
+    params = [torch.nn.Parameter(memory[:5]), torch.nn.Parameter(memory[4:])]
+    here = memory.cpu()
+    theirs = [torch.nn.Parameter(here[:5]), torch.nn.Parameter(here[4:])]
+    one, other = ASGD(params, foreach=False), torch.optim.ASGD(theirs, foreach=False)
+    scaler = Scaler(4.0)
+    for is_infinite in (False, True, False):
+        for p, q in zip(params, theirs, strict=True):
+            p.grad, q.grad = torch.full_like(p, 4.0), torch.ones_like(q)
+        scaler.step(one, is_infinite)
+        if not is_infinite:
+            other.step()
+        assert torch.equal(memory.cpu(), here)
+
+
+def test_a_refused_capture_leaves_torchs_params_too(gpu):
+    """Some params go to torch's function; it is not called when an engine refuses."""
+    params = [torch.nn.Parameter(torch.randn(6, device="cuda")) for _ in range(2)]
+    optimizer = ASGD([params[0], params[1]], t0=1)
+    params[0].grad = torch.ones(6, device="cuda")
+    params[1].grad = torch.ones(1, device="cuda").expand(6)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    gpu.captured.add(1)
+    with pytest.raises(RuntimeError, match="CUDA graph"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
 def test_a_scaler_and_a_param_on_the_cpu(gpu):
     scaler = Scaler(4.0)
     twins = Twins(_params((5,), (6,)), devices=("cuda", "cpu"), t0=1)
