@@ -263,6 +263,7 @@ def test_any_number_of_threads(streaming, n_threads, mu):
         assert torch.equal(ax, ax_after)
 
 
+@pytest.mark.heavy
 @wider
 def test_large_params_with_two_threads(two_threads, streaming, dtype, asked, wide):
     """So large that the step uses both, and the chunks of a share are several."""
