@@ -85,9 +85,9 @@ def cases() -> Iterator[Case]:
         for n in SIZES:
             for phase in PASSES:
                 yield Case(f"{n:.0e} {_name(dtype)}", dtype, phase, [n])
-    for name, sizes in SETS.items():
-        for phase in PASSES:
-            yield Case(f"{name} float32", torch.float32, phase, sizes)
+        for name, sizes in SETS.items():
+            for phase in PASSES:
+                yield Case(f"{name} {_name(dtype)}", dtype, phase, sizes)
 
 
 def contenders(case: Case) -> dict[str, Callable[[], object]]:
