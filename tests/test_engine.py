@@ -90,6 +90,7 @@ def mixture(generator):
     ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("mu", AVERAGES.values(), ids=AVERAGES)
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
 def test_any_number_of_threads(runtime, streaming, n_threads, mu):
@@ -113,6 +114,7 @@ def test_more_threads_than_cache_lines(runtime, n):
     assert torch.equal(p, wanted)
 
 
+@pytest.mark.heavy
 def test_all_threads_compute_as_the_caller_does(runtime):
     """Where the caller flushes subnormal numbers, so do they."""
     tiny = torch.full((1 << 20,), 1e-40)
@@ -134,6 +136,7 @@ def test_all_threads_compute_as_the_caller_does(runtime):
     assert (tiny != 0).all()
 
 
+@pytest.mark.heavy
 def test_several_python_threads_at_once(runtime):
     results = {}
 
