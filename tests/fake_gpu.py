@@ -20,6 +20,20 @@ SUCCESS = SimpleNamespace(name="CUDA_SUCCESS", value=0)
 REFUSED = SimpleNamespace(name="CUDA_ERROR_LAUNCH_FAILED", value=719)
 
 
+# The dtypes of params with those that their averages may have.
+PAIRS = [
+    ("float16", "float16"),
+    ("float16", "float32"),
+    ("float16", "float64"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "float32"),
+    ("bfloat16", "float64"),
+    ("float32", "float32"),
+    ("float32", "float64"),
+    ("float64", "float64"),
+]
+
+
 @cache
 def body(kind):
     """What a kernel does, compiled for the CPU; the same for all sizes of the parameters."""

@@ -123,19 +123,6 @@ OPERATIONS = SimpleNamespace(
 )
 
 
-# What each number is rounded to, beside what it is computed in.
-PAIRS = [
-    ("float16", "float16"),
-    ("float16", "float32"),
-    ("float16", "float64"),
-    ("bfloat16", "bfloat16"),
-    ("bfloat16", "float64"),
-    ("float32", "float32"),
-    ("float32", "float64"),
-    ("float64", "float64"),
-]
-
-
 def _random(rng, n, dtype, offset):
     """Numbers in memory that begins so many of them after an address of 16 bytes."""
     stored = np.dtype(_STORED[dtype])
@@ -258,7 +245,7 @@ def main():
     assert config.ENABLE_CUDASIM
     kernels.THREADS = THREADS
     n = 0
-    for dtype, average in PAIRS:
+    for dtype, average in fake_gpu.PAIRS:
         for mu, weight_decay, offset in (
             (1.0, 0.0, 0),
             (0.3, 0.1, 0),

@@ -99,21 +99,8 @@ def _on_gpu(tensor, device=0):
     return fake_gpu.Array(array, device, is_bfloat16)
 
 
-PAIRS = [
-    ("float16", "float16"),
-    ("float16", "float32"),
-    ("float16", "float64"),
-    ("bfloat16", "bfloat16"),
-    ("bfloat16", "float32"),
-    ("bfloat16", "float64"),
-    ("float32", "float32"),
-    ("float32", "float64"),
-    ("float64", "float64"),
-]
-
-
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize(("dtype", "average"), PAIRS, ids=lambda x: x)
+@pytest.mark.parametrize(("dtype", "average"), fake_gpu.PAIRS, ids=lambda x: x)
 @pytest.mark.parametrize("mu", [None, 1.0, 0.3], ids=["no average", "copy", "average"])
 def test_bits_are_those_of_the_cpu(gpu, dtype, average, mu, settings):
     for n in (1, 2, 7, 8, 9, 100, 4099, 8192, 8192 * 3 + 13):
@@ -123,7 +110,7 @@ def test_bits_are_those_of_the_cpu(gpu, dtype, average, mu, settings):
     assert [launch.kind.job for launch in gpu.launches] == ["update"] * 9
 
 
-@pytest.mark.parametrize(("dtype", "average"), PAIRS, ids=lambda x: x)
+@pytest.mark.parametrize(("dtype", "average"), fake_gpu.PAIRS, ids=lambda x: x)
 @pytest.mark.parametrize("offset", [1, 2, 3, 5, -1])
 def test_misaligned_arrays_have_the_same_bits(gpu, dtype, average, offset):
     for n in (1, 3, 8, 17, 8192, 8192 + 5, 20_000):
