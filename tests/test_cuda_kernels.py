@@ -43,7 +43,7 @@ def _run(*command, **environment):
 
 @pytest.mark.heavy
 def test_the_simulated_kernels_have_the_bits_of_the_cpu():
-    assert _run(str(HERE / "simulator.py"), NUMBA_ENABLE_CUDASIM="1") == "40 launches simulated\n"
+    assert _run(str(HERE / "simulator.py"), NUMBA_ENABLE_CUDASIM="1") == "49 launches simulated\n"
 
 
 KINDS = [
