@@ -239,6 +239,7 @@ def test_every_size_and_alignment_of_the_engine(simd_level, streaming, dtype, as
             assert torch.equal(bits(base), bits(whole)), (n, shifts)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("mu", [1.0, 0.3])
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
 def test_any_number_of_threads(streaming, n_threads, mu):
