@@ -696,7 +696,7 @@ def check_group(group):
     ------
     TypeError, ValueError
         lambd, alpha or t0 is no finite number, or one of the first two is negative; lr_schedule or
-        average_every is not what it may be, or is to go to torch's implementation.
+        average_every is not what it may be, or goes with differentiable=True.
     """
     for name, low in (("lambd", 0.0), ("alpha", 0.0), ("t0", -INFINITY)):
         value = group[name]
@@ -707,10 +707,9 @@ def check_group(group):
         return
     check_lr_schedule(lr_schedule)
     check_average_every(every)
-    for option in ("differentiable", "capturable"):
-        if group[option] and (lr_schedule != TORCHS or every != 1):
-            raise ValueError(
-                f"{option}: goes only with lr_schedule='torch' and average_every=1")
+    if group["differentiable"] and (lr_schedule != TORCHS or every != 1):
+        raise ValueError(
+            "differentiable: goes only with lr_schedule='torch' and average_every=1")
 
 
 def number(str name, value):

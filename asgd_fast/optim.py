@@ -158,9 +158,8 @@ class ASGD(torch.optim.ASGD):
 
     The one pass is made over tensors of the CPU or of CUDA devices, of float32, float64, float16,
     bfloat16, complex64 or complex128, whose elements fill a block of memory, in any order of the
-    axes. Half types are
-    computed in float32 and rounded once. Everything else, and tensors that share memory with each
-    other, go to torch's own ``asgd``, with its results and its speed.
+    axes. Half types are computed in float32 and rounded once. Everything else, and tensors that
+    share memory with each other, go to torch's own ``asgd``, with its results and its speed.
 
     The GIL is released while memory is updated, and the memory of a tensor must not be replaced or
     resized meanwhile by another thread (``p.data = other``).
@@ -825,7 +824,12 @@ def _converted_grad(slot: Slot) -> Tensor | None:
 def _step_by_torch(left: list[_Left], unscale: float, average_dtype: torch.dtype | None) -> None:
     """Update params by torch's own function."""
     _state.own([slot for _, slot in left], average_dtype)
-    for _, slot in left:
+    for group, slot in left:
+        if group["capturable"] and _is_own(group):
+            raise ValueError(
+                "capturable: goes with lr_schedule='current' or average_every > 1 only for params "
+                f"that CUDA kernels take; got one on {slot.param.device}"
+            )
         shape = tuple(slot.param.shape)
         missing = {"step", "eta", "mu", "ax"} - slot.state.keys()
         if missing:
@@ -840,7 +844,7 @@ def _step_by_torch(left: list[_Left], unscale: float, average_dtype: torch.dtype
         grads = [_grad_of(slot) for slot in slots]
         if unscale != 1:
             grads = [grad * unscale for grad in grads]
-        if any(groups[0][name] != value for name, value in OWN_HYPERPARAMETERS.items()):
+        if _is_own(groups[0]):
             for slot, grad in zip(slots, grads, strict=True):
                 _step_one_by_torch(groups[0], slot, grad)
             continue
@@ -858,6 +862,11 @@ def _step_by_torch(left: list[_Left], unscale: float, average_dtype: torch.dtype
             has_complex=any(slot.param.is_complex() for slot in slots),
             **options,
         )
+
+
+def _is_own(group: Group) -> bool:
+    """Whether a group has hyperparameters that torch's function does not know."""
+    return any(group[name] != value for name, value in OWN_HYPERPARAMETERS.items())
 
 
 def _what_torch_takes_together(pair: _Left) -> tuple[Any, ...]:

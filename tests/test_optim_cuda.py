@@ -147,8 +147,8 @@ def test_own_options_are_those_of_the_cpu(gpu, capturable):
     """Wide averages, every second iterate, and lr that acts at once: torch has none of them."""
     here = _params((1000,), (3, 4))
     there = [_on(p, "cuda") for p in here]
-    own = {} if capturable else {"lr_schedule": "current", "average_every": 2}
-    options = {"t0": 2, "lr": 0.1, "average_dtype": torch.float64, "lambd": 0.1, **own}
+    options = {"t0": 2, "lr": 0.1, "average_dtype": torch.float64, "lambd": 0.1}
+    options |= {"lr_schedule": "current", "average_every": 2}
     one, other = ASGD(here, **options), ASGD(there, capturable=capturable, **options)
     for k in range(10):
         if k == 6:
