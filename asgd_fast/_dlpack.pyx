@@ -151,6 +151,9 @@ cdef DLPackExchangeAPI *exchange_api_of(cls) except? NULL:
 
 
 cdef bint is_array(object candidate):
+    # Most that are none are these, and to look for what they lack takes a microsecond.
+    if candidate is None or type(candidate) is list or type(candidate) is tuple:
+        return False
     return _exporter_of(candidate).lends()
 
 

@@ -415,8 +415,9 @@ cdef class Slots:
         cdef Py_ssize_t _i, n = len(self._packed)
         cdef bint attached = True
         memset(&common, 0, sizeof(common))
-        for slot in self._leaders:
-            attached = attached and self._is_attached(slot, &common)
+        if n > ASKED_IN_TURN:  # else all have their turn
+            for slot in self._leaders:
+                attached = attached and self._is_attached(slot, &common)
         for _i in range(min(n, <Py_ssize_t>ASKED_IN_TURN)):
             self._turn = (self._turn + 1) % n
             attached = attached and self._is_attached(self._packed[self._turn], &common)

@@ -435,7 +435,7 @@ def rounds_scalars() -> bool:
 
     Torch rounds them to a default dtype of half precision besides, which is not done here.
     """
-    return torch.get_default_dtype() != torch.float64
+    return torch.get_default_dtype() is not torch.float64
 
 
 def floats(scalars: Sequence[Any]) -> list[float]:

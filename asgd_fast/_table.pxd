@@ -92,6 +92,7 @@ cdef class Table:
     cdef Known *_known              # three for each row, kept over the steps
     cdef Span *_spans               # room for those of all rows, twice
     cdef public tuple names
+    cdef list _spare                # of those where it belongs while nobody uses it; or None
     cdef PyObject **_owners         # what keeps the arrays alive for as long as they are borrowed
     cdef Py_ssize_t _n_owners
     cdef Py_ssize_t _owner_capacity

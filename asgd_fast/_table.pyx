@@ -129,6 +129,27 @@ def whereabouts_of(array):
         forget(&known)
 
 
+def lent(list spare, tuple names):
+    """Lend an empty table, which remembers the arrays that it held last, to a with statement.
+
+    Parameters
+    ----------
+    spare : list of Table
+        Those that nobody uses at the moment; a new one is made when there is none.
+    names : tuple of str
+        As for `Table`.
+
+    Returns
+    -------
+    Table
+        Given back at the end of the with statement.
+    """
+    cdef Table table = spare.pop() if spare else Table(names)
+    table.names = names
+    table._spare = spare
+    return table
+
+
 cdef class Table:
     """The rows of one step, each a param with its grad and, unless none is kept, its average.
 
@@ -177,6 +198,16 @@ cdef class Table:
         free(self._checked)
         free(self._lent)
         free(self.rows)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        cdef list spare = self._spare
+        self.clear()
+        if spare is not None:
+            self._spare = None
+            spare.append(self)
 
     def __len__(self):
         return self.n_rows

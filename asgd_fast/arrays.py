@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from asgd_fast._table import Table, dtype_of
+from asgd_fast._table import Table, dtype_of, lent
 from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
 from asgd_fast.update import (
     as_arrays,
@@ -23,7 +23,6 @@ from asgd_fast.update import (
     exchanged,
     from_host,
     is_on_device,
-    lent,
     template,
     to_host,
     update,

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.optim.asgd import asgd as torch_asgd
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -23,7 +25,7 @@ from asgd_fast import _averages, _core, _state
 from asgd_fast._schedule import next_scalars
 from asgd_fast._slots import Slot, Slots, check_group
 from asgd_fast._state import OWN_HYPERPARAMETERS, Group, extent, rounds_scalars
-from asgd_fast._table import Table
+from asgd_fast._table import Table, lent
 from asgd_fast._versions import increment_versions
 from asgd_fast.threads import threads_for
 from asgd_fast.update import on_devices
@@ -56,7 +58,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
             or _profiler_enabled()
         ):
             return in_full(self, *args, **kwargs)
-        return step(self, *args, **kwargs)
+        return step(self)
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it again
     return wrapper
@@ -575,63 +577,51 @@ class ASGD(torch.optim.ASGD):
             if self._slots is None or not self._slots.all_on_device:
                 self._slots = self._read_slots()
             if self._slots.all_on_device:
-                self._step_with(1.0, found_inf, scale)
+                self._update(1.0, found_inf, scale)
                 return loss
         if found_inf is None or not found_inf:
-            self._step_with(1.0 if scale is None else _inverse(scale))
+            self._update(1.0 if scale is None else _inverse(scale))
         return loss
 
-    def _step_with(
+    def _update(
         self, unscale: float, found_inf: Tensor | None = None, scale: Tensor | None = None
     ) -> None:
-        """Make a step with gradients that are to be multiplied first.
+        """Update every param that has a gradient, by an engine as far as it goes.
 
-        Or, where the device knows it, divided by `scale` unless there is a `found_inf`.
+        Gradients are multiplied by `unscale` first; or, where the device knows it, divided by
+        `scale` unless there is a `found_inf`.
         """
-        try:
-            table = _spare_tables.pop()
-        except IndexError:
-            table = Table(("params[{}]", "grads[{}]", "averages[{}]"))
-        try:
-            self._update(table, unscale, found_inf, scale)
-        finally:
-            table.clear()
-            _spare_tables.append(table)
-
-    def _update(
-        self, table: Table, unscale: float, found_inf: Tensor | None, scale: Tensor | None
-    ) -> None:
-        """Update every param that has a gradient, by an engine as far as it goes."""
-        slots, left = self._gather(table, unscale)
-        if found_inf is not None and (left or not slots.all_on_device or not _is_fit(table)):
-            # What is to be done by others cannot be left to the device.
-            table.clear()
-            if not found_inf:
-                self._update(table, 1.0 if scale is None else _inverse(scale), None, None)
-            return
-        if left:
-            _check_graph_capture(self)
-            if any(_grad_of(slot).is_sparse for _, slot in left):
-                raise RuntimeError("ASGD does not support sparse gradients")
-            left = self._fit(left, slots, table, unscale)
-        if not _is_fit(table):
-            # The order of operations shows where memory is shared: it is to be torch's.
-            left = self._active(slots)
-        launches = None
-        if table.has_gpu_rows:
-            table.found_inf = _on_each(table.streams, found_inf)
-            table.grad_scale = _on_each(table.streams, scale)
-            launches = on_devices(table)
-        if left:
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
-                _step_by_torch(left, unscale, self.average_dtype)
-        if table:
-            n_threads = threads_for(table)
-            # Before the memory changes: nothing fails from here on, unless a device does.
-            increment_versions(slots.written)
-            if launches is not None:
-                launches.run()
-            _core.update(table, n_threads)
+        with lent(_spare_tables, _NAMES) as table:
+            slots, left = self._gather(table, unscale)
+            if found_inf is not None and (left or not slots.all_on_device or not _is_fit(table)):
+                # What is to be done by others cannot be left to the device.
+                table.clear()
+                if not found_inf:
+                    self._update(1.0 if scale is None else _inverse(scale))
+                return
+            if left:
+                _check_graph_capture(self)
+                if any(_grad_of(slot).is_sparse for _, slot in left):
+                    raise RuntimeError("ASGD does not support sparse gradients")
+                left = self._fit(left, slots, table, unscale)
+            if not _is_fit(table):
+                # The order of operations shows where memory is shared: it is to be torch's.
+                left = self._active(slots)
+            launches = None
+            if table.has_gpu_rows:
+                table.found_inf = _on_each(table.streams, found_inf)
+                table.grad_scale = _on_each(table.streams, scale)
+                launches = on_devices(table)
+            if left:
+                with torch.set_grad_enabled(self.defaults["differentiable"]):
+                    _step_by_torch(left, unscale, self.average_dtype)
+            if table:
+                n_threads = threads_for(table)
+                # Before the memory changes: nothing fails from here on, unless a device does.
+                increment_versions(slots.written)
+                if launches is not None:
+                    launches.run()
+                _core.update(table, n_threads)
         if self._loaded:
             _state.release(
                 self.state, self.param_groups, self._loaded, average_dtype=self.average_dtype
@@ -736,6 +726,8 @@ _HYPERPARAMETERS = (
 # Between steps their memory waits here for the next.
 _spare_tables: list[Table] = []
 
+_NAMES = "params[{}]", "grads[{}]", "averages[{}]"
+
 # Under torch.compile the step is left as it is: faster than what would be compiled.
 _step_uncompiled = torch.compiler.disable(ASGD._step)
 
@@ -743,8 +735,8 @@ _step_uncompiled = torch.compiler.disable(ASGD._step)
 def _is_watched() -> bool:
     """Whether a mode or transform of torch is to see every operation, so that none is left out."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        _len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )
 

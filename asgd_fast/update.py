@@ -14,7 +14,7 @@ import numpy as np
 
 from asgd_fast import _core
 from asgd_fast._launches import ASSIGN, COPY_GRAD, PUT_AVERAGE, PUT_BACK, UPDATE
-from asgd_fast._table import Table, dtype_of, is_array, whereabouts_of
+from asgd_fast._table import Table, dtype_of, is_array, lent, whereabouts_of
 from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ __all__ = [
     "exchanged",
     "from_host",
     "is_on_device",
-    "lent",
     "on_devices",
     "run_on_devices",
     "template",
@@ -82,29 +81,6 @@ def as_arrays(name: str, arrays: Any) -> list[Any]:
 def template(name: str, arrays: Any) -> str:
     """Return what messages call the i-th array of an argument, as a format string of i."""
     return name if is_array(arrays) else f"{name}[{{}}]"
-
-
-@contextmanager
-def lent(spare: list[Table], names: tuple[str, str, str]) -> Iterator[Table]:
-    """Lend an empty table, which remembers the arrays that it held last.
-
-    Parameters
-    ----------
-    spare : list of Table
-        Those that nobody uses at the moment; a new one is made when there is none.
-    names : tuple of str
-        As for `Table`.
-    """
-    try:
-        table = spare.pop()
-    except IndexError:
-        table = Table(names)
-    table.names = names
-    try:
-        yield table
-    finally:
-        table.clear()
-        spare.append(table)
 
 
 def update(table: Table) -> None:
