@@ -72,7 +72,12 @@ def main() -> int:
     parser.add_argument("base", nargs="?", default="HEAD^")
     parser.add_argument("head", nargs="?", default="HEAD")
     arguments = parser.parse_args()
-    base, head = (_git("rev-parse", f"{x}^{{commit}}") for x in (arguments.base, arguments.head))
+    try:
+        base, head = (
+            _git("rev-parse", f"{x}^{{commit}}") for x in (arguments.base, arguments.head)
+        )
+    except subprocess.CalledProcessError:  # which git has told of
+        return UNKNOWN
     import asv_machine
 
     asv_machine.setup()
