@@ -57,6 +57,8 @@ class Driver:
         Those of addresses that will be asked for.
     waits : list of int
         The streams that were waited for.
+    fails, is_old : bool
+        Whether it refuses to launch, or to load, kernels.
     """
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=SUCCESS)
@@ -73,7 +75,7 @@ class Driver:
         self.launches, self.contexts, self.captured, self.loaded = [], [], set(), []
         self.copies, self.waits = [], []
         self.devices = {}
-        self.fails = False
+        self.fails = self.is_old = False
 
     def cuDeviceGet(self, number):
         return (SUCCESS, number) if number < self.n_devices else (REFUSED, None)
@@ -101,6 +103,8 @@ class Driver:
         return SUCCESS, int(stream in self.captured)
 
     def cuModuleLoadData(self, image):
+        if self.is_old:
+            return REFUSED, None
         kind = build.Kind(*eval(image))
         self.loaded.append((self.contexts[-1], kind))
         return SUCCESS, (self.contexts[-1], kind)

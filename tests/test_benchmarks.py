@@ -97,6 +97,11 @@ def test_gate_measures_again_what_was_slower(gate, monkeypatch, tmp_path, again,
     assert not re.search(pattern, "arrays.Sizes.time_asgd(1000000, 'copy')")
 
 
+def test_gate_can_say_nothing_of_a_commit_that_is_not_there(gate, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gate.py", "no-such-commit"])
+    assert gate.main() == gate.UNKNOWN
+
+
 def test_gate_reads_what_asv_writes(gate, tmp_path):
     folder = tmp_path / "machine"
     folder.mkdir()

@@ -416,6 +416,15 @@ def test_a_launch_that_fails(gpu):
     assert len(gpu.launches) == 1
 
 
+def test_a_driver_that_is_too_old_for_a_kernel(gpu):
+    gpu.is_old, gpu.version = True, 12040
+    p, g = np.ones(3), np.ones(3)
+    with pytest.raises(RuntimeError, match=r"CUDA 12\.4, did not load.*'numba-cuda\[cu12\]'$"):
+        asgd_(fake_gpu.Array(p), fake_gpu.Array(g), eta=0.1)
+    assert p.tolist() == [1.0] * 3
+    assert gpu.contexts == []
+
+
 def test_kernels_are_loaded_once_for_each_device(gpu):
     for device in (0, 1, 0, 1):
         asgd_(*(fake_gpu.Array(np.ones(3), device) for _ in range(2)), eta=0.1)

@@ -16,7 +16,7 @@ from asgd_fast.cuda.build import stored
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from asgd_fast.cuda.build import Kind
+    from asgd_fast.cuda.build import Binary, Kind
 
 __all__ = ["LEGACY_STREAM", "Device", "checked", "device_of", "driver", "number_of"]
 
@@ -117,14 +117,23 @@ class Device:
             pass
         with self._lock:
             if kind not in self._functions:
-                call = driver()
-                binary = stored(kind, self.compute_capability)
-                with self.current():
-                    # Never unloaded: a captured graph may still launch it.
-                    module = checked(call.cuModuleLoadData(binary.cubin))
-                    function = checked(call.cuModuleGetFunction(module, binary.entry.encode()))
-                self._functions[kind] = function
+                self._functions[kind] = self._loaded(stored(kind, self.compute_capability))
         return self._functions[kind]
+
+    def _loaded(self, binary: Binary) -> Any:
+        """Load a kernel for good: a captured graph may still launch it."""
+        call = driver()
+        with self.current():
+            try:
+                module = checked(call.cuModuleLoadData(binary.cubin))
+            except RuntimeError as error:
+                major, minor = self.driver_version // 1000, self.driver_version % 1000 // 10
+                raise RuntimeError(
+                    f"{error}: the driver, of CUDA {major}.{minor}, did not load a kernel; if the "
+                    "installed CUDA packages are of a later CUDA, install those of its own, such "
+                    f"as 'numba-cuda[cu{major}]'"
+                ) from error
+            return checked(call.cuModuleGetFunction(module, binary.entry.encode()))
 
     def refuse_capture(self, stream: int) -> None:
         """Refuse a stream that is being captured into a graph.
