@@ -256,10 +256,12 @@ cdef inline void _mean_of_unit(const Halves *how, const float *p, mean *ax) noex
     cdef mean mu = <mean>how.mu
     cdef int i
     if how.averages:
-        memcpy(unit, ax, sizeof(unit))
         for i in range(UNIT):
-            unit[i] = _mean(unit[i], <mean>p[i], mu)
-        memcpy(ax, unit, sizeof(unit))
+            unit[i] = _mean(ax[i], <mean>p[i], mu)
+        # In loops, as memcpy moves 16 bytes at a time, for which wider vectors wait; and in two, as
+        # p might be where ax is, for all that a compiler knows.
+        for i in range(UNIT):
+            ax[i] = unit[i]
     elif how.copies:
         for i in range(UNIT):
             unit[i] = <mean>p[i]
