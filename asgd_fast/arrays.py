@@ -115,6 +115,10 @@ def asgd_(
     the change, so tensors that require grad are refused: pass ``p.detach()``. As in torch's own
     operations, the memory of an array must not be replaced or resized meanwhile by another thread.
 
+    On a CUDA device the pass follows what the stream has to do on which the library of the first
+    param works at the moment, and the call does not wait for it. What writes the arrays on other
+    streams, as another library may, is to be ordered with that one by the caller.
+
     Examples
     --------
     >>> import numpy as np

@@ -611,7 +611,8 @@ class ASGD(torch.optim.ASGD):
             if table.has_gpu_rows:
                 table.found_inf = _on_each(table.streams, found_inf)
                 table.grad_scale = _on_each(table.streams, scale)
-                launches = on_devices(table)
+                capturable = all(group["capturable"] for group in self.param_groups)
+                launches = on_devices(table, capturable=capturable)
             if left:
                 with torch.set_grad_enabled(self.defaults["differentiable"]):
                     _step_by_torch(left, unscale, self.average_dtype)

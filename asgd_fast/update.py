@@ -101,7 +101,7 @@ def update(table: Table) -> None:
     _core.update(table, threads_for(table))
 
 
-def on_devices(table: Table, job: int = UPDATE) -> Launches | None:
+def on_devices(table: Table, job: int = UPDATE, *, capturable: bool = False) -> Launches | None:
     """Prepare what is to be done to rows in the memory of CUDA devices.
 
     Parameters
@@ -110,6 +110,8 @@ def on_devices(table: Table, job: int = UPDATE) -> Launches | None:
         Checked.
     job : int
         Of `_launches`.
+    capturable : bool
+        Whether steps with scalars on the device may be captured into a graph.
 
     Returns
     -------
@@ -131,7 +133,7 @@ def on_devices(table: Table, job: int = UPDATE) -> Launches | None:
         from asgd_fast.cuda.launch import prepared
     except ImportError as error:
         raise ImportError(MISSING) from error
-    return prepared(table, job)
+    return prepared(table, job, capturable=capturable)
 
 
 def run_on_devices(table: Table, job: int) -> None:

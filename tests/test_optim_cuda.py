@@ -480,6 +480,22 @@ def test_a_capture_needs_capturable(gpu):
     twins.run(2)
 
 
+def test_a_capture_needs_capturable_with_a_scaler_too(gpu):
+    """The device has the scalars then; but the host would not know of the graph's steps."""
+    twins = Twins(_params((5,)), t0=20)
+    twins.run(1)
+    (p,) = twins.params
+    scaler = Scaler(4.0)
+    p.grad = torch.ones(5, device="cuda")
+    scaler.step(twins.ours, False)
+    gpu.captured.add(1)
+    before, n = p.detach().clone(), len(gpu.launches)
+    with pytest.raises(RuntimeError, match=r"captured into a CUDA graph.*capturable=True$"):
+        scaler.step(twins.ours, False)
+    assert torch.equal(before, p)
+    assert len(gpu.launches) == n
+
+
 def test_a_capturable_step_is_captured(gpu):
     twins = Twins(_params((5,)), capturable=True, t0=1)
     twins.run(2)

@@ -132,7 +132,7 @@ class Launches:
             checked(result)
 
 
-def prepared(table: Table, job: int) -> Launches:
+def prepared(table: Table, job: int, *, capturable: bool = False) -> Launches:
     """Prepare what is to be done to the rows of a table that are on CUDA devices.
 
     Parameters
@@ -141,6 +141,9 @@ def prepared(table: Table, job: int) -> Launches:
         Checked.
     job : int
         Of `_launches`.
+    capturable : bool
+        Whether updates may be captured into a graph, where the scalars are the device's. Those of
+        the host would be frozen in it.
 
     Returns
     -------
@@ -151,15 +154,14 @@ def prepared(table: Table, job: int) -> Launches:
     ImportError
         A package is missing.
     RuntimeError
-        There is no driver; or the stream is being captured into a graph, while the scalars are the
-        host's: they would be frozen in it.
+        There is no driver; or the stream is being captured into a graph, and may not be.
     """
     launches = Launches()
     for key in keys_of(table):
         number, param, average, on_device = launch_kind(key)
         device = device_of(number)
         stream = table.streams[number] or LEGACY_STREAM
-        if job == UPDATE and not on_device:
+        if job == UPDATE and not (on_device and capturable):
             device.refuse_capture(stream)
         room = SIZES[-1] if device.driver_version >= LARGE_SINCE else SIZES[0]
         enough = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
