@@ -3,7 +3,7 @@
 # Source: https://dmlc.github.io/dlpack/latest/c_api.html
 
 from cpython.object cimport PyObject
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
 cdef enum:  # DLDeviceType
     kDLCPU = 1
@@ -83,6 +83,7 @@ cdef struct Borrowed:
     DLTensor tensor
     DLManagedTensorVersioned *versioned
     DLManagedTensor *legacy
+    uintptr_t stream         # of memory of a GPU: as `stream_of`
 
 # An array that was seen not to wait for a negation, which a library takes long to tell.
 cdef struct Known:
@@ -94,15 +95,23 @@ cdef struct Known:
 # Fills `out` with the memory of `array`, for reading, or for writing too. The caller holds
 # a reference to `array` for as long as it uses the memory, then calls give_back once. `known` is
 # zeros at first, kept for the next array that comes in the same place, and forgotten in the end.
-cdef int borrow(object array, bint writing, Borrowed *out, Known *known) except -1
+# `streams` has the stream of each GPU, by its number, which a library lets wait for its own work if
+# it does not say where that is done; by default the legacy one.
+cdef int borrow(
+    object array, bint writing, Borrowed *out, Known *known, dict streams=*) except -1
 cdef bint is_known(Known *known, object array, const void *address) except -1
 cdef int know(Known *known, object array, const void *address) except -1
 cdef void forget(Known *known) noexcept
 cdef void give_back(Borrowed *borrowed) noexcept
 cdef bint is_array(object candidate)
 
-# The stream of CUDA on which the library of `array` works at the moment, for this thread.
-cdef object stream_of(object array, int32_t device_id)
+# The default stream of a GPU, whatever else the driver is told to take for it.
+cdef enum:
+    LEGACY_STREAM = 1
+
+# The stream of a GPU on which the library of `array` works at the moment, for this thread; 0 if it
+# does not say.
+cdef uintptr_t stream_of(object array, int32_t device_id) except? 0
 
 # The exchange API of a type, or NULL; it checks nothing of what `borrow` checks.
 cdef DLPackExchangeAPI *exchange_api_of(cls) except? NULL

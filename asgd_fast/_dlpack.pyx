@@ -157,7 +157,9 @@ cdef bint is_array(object candidate):
     return _exporter_of(candidate).lends()
 
 
-cdef int borrow(object array, bint writing, Borrowed *out, Known *known) except -1:
+cdef int borrow(
+    object array, bint writing, Borrowed *out, Known *known, dict streams=None,
+) except -1:
     """Lend the memory of `array`; on an error nothing stays lent.
 
     Raises TypeError for what is no array, BufferError for memory that may not be written, and
@@ -184,7 +186,7 @@ cdef int borrow(object array, bint writing, Borrowed *out, Known *known) except 
         elif exporter.has_interface:
             is_read_only = _borrow_from_interface(array.__cuda_array_interface__, out)
         else:
-            capsule = _capsule_of(exporter, array)
+            capsule = _capsule_of(exporter, array, streams, out)
             _borrow_from_capsule(capsule, out)
     except MemoryError:
         give_back(out)
@@ -272,6 +274,8 @@ cdef int _borrow_from_exchange_api(
             out.versioned = NULL
             _raise_pending()
         _read_versioned(out)
+    if out.tensor.device.device_type in (kDLCUDA, kDLCUDAManaged):
+        out.stream = stream_of(array, out.tensor.device.device_id)
     return 0
 
 
@@ -315,6 +319,7 @@ cdef bint _borrow_from_interface(dict interface, Borrowed *out) except -1:
             tensor.strides[i] = strides[i] // dtype.itemsize
     out.legacy = managed
     out.tensor = tensor[0]
+    out.stream = interface.get("stream") or LEGACY_STREAM
     return is_read_only
 
 
@@ -343,10 +348,15 @@ cdef int _borrow_from_capsule(object capsule, Borrowed *out) except -1:
     return 0
 
 
-cdef object _capsule_of(_Exporter exporter, object array):
+cdef object _capsule_of(_Exporter exporter, object array, dict streams, Borrowed *out):
     stream = {}
-    if exporter.has_device and array.__dlpack_device__()[0] in (kDLCUDA, kDLCUDAManaged):
-        stream["stream"] = -1  # the work is to go where the library's own goes: `stream_of`
+    kind, number = array.__dlpack_device__() if exporter.has_device else (kDLCPU, 0)
+    if kind in (kDLCUDA, kDLCUDAManaged):
+        out.stream = stream_of(array, number)
+        if out.stream != 0:
+            stream["stream"] = -1  # no wait: what works elsewhere is let wait for that stream
+        else:
+            stream["stream"] = (streams or {}).get(number, LEGACY_STREAM)
     if exporter.takes_version:
         try:
             return array.__dlpack__(
@@ -360,21 +370,19 @@ cdef object _capsule_of(_Exporter exporter, object array):
     return capsule
 
 
-cdef object stream_of(object array, int32_t device_id):
+cdef uintptr_t stream_of(object array, int32_t device_id) except? 0:
     cdef _Exporter exporter = _exporter_of(array)
     cdef void *stream = NULL
     if exporter.api != NULL and exporter.api.current_work_stream != NULL:
         if exporter.api.current_work_stream(kDLCUDA, device_id, &stream) != 0:
             _raise_pending()
-        return <uintptr_t>stream
-    if exporter.has_interface:
-        return array.__cuda_array_interface__.get("stream") or 0
+        return <uintptr_t>stream or LEGACY_STREAM
     library = type(array).__module__.partition(".")[0]
     if library == "torch":
-        return sys.modules["torch"].cuda.current_stream(device_id).cuda_stream
+        return sys.modules["torch"].cuda.current_stream(device_id).cuda_stream or LEGACY_STREAM
     if library == "cupy":
-        return sys.modules["cupy"].cuda.get_current_stream(device_id).ptr
-    return 0  # the default stream
+        return sys.modules["cupy"].cuda.get_current_stream(device_id).ptr or LEGACY_STREAM
+    return 0
 
 
 cdef int _raise_pending() except -1:

@@ -22,6 +22,7 @@ from asgd_fast._dlpack cimport (
     is_known,
     kDLComplex,
     know,
+    stream_of,
 )
 from asgd_fast._schedule cimport Plan, Scalars, decay_of, scalars_after
 from asgd_fast._table cimport AX, CPU, GRAD, PARAM, OnDevice, Row, Table
@@ -390,8 +391,8 @@ cdef class Slots:
         if slot.on_device and common.lr_on_device != NULL and row.device != common.lr_device:
             table.abandon()
             return False
-        if row.device != CPU:
-            table.note_stream(slot.param)
+        if row.device != table.device and row.device != CPU:  # all of torch's on one stream there
+            table.note_stream(stream_of(slot.param, row.device))
         if slot.on_device:
             _set_scalars_on_device(row, table.put_on_device(), slot, common)
             slot.at_most += 1

@@ -79,7 +79,12 @@ cdef class Table:
     cdef OnDevice *on_device
     cdef Py_ssize_t _n_on_device
     cdef Py_ssize_t _on_device_capacity
-    cdef readonly dict streams      # the current stream of each GPU, as the params' library has it
+    # Where each GPU is to work, by its number: as `stream_of`, of its first param. And sets of the
+    # other streams on which libraries work, 0 for one that is not known.
+    cdef readonly dict streams
+    cdef readonly dict others
+    cdef int device                 # of which a stream was noted last, CPU if of none
+    cdef uintptr_t _stream          # and which
     cdef public object grad_scale   # tensors of one float32 in the memory of each GPU, by its
     cdef public object found_inf    # number: for rows with scalars there; else None
     cdef Py_ssize_t _capacity
@@ -103,7 +108,7 @@ cdef class Table:
     cdef bint _goes_with_param(self, int role) noexcept
     cdef int commit(self, owner) except -1
     cdef int _own(self, owner) except -1
-    cdef int note_stream(self, array) except -1
+    cdef int note_stream(self, uintptr_t stream) except -1
     cdef OnDevice *put_on_device(self) except NULL
     cdef void abandon(self) noexcept
     cdef void _give_back(self, Py_ssize_t keep) noexcept

@@ -17,6 +17,7 @@ from asgd_fast._dlpack cimport (
     DLDevice,
     DLTensor,
     Known,
+    LEGACY_STREAM,
     borrow,
     forget,
     give_back,
@@ -29,7 +30,6 @@ from asgd_fast._dlpack cimport (
     kDLCUDAManaged,
     kDLFloat,
     kDLROCMHost,
-    stream_of,
 )
 from asgd_fast._schedule cimport Plan, Scalars, decay_of, scalars_after
 from asgd_fast._tensor cimport (
@@ -120,7 +120,7 @@ def whereabouts_of(array):
         return (
             <uintptr_t>data_of(&borrowed.tensor),
             device if device >= 0 else None,
-            stream_of(array, device) if device >= 0 else 0,
+            (borrowed.stream or LEGACY_STREAM) if device >= 0 else 0,
             shape_of(&borrowed.tensor),
             strides_of(&borrowed.tensor),
         )
@@ -174,6 +174,8 @@ cdef class Table:
         self._n_on_device = 0
         self._on_device_capacity = 0
         self.streams = {}
+        self.others = {}
+        self.device = CPU
         self._capacity = 0
         self._lent = NULL
         self._n_lent = 0
@@ -223,6 +225,8 @@ cdef class Table:
         if self.has_gpu_rows:
             self.has_gpu_rows = False
             self.streams.clear()
+            self.others.clear()
+            self.device = CPU
             self._n_on_device = 0
             self.grad_scale = self.found_inf = None
         self._give_back(0)
@@ -525,12 +529,16 @@ cdef class Table:
         self._n_owners += 1
         return 0
 
-    cdef int note_stream(self, array) except -1:
-        """Take note of the stream of the row's GPU, if it is the first one there."""
+    cdef int note_stream(self, uintptr_t stream) except -1:
+        """Take note of where an array of the row's GPU is worked on: as `stream_of`."""
         cdef int device = self.rows[self.n_rows].device
+        if device == self.device and stream == self._stream:
+            return 0
         self.has_gpu_rows = True
-        if device not in self.streams:
-            self.streams[device] = stream_of(array, device)
+        self.device = device
+        self._stream = stream
+        if stream != self.streams.setdefault(device, stream or LEGACY_STREAM):
+            self.others.setdefault(device, set()).add(stream)
         return 0
 
     cdef OnDevice *put_on_device(self) except NULL:
@@ -559,12 +567,14 @@ cdef class Table:
     cdef int _take(self, int role, object array) except -1:
         """Borrow one array of the row, and check it alone and against the row's param."""
         try:
-            borrow(array, role != GRAD, &self.arrays[role], &self._known[3 * self.n_rows + role])
+            borrow(
+                array, role != GRAD, &self.arrays[role], &self._known[3 * self.n_rows + role],
+                self.streams)
             fault = self.settle(role)
             if fault is not None:
                 raise ValueError(fault)
-            if role == PARAM and self.rows[self.n_rows].device != CPU:
-                self.note_stream(array)
+            if self.rows[self.n_rows].device != CPU:
+                self.note_stream(self.arrays[role].stream)
         except (TypeError, ValueError, BufferError) as error:
             raise _named(self._name(role, self.n_rows), error) from error.__cause__
         return 0

@@ -116,8 +116,9 @@ def asgd_(
     operations, the memory of an array must not be replaced or resized meanwhile by another thread.
 
     On a CUDA device the pass follows what the stream has to do on which the library of the first
-    param works at the moment, and the call does not wait for it. What writes the arrays on other
-    streams, as another library may, is to be ordered with that one by the caller.
+    param works at the moment, and the call does not wait for it. Arrays of libraries that work on
+    other streams may come with it: the pass waits there for those streams, and they for the pass.
+    The call itself waits for the pass only if a library does not say where it works, as JAX.
 
     Examples
     --------

@@ -56,7 +56,12 @@ class Driver:
     devices : dict of int to int
         Those of addresses that will be asked for.
     waits : list of int
-        The streams that were waited for.
+        The streams that the host has waited for.
+    order : list of tuple
+        What concerns streams, as it came: ("launch", stream), ("host waits for", stream), and
+        (stream, "waits for", other stream).
+    n_events : int
+        Those made so far.
     fails, is_old : bool
         Whether it refuses to launch, or to load, kernels.
     """
@@ -68,12 +73,14 @@ class Driver:
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT=16,
     )
     CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
+    CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUstreamCaptureStatus = SimpleNamespace(CU_STREAM_CAPTURE_STATUS_NONE=0)
 
     def __init__(self, n_devices=2, version=13000):
         self.n_devices, self.version = n_devices, version
         self.launches, self.contexts, self.captured, self.loaded = [], [], set(), []
-        self.copies, self.waits = [], []
+        self.copies, self.waits, self.order = [], [], []
+        self.n_events, self.recorded = 0, {}
         self.devices = {}
         self.fails = self.is_old = False
 
@@ -124,7 +131,23 @@ class Driver:
         address = ctypes.c_uint64.from_address(parameters).value
         words = np.ctypeslib.as_array((ctypes.c_uint64 * kind.n_words).from_address(address)).copy()
         self.launches.append(Launch(context[1], kind, n_blocks, stream, words))
+        self.order.append(("launch", stream))
         body(kind._replace(n_words=0))(words.ctypes.data, n_blocks)
+        return (SUCCESS,)
+
+    def cuEventCreate(self, flags):
+        assert flags == 2
+        self.n_events += 1
+        return SUCCESS, (self.contexts[-1], self.n_events)
+
+    def cuEventRecord(self, event, stream):
+        assert event[0] == self.contexts[-1]
+        self.recorded[event] = stream
+        return (SUCCESS,)
+
+    def cuStreamWaitEvent(self, stream, event, flags):
+        assert (event[0], flags) == (self.contexts[-1], 0)
+        self.order.append((stream, "waits for", self.recorded[event]))
         return (SUCCESS,)
 
     def cuMemcpyDtoHAsync(self, host, address, n_bytes, stream):
@@ -139,6 +162,7 @@ class Driver:
 
     def cuStreamSynchronize(self, stream):
         self.waits.append(stream)
+        self.order.append(("host waits for", stream))
         return (SUCCESS,)
 
     def cuGetErrorName(self, status):

@@ -7,10 +7,14 @@ typedef int Status;
 typedef void (*Launch)(void **parameters, unsigned n_blocks, unsigned n_threads, void *stream);
 
 static Launch launch;
-static int depth; /* of contexts */
+static int depth;     /* of contexts */
+static void *recorded; /* stream of the one event */
+static void *waits[8][2];
+static int n_waits;
 
 void stub_set_launch(Launch function) { launch = function; }
 int stub_depth(void) { return depth; }
+int stub_waits(void *pairs[8][2]) { return memcpy(pairs, waits, sizeof waits), n_waits; }
 
 static Status succeed(void) { return 0; }
 
@@ -35,6 +39,23 @@ static Status cuCtxPopCurrent(void **context) {
 static Status cuStreamIsCapturing(void *stream, int *status) {
   (void)stream;
   return (*status = 0), 0;
+}
+static Status cuPointerGetAttribute(int *value, int attribute, uint64_t address) {
+  (void)address;
+  return (*value = 0), attribute == 9 ? 0 : 1;
+}
+static Status cuEventCreate(void **event, unsigned flags) {
+  *event = (void *)0x4000;
+  return flags == 2 ? 0 : 1;
+}
+static Status cuEventRecord(void *event, void *stream) {
+  recorded = stream;
+  return event == (void *)0x4000 ? 0 : 400;
+}
+static Status cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
+  waits[n_waits % 8][0] = stream;
+  waits[n_waits++ % 8][1] = recorded;
+  return event == (void *)0x4000 && !flags ? 0 : 400;
 }
 static Status cuModuleLoadData(void **module, const void *image) {
   *module = (void *)0x2000;
@@ -63,6 +84,10 @@ static const struct {
     {"cuCtxPushCurrent", cuCtxPushCurrent},
     {"cuCtxPopCurrent", cuCtxPopCurrent},
     {"cuStreamIsCapturing", cuStreamIsCapturing},
+    {"cuPointerGetAttribute", cuPointerGetAttribute},
+    {"cuEventCreate", cuEventCreate},
+    {"cuEventRecord", cuEventRecord},
+    {"cuStreamWaitEvent", cuStreamWaitEvent},
     {"cuModuleLoadData", cuModuleLoadData},
     {"cuModuleGetFunction", cuModuleGetFunction},
     {"cuLaunchKernel", cuLaunchKernel},

@@ -295,19 +295,37 @@ def test_the_stream_may_change_between_steps(gpu, monkeypatch):
 class WithoutExchangeAPI(fake_gpu.exporters.Versioned):
     """Lends capsules, to be asked for the device and told the stream."""
 
+    told = None  # the stream
+
     def __dlpack_device__(self):
         return fake_gpu.exporters.CUDA, 0
 
     def __dlpack__(self, *, stream=None, max_version=None):
-        assert stream == -1
+        self.told = stream
         return super().__dlpack__(max_version=max_version)
 
 
+def _without_exchange_api(array):
+    return WithoutExchangeAPI(array, device_type=fake_gpu.exporters.CUDA)
+
+
 def test_a_library_without_the_exchange_api(gpu):
-    arrays = [WithoutExchangeAPI(np.ones(3), device_type=fake_gpu.exporters.CUDA) for _ in range(2)]
+    """Its stream is not known: it lets the default one wait, and the host waits in the end."""
+    arrays = [_without_exchange_api(np.ones(3)) for _ in range(2)]
     asgd_(*arrays, eta=0.25, lambd=0.0)
     assert arrays[0].array.tolist() == [0.75] * 3
-    assert gpu.launches[0].stream == 1
+    assert [x.told for x in arrays] == [1, 1]
+    assert gpu.order == [("launch", 1), ("host waits for", 1)]
+
+
+def test_a_gradient_of_an_unknown_stream(gpu):
+    """Its library is told the stream of the params, to let it wait."""
+    params = [fake_gpu.Array(np.ones(3)) for _ in range(2)]
+    grads = [_without_exchange_api(np.ones(3)), fake_gpu.Array(np.ones(3))]
+    asgd_(params, grads, eta=0.25, lambd=0.0)
+    assert [x.array.tolist() for x in params] == [[0.75] * 3] * 2
+    assert grads[0].told == 0x70
+    assert gpu.order == [("launch", 0x70), ("host waits for", 0x70)]
 
 
 def test_cupys_current_stream_is_asked(gpu, monkeypatch):
@@ -327,7 +345,12 @@ def test_cupys_current_stream_is_asked(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", Library)
     arrays = [ndarray(np.ones(3), device_type=fake_gpu.exporters.CUDA) for _ in range(2)]
     asgd_(*arrays, eta=0.1)
-    assert gpu.launches[0].stream == 0x99
+    assert gpu.order == [("launch", 0x99)]
+    assert [x.told for x in arrays] == [-1, -1]
+    gpu.order.clear()
+    asgd_(fake_gpu.Array(np.ones(3)), arrays[1], eta=0.1)
+    assert arrays[1].told == -1
+    assert gpu.order == [(0x70, "waits for", 0x99), ("launch", 0x70), (0x99, "waits for", 0x70)]
 
 
 class Described:
@@ -341,6 +364,66 @@ class Described:
     def __cuda_array_interface__(self):
         interface = self.array.__array_interface__
         return {**interface, "version": 3, "stream": 0x55, **self.others}
+
+
+def test_streams_of_several_libraries_are_ordered(gpu):
+    """The step follows what has been asked for on each, and is followed by what will be."""
+    p, g, ax = np.ones(3), np.ones(3), np.ones(3)
+    for _ in range(3):
+        gpu.order.clear()
+        asgd_(fake_gpu.Array(p), Described(gpu, g), Described(gpu, ax, stream=0x56), eta=0.1)
+        before, (launch,), after = gpu.order[:2], gpu.order[2:3], gpu.order[3:]
+        assert set(before) == {(0x70, "waits for", 0x55), (0x70, "waits for", 0x56)}
+        assert launch == ("launch", 0x70)
+        assert set(after) == {(0x55, "waits for", 0x70), (0x56, "waits for", 0x70)}
+    assert gpu.n_events == 3
+
+
+def test_streams_are_ordered_on_each_device(gpu):
+    params = [fake_gpu.Array(np.ones(3), device) for device in (0, 1, 0, 1)]
+    grads = [Described(gpu, np.ones(3), device, stream=0x71) for device in (0, 1, 0, 1)]
+    asgd_(params, grads, eta=0.1)
+    assert gpu.order == [
+        (0x70, "waits for", 0x71),
+        ("launch", 0x70),
+        ("launch", 0x71),
+        (0x71, "waits for", 0x70),
+    ]
+
+
+def test_streams_are_forgotten_after_the_step(gpu, monkeypatch):
+    p, g = fake_gpu.Array(np.ones(3)), np.ones(3)
+    optimizer = ArrayASGD([p])
+    optimizer.step([Described(gpu, g)])
+    assert len(gpu.order) == 3
+    gpu.order.clear()
+    monkeypatch.setitem(fake_gpu.streams, 0, 0x55)
+    optimizer.step([Described(gpu, g)])
+    optimizer.step([fake_gpu.Array(g)])
+    assert gpu.order == [("launch", 0x55)] * 2
+
+
+@pytest.mark.parametrize("stream", [None, 1])
+def test_the_default_stream_has_one_name(gpu, monkeypatch, stream):
+    monkeypatch.setitem(fake_gpu.streams, 0, 0)
+    asgd_(fake_gpu.Array(np.ones(3)), Described(gpu, np.ones(3), stream=stream), eta=0.1)
+    assert gpu.order == [("launch", 1)]
+
+
+def test_copies_of_averages_are_ordered_too(gpu):
+    params = [fake_gpu.Array(np.ones(3))]
+    optimizer = ArrayASGD(params, t0=1)
+    optimizer.step([fake_gpu.Array(np.ones(3))])
+    gpu.order.clear()
+    optimizer.copy_averages_to([Described(gpu, np.zeros(3))])
+    assert gpu.order == [(0x55, "waits for", 0x70), ("launch", 0x55), (0x70, "waits for", 0x55)]
+
+
+def test_a_refused_call_orders_nothing(gpu):
+    gpu.captured.add(0x70)
+    with pytest.raises(RuntimeError, match="captured"):
+        asgd_(fake_gpu.Array(np.ones(3)), Described(gpu, np.ones(3)), eta=0.1)
+    assert gpu.order == []
 
 
 def test_arrays_of_numbas_devices(gpu):

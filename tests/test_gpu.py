@@ -156,6 +156,43 @@ def test_the_step_follows_the_current_stream():
     assert total.item() == -(1 << 20)
 
 
+class _WorkedOnElsewhere:
+    """A tensor as a library has it that works on a stream of its own."""
+
+    def __init__(self, tensor, stream):
+        self.tensor, self.stream = tensor, stream.cuda_stream
+
+    @property
+    def __cuda_array_interface__(self):
+        return {**self.tensor.__cuda_array_interface__, "version": 3, "stream": self.stream}
+
+
+def test_a_gradient_from_another_stream():
+    """The step follows what that one has yet to write, and is followed by what it writes next."""
+    n = 1 << 24
+    mine, other = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(mine):
+        param = torch.zeros(n, device="cuda")
+    with torch.cuda.stream(other):
+        grad = torch.zeros(n, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(mine):
+        asgd_(param, _WorkedOnElsewhere(grad, other), eta=1.0, lambd=0.0)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(100_000_000)
+        grad.fill_(1)
+    with torch.cuda.stream(mine):
+        asgd_(param, _WorkedOnElsewhere(grad, other), eta=1.0, lambd=0.0)
+        assert not mine.query()
+        torch.cuda._sleep(100_000_000)
+        asgd_(param, _WorkedOnElsewhere(grad, other), eta=1.0, lambd=0.0)
+    with torch.cuda.stream(other):
+        grad.fill_(5)
+    torch.cuda.synchronize()
+    assert (param == -2).all()
+
+
 def test_a_step_does_not_wait():
     params = [torch.nn.Parameter(torch.zeros(100, device="cuda")) for _ in range(300)]
     for param in params:

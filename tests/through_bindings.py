@@ -17,6 +17,17 @@ from asgd_fast.cuda import build
 KIND = build.Kind("update", "float32", "float32", False, 512)
 
 
+class Elsewhere:
+    """An array of a library that works on a stream of its own."""
+
+    def __init__(self, array):
+        self.array = array
+
+    @property
+    def __cuda_array_interface__(self):
+        return {**self.array.__array_interface__, "version": 3, "stream": 0x55}
+
+
 def main():
     stub = ctypes.CDLL("libcuda.so.1")
     launches = []
@@ -36,6 +47,13 @@ def main():
         asgd_(*map(fake_gpu.Array, there), eta=0.1, mu=0.3, weight_decay=0.1)
     assert all(np.array_equal(x, y) for x, y in zip(here, there, strict=True))
     assert launches == [(3, 512, 0x70)] * 3
+    asgd_(*here, eta=0.1, mu=0.3)
+    param, grad, ax = there
+    asgd_(fake_gpu.Array(param), Elsewhere(grad), fake_gpu.Array(ax), eta=0.1, mu=0.3)
+    assert all(np.array_equal(x, y) for x, y in zip(here, there, strict=True))
+    waits = ((ctypes.c_void_p * 2) * 8)()
+    assert stub.stub_waits(waits) == 2
+    assert [list(pair) for pair in waits[:2]] == [[0x70, 0x55], [0x55, 0x70]]
     assert stub.stub_depth() == 0
     print("launched", flush=True)
     os._exit(0)  # what else uses the driver would miss what the stub has not

@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
     from asgd_fast.cuda.build import Binary, Kind
 
-__all__ = ["LEGACY_STREAM", "Device", "checked", "device_of", "driver", "number_of"]
-
-# The default stream, whatever else the driver is told to take for it.
-LEGACY_STREAM = 1
+__all__ = ["Device", "checked", "device_of", "driver", "number_of"]
 
 
 @lru_cache
@@ -84,6 +81,7 @@ class Device:
         self.driver_version = checked(call.cuDriverGetVersion())
         self._functions: dict[Kind, Any] = {}
         self._lock = Lock()
+        self._events: dict[int, Any] = {}
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -134,6 +132,33 @@ class Device:
                     f"as 'numba-cuda[cu{major}]'"
                 ) from error
             return checked(call.cuModuleGetFunction(module, binary.entry.encode()))
+
+    def event_of(self, stream: int) -> Any:
+        """Return the event by which others wait for a stream.
+
+        One serves every wait: a thread that has another one's record of it under its own waits for
+        a later point of the same stream.
+
+        Parameters
+        ----------
+        stream : int
+
+        Returns
+        -------
+        CUevent
+
+        Raises
+        ------
+        RuntimeError
+            The driver refuses.
+        """
+        event = self._events.get(stream)
+        if event is None:
+            call = driver()
+            with self.current():
+                event = checked(call.cuEventCreate(call.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+            self._events[stream] = event
+        return event
 
     def refuse_capture(self, stream: int) -> None:
         """Refuse a stream that is being captured into a graph.

@@ -25,7 +25,7 @@ from asgd_fast._launches import (
     pack,
 )
 from asgd_fast.cuda.build import Kind
-from asgd_fast.cuda.device import LEGACY_STREAM, checked, device_of, driver
+from asgd_fast.cuda.device import checked, device_of, driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -96,14 +96,50 @@ class Launches:
         ImportError, RuntimeError
             As `Device.function`.
         """
-        call = driver()
         grid = (n_blocks, 1, 1, THREADS, 1, 1, 0)
-        self.calls += (
-            partial(call.cuCtxPushCurrent, device.context),
-            partial(call.cuLaunchKernel, device.function(kind), *grid, stream, words.parameters, 0),
-            call.cuCtxPopCurrent,
+        launch = driver().cuLaunchKernel
+        self._call(
+            device, partial(launch, device.function(kind), *grid, stream, words.parameters, 0)
         )
         self._words.append(words)
+
+    def let_wait(self, device: Device, stream: int, other: int) -> None:
+        """Add that a stream waits for what another one has to do by then.
+
+        Parameters
+        ----------
+        device : Device
+        stream, other : int
+
+        Raises
+        ------
+        RuntimeError
+            The driver refuses.
+        """
+        call, event = driver(), device.event_of(other)
+        self._call(
+            device,
+            partial(call.cuEventRecord, event, other),
+            partial(call.cuStreamWaitEvent, stream, event, 0),
+        )
+
+    def wait(self, device: Device, stream: int) -> None:
+        """Add that the host waits for a stream.
+
+        Parameters
+        ----------
+        device : Device
+        stream : int
+        """
+        self._call(device, partial(driver().cuStreamSynchronize, stream))
+
+    def _call(self, device: Device, *calls: Callable[[], tuple[Any, ...]]) -> None:
+        call = driver()
+        self.calls += (
+            partial(call.cuCtxPushCurrent, device.context),
+            *calls,
+            call.cuCtxPopCurrent,
+        )
 
     def run(self) -> None:
         """Make the launches; the device works them off later.
@@ -157,10 +193,18 @@ def prepared(table: Table, job: int, *, capturable: bool = False) -> Launches:
         There is no driver; or the stream is being captured into a graph, and may not be.
     """
     launches = Launches()
+    # Libraries that work on other streams have the arrays as their own work leaves them, and go on
+    # when the step is through; for one whose stream is not known, the host waits for that.
+    others = [
+        (device_of(number), table.streams[number], found) for number, found in table.others.items()
+    ]
+    for device, stream, found in others:
+        for other in found - {0}:
+            launches.let_wait(device, stream, other)
     for key in keys_of(table):
         number, param, average, on_device = launch_kind(key)
         device = device_of(number)
-        stream = table.streams[number] or LEGACY_STREAM
+        stream = table.streams[number]
         if job == UPDATE and not (on_device and capturable):
             device.refuse_capture(stream)
         room = SIZES[-1] if device.driver_version >= LARGE_SINCE else SIZES[0]
@@ -179,6 +223,11 @@ def prepared(table: Table, job: int, *, capturable: bool = False) -> Launches:
                 size = next(size for size in SIZES if size >= n_words)
                 kind = _kind(part, param, average, on_device, size)
                 launches.add(device, kind, n_blocks, stream, words)
+    for device, stream, found in others:
+        for other in found - {0}:
+            launches.let_wait(device, other, stream)
+        if 0 in found:
+            launches.wait(device, stream)
     return launches
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from asgd_fast.cuda.device import LEGACY_STREAM, checked, device_of, driver
+from asgd_fast.cuda.device import checked, device_of, driver
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ def to_host(array: npt.NDArray[Any], address: int, device: int, stream: int) -> 
     RuntimeError
         The driver refuses.
     """
-    call, stream = driver(), stream or LEGACY_STREAM
+    call = driver()
     with device_of(device).current():
         checked(call.cuMemcpyDtoHAsync(_address(array), address, array.nbytes, stream))
         checked(call.cuStreamSynchronize(stream))
@@ -53,7 +53,7 @@ def from_host(array: npt.NDArray[Any], address: int, device: int, stream: int) -
     RuntimeError
         The driver refuses.
     """
-    call, stream = driver(), stream or LEGACY_STREAM
+    call = driver()
     with device_of(device).current():
         checked(call.cuMemcpyHtoDAsync(address, _address(array), array.nbytes, stream))
         checked(call.cuStreamSynchronize(stream))
