@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -18,7 +19,7 @@ from asgd_fast._table import Table, dtype_of, is_array, lent, whereabouts_of
 from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -127,13 +128,19 @@ def on_devices(table: Table, job: int = UPDATE, *, capturable: bool = False) -> 
     """
     if not table.has_gpu_rows:
         return None
+    return _prepared()(table, job, capturable=capturable)
+
+
+@cache
+def _prepared() -> Callable[..., Launches]:
+    """Return what prepares launches, imported when the first array on a device comes."""
     from asgd_fast.cuda import MISSING
 
     try:
         from asgd_fast.cuda.launch import prepared
     except ImportError as error:
         raise ImportError(MISSING) from error
-    return prepared(table, job, capturable=capturable)
+    return prepared
 
 
 def run_on_devices(table: Table, job: int) -> None:

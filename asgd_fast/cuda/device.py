@@ -173,8 +173,10 @@ class Device:
             It is.
         """
         call = driver()
-        with self.current():
-            status = checked(call.cuStreamIsCapturing(stream))
+        checked(call.cuCtxPushCurrent(self.context))
+        result = call.cuStreamIsCapturing(stream)
+        call.cuCtxPopCurrent()
+        status = checked(result)
         if status != call.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
             raise RuntimeError(
                 "the stream is being captured into a CUDA graph, in which eta and mu would stay "
@@ -229,13 +231,12 @@ def checked(result: tuple[Any, ...]) -> Any:
     RuntimeError
         The status is not that of success.
     """
-    status, *values = result
     call = driver()
-    if status != call.CUresult.CUDA_SUCCESS:
-        _, name = call.cuGetErrorName(status)
-        _, text = call.cuGetErrorString(status)
+    if result[0] != call.CUresult.CUDA_SUCCESS:
+        _, name = call.cuGetErrorName(result[0])
+        _, text = call.cuGetErrorString(result[0])
         raise RuntimeError(f"CUDA: {_text(text)} ({_text(name)})")
-    return values[0] if values else None
+    return result[1] if len(result) > 1 else None
 
 
 def _text(message: bytes | None) -> str:

@@ -6,7 +6,8 @@ made. The driver is called directly: a launch by Numba takes 18 us.
 
 from __future__ import annotations
 
-from functools import partial
+from bisect import bisect_left
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -209,7 +210,9 @@ def prepared(table: Table, job: int, *, capturable: bool = False) -> Launches:
             device.refuse_capture(stream)
         room = SIZES[-1] if device.driver_version >= LARGE_SINCE else SIZES[0]
         enough = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
-        addresses = [_address(found, number) for found in (table.grad_scale, table.found_inf)]
+        addresses = (0, 0)
+        if on_device:
+            addresses = _address(table.grad_scale, number), _address(table.found_inf, number)
         for part in _parts(job, param != average):
             start = 0
             while start < len(table):
@@ -220,7 +223,7 @@ def prepared(table: Table, job: int, *, capturable: bool = False) -> Launches:
                 if n_blocks == 0:
                     _spare_words.append(words)
                     continue
-                size = next(size for size in SIZES if size >= n_words)
+                size = SIZES[bisect_left(SIZES, n_words)]
                 kind = _kind(part, param, average, on_device, size)
                 launches.add(device, kind, n_blocks, stream, words)
     for device, stream, found in others:
@@ -247,6 +250,7 @@ def _parts(job: int, is_wide: bool) -> tuple[int, ...]:
     return (job,)
 
 
+@cache
 def _kind(job: int, param: str, average: str, on_device: bool, n_words: int) -> Kind:
     if job == UPDATE:
         return Kind("update", param, average, on_device, n_words)
