@@ -96,9 +96,9 @@ cdef struct Known:
 # a reference to `array` for as long as it uses the memory, then calls give_back once. `known` is
 # zeros at first, kept for the next array that comes in the same place, and forgotten in the end.
 # `streams` has the stream of each GPU, by its number, which a library lets wait for its own work if
-# it does not say where that is done; by default the legacy one.
+# it does not say where that is done; None: the legacy one of each.
 cdef int borrow(
-    object array, bint writing, Borrowed *out, Known *known, dict streams=*) except -1
+    object array, bint writing, Borrowed *out, Known *known, dict streams) except -1
 cdef bint is_known(Known *known, object array, const void *address) except -1
 cdef int know(Known *known, object array, const void *address) except -1
 cdef void forget(Known *known) noexcept

@@ -158,7 +158,7 @@ cdef bint is_array(object candidate):
 
 
 cdef int borrow(
-    object array, bint writing, Borrowed *out, Known *known, dict streams=None,
+    object array, bint writing, Borrowed *out, Known *known, dict streams,
 ) except -1:
     """Lend the memory of `array`; on an error nothing stays lent.
 
@@ -443,7 +443,7 @@ def path_of(array):
         return "C interface"
     if exporter.has_interface:
         return "CUDA array interface"
-    borrow(array, False, &borrowed, &known)
+    borrow(array, False, &borrowed, &known, None)
     forget(&known)
     try:
         if borrowed.versioned == NULL:

@@ -100,7 +100,7 @@ cdef class Slot:
         self._address = <const void *>lazy_at
         self._block = block
         self._place = place
-        self._t0 = state.get("t0", NAN)
+        self.read_start()
         if block is not None:
             self._hold()
 
@@ -115,6 +115,10 @@ cdef class Slot:
             self._held[i] = <PyObject *>self._tensors[i]
         self._state_version = 0
         return 0
+
+    def read_start(self):
+        """Read the entry "t0" of the state, which may have changed."""
+        self._t0 = self.state.get("t0", NAN)
 
     @property
     def packed(self):
@@ -337,8 +341,9 @@ cdef class Slots:
                     if common.on_device and slot._is_on_gpu:
                         return None
                     self._schedule(slot, &common, lr)
-                # The step makes the first iterate of the average, or a later one.
-                if slot.is_lazy and (common.now.mu != 1 or common.next.mu != 1):
+                # The step makes the first iterate of the average, or a later one; or may be part of
+                # a graph, whose steps go on where no host sees them.
+                if slot.is_lazy and (capturable or common.now.mu != 1 or common.next.mu != 1):
                     return None
                 if not self._add(table, slot, grad, &common):
                     left.append((group, slot))
@@ -516,7 +521,7 @@ cdef class Slots:
         else:
             try:
                 memset(&known, 0, sizeof(known))
-                borrow(tensor.detach(), writing, borrowed, &known)
+                borrow(tensor.detach(), writing, borrowed, &known, None)
                 forget(&known)
             except (BufferError, TypeError, ValueError):
                 return False
@@ -609,7 +614,8 @@ cdef class Slots:
         memset(&common, 0, sizeof(common))
         check_group(group)
         if (
-            isinstance(lr, self._tensor) and lr.is_cuda and lr.itemsize >= 4
+            isinstance(lr, self._tensor) and lr.is_cuda
+            and lr.is_floating_point() and lr.itemsize >= 4
             and self._export(lr, False, &borrowed)
         ):
             give_back(&borrowed)  # the group keeps it

@@ -43,6 +43,7 @@ __all__ = [
     "strayed",
     "wide",
     "widen",
+    "without",
 ]
 
 Group: TypeAlias = dict[str, Any]
@@ -86,14 +87,8 @@ def create(
         check_group(group)
     stepped = []
     for group in groups:
-        fresh = [
-            param for param in group["params"] if param.grad is not None and not state.get(param)
-        ]
-        if any(param.is_cuda for param in fresh) and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "state: is made in the first step, which cannot be part of a CUDA graph; make a "
-                "step before the capture"
-            )
+        fresh = without(state, [group])
+        _refuse_capture(fresh)
         number("weight_decay", group["weight_decay"])
         lr = group["lr"].detach() if isinstance(group["lr"], Tensor) else group["lr"]
         if not fresh and isinstance(lr, Tensor) and lr.is_cuda:
@@ -126,6 +121,28 @@ def create(
         )
         if group.get("averaging_started") and group["t0"] != _T0_BEFORE_FIRST:
             state[param]["t0"] = _T0_BEFORE_FIRST
+
+
+def without(state: State, groups: list[Group]) -> list[Tensor]:
+    """Return the params that have a gradient and no state yet.
+
+    Parameters
+    ----------
+    state : dict of Tensor to dict
+        The optimizer's.
+    groups : list of dict
+        The optimizer's param_groups.
+
+    Returns
+    -------
+    list of Tensor
+    """
+    return [
+        param
+        for group in groups
+        for param in group["params"]
+        if param.grad is not None and not state.get(param)
+    ]
 
 
 def wide(param: Tensor, average_dtype: torch.dtype | None) -> torch.dtype:
@@ -221,7 +238,7 @@ def strayed(slots: Slots | None) -> list[Slot]:
 
 
 def own(slots: Iterable[Slot], average_dtype: torch.dtype | None) -> None:
-    """Give averages memory of their own.
+    """Give averages memory of their own, where their params are.
 
     Parameters
     ----------
@@ -233,12 +250,14 @@ def own(slots: Iterable[Slot], average_dtype: torch.dtype | None) -> None:
     Raises
     ------
     RuntimeError
-        The memory runs out. Nothing is changed.
+        The memory runs out, or a CUDA graph is being captured. Nothing is changed.
     """
     lazy = [slot for slot in slots if is_alias(slot.state.get("ax"), slot.param) or slot.is_lazy]
+    _refuse_capture(slot.param for slot in lazy)
     with torch.inference_mode(False):
         averages = [
-            slot.state["ax"].to(wide(slot.state["ax"], average_dtype), copy=True) for slot in lazy
+            slot.state["ax"].to(slot.param.device, wide(slot.state["ax"], average_dtype), copy=True)
+            for slot in lazy
         ]
     for slot, average in zip(lazy, averages, strict=True):
         slot.state["ax"] = average
@@ -265,18 +284,19 @@ def release(
         As for `wide`.
     """
     may_go = set(map(id, loaded))
-    for group in groups:
-        entries = [state.get(param) or {} for param in group["params"]]
-        mus = floats([entry.get("mu", 0) for entry in entries])
-        for param, entry, mu in zip(group["params"], entries, mus, strict=True):
-            if (
-                mu == 1
-                and param.grad is not None
-                and id(entry["ax"]) in may_go
-                and _may_give_up(param, entry, group, average_dtype)
-                and torch.equal(entry["ax"], param.to(entry["ax"].dtype))
-            ):
-                entry["ax"] = alias(param)
+    pairs = [
+        (param, state[param])
+        for group in groups
+        for param in group["params"]
+        if param.grad is not None
+        and state.get(param)
+        and id(state[param].get("ax")) in may_go
+        and _may_give_up(param, state[param], group, average_dtype)
+    ]
+    mus = floats([entry["mu"] for _, entry in pairs])
+    for (param, entry), mu in zip(pairs, mus, strict=True):
+        if mu == 1 and torch.equal(entry["ax"], param.to(entry["ax"].dtype)):
+            entry["ax"] = alias(param)
 
 
 def separated(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -328,6 +348,11 @@ def find(
     Returns
     -------
     Slots
+
+    Raises
+    ------
+    RuntimeError
+        There are some to be packed while a CUDA graph is being captured.
     """
     known = {}
     lazy = {}
@@ -366,6 +391,7 @@ def find(
                     loose.setdefault((_dtype_for(entry), device), []).append((param, entry))
                 else:
                     known[id(param), id(entry)] = Slot(param, entry)
+    _refuse_capture(param for pairs in loose.values() for param, _ in pairs)
     for (dtype, device), pairs in loose.items():
         for start in range(0, len(pairs), BLOCK):
             for slot in _packed(pairs[start : start + BLOCK], dtype, device):
@@ -484,6 +510,18 @@ class _Kept:
         if not isinstance(param, Tensor):
             return self._tensor
         return self._tensor.to(device=param.device, dtype=dtype)
+
+
+def _refuse_capture(params: Iterable[Tensor]) -> None:
+    """Refuse to make or move state of params on a GPU in the capture of a graph.
+
+    Each replay would do it again.
+    """
+    if any(param.is_cuda for param in params) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "state: is made in the first step, and after hyperparameters such as capturable were "
+            "changed, which cannot be part of a CUDA graph; make a step before the capture"
+        )
 
 
 def _is_packable(param: Tensor, entry: Entry, group: Group) -> bool:

@@ -82,7 +82,7 @@ def dtype_of(array):
     cdef Borrowed borrowed
     cdef Known known
     memset(&known, 0, sizeof(known))
-    borrow(array, False, &borrowed, &known)
+    borrow(array, False, &borrowed, &known, None)
     name = dtype_name(borrowed.tensor.dtype)
     give_back(&borrowed)
     forget(&known)
@@ -114,7 +114,7 @@ def whereabouts_of(array):
     cdef Borrowed borrowed
     cdef Known known
     memset(&known, 0, sizeof(known))
-    borrow(array, False, &borrowed, &known)
+    borrow(array, False, &borrowed, &known, None)
     try:
         device = _number_of(borrowed.tensor.device)
         return (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import wraps
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -365,7 +365,7 @@ class ASGD(torch.optim.ASGD):
         Buffers are not touched. Averages that are wider than their params, and those that no engine
         takes, need memory of the size of the params meanwhile.
 
-        Inside, steps are refused. Do not write into the params there: it would go into the
+        Inside, steps are refused; a CUDA graph that is replayed does not ask. Do not write into the params there: it would go into the
         averages, or be lost. `state_dict` gives what it gives outside; ``model.state_dict()`` holds
         the averages.
 
@@ -494,7 +494,8 @@ class ASGD(torch.optim.ASGD):
         """Make the next step's iterate the first one in the averages.
 
         Averages that have begun are begun anew. Params that have no gradient in the next step
-        begin with their own next step. Sets t0 of the group.
+        begin with their own next step. Sets t0 of the group. A CUDA graph that was captured before
+        keeps the t0 that it knew, as all plain numbers: capture anew.
 
         Parameters
         ----------
@@ -512,8 +513,11 @@ class ASGD(torch.optim.ASGD):
         _state.own(_state.strayed(self._slots), self.average_dtype)
         for own in self.param_groups if group is None else [self.param_groups[group]]:
             _state.start(self.state, own, lazy=self.lazy_average, average_dtype=self.average_dtype)
+        for slot in chain(*self._slots.groups) if self._slots is not None else ():
+            if slot is not None:
+                slot.read_start()
         with torch.inference_mode(False):
-            self._slots = self._find(None)
+            self._slots = self._find(self._slots)
 
     def reset_averages(self, group: int | None = None) -> None:
         """Forget the averages, and begin them anew: the same as `start_averaging`.
@@ -571,34 +575,47 @@ class ASGD(torch.optim.ASGD):
                 loss = closure()
         given = self.__dict__  # by a scaler, and taken away after the step
         found_inf, scale = given.get("found_inf"), given.get("grad_scale")
+        fresh: list[Tensor] = []
         if found_inf is not None and isinstance(found_inf, Tensor) and found_inf.is_cuda:
             # From now on the device has the scalars, as it alone knows whether it made a step.
             self._on_device = True
             if self._slots is None or not self._slots.all_on_device:
+                fresh = _state.without(self.state, self.param_groups)
                 self._slots = self._read_slots()
-            if self._slots.all_on_device:
-                self._update(1.0, found_inf, scale)
+            if self._slots.all_on_device and self._update_on_devices(found_inf, scale):
                 return loss
         if found_inf is None or not found_inf:
             self._update(1.0 if scale is None else _inverse(scale))
+        else:
+            for param in fresh:  # a step that is not made leaves no state, which had the lr of now
+                del self.state[param]
         return loss
 
-    def _update(
-        self, unscale: float, found_inf: Tensor | None = None, scale: Tensor | None = None
-    ) -> None:
+    def _update_on_devices(self, found_inf: Tensor, scale: Tensor | float | None) -> bool:
+        """Let the devices update every param that has a gradient, unless there is a `found_inf`.
+
+        Gradients are divided by `scale`. False where something is to be done by others, which
+        cannot be left to the device; nothing is changed then.
+        """
+        with lent(_spare_tables, _NAMES) as table:
+            slots, left = self._gather(table, 1.0)
+            if left or not slots.all_on_device or not _is_fit(table):
+                return False
+            if table:
+                table.found_inf = _on_each(table.streams, found_inf)
+                table.grad_scale = None if scale is None else _on_each(table.streams, scale)
+                self._run(table, slots, [], 1.0)
+        if self._loaded:
+            self._release(slots)
+        return True
+
+    def _update(self, unscale: float) -> None:
         """Update every param that has a gradient, by an engine as far as it goes.
 
-        Gradients are multiplied by `unscale` first; or, where the device knows it, divided by
-        `scale` unless there is a `found_inf`.
+        Gradients are multiplied by `unscale` first.
         """
         with lent(_spare_tables, _NAMES) as table:
             slots, left = self._gather(table, unscale)
-            if found_inf is not None and (left or not slots.all_on_device or not _is_fit(table)):
-                # What is to be done by others cannot be left to the device.
-                table.clear()
-                if not found_inf:
-                    self._update(1.0 if scale is None else _inverse(scale))
-                return
             if left:
                 _check_graph_capture(self)
                 if any(_grad_of(slot).is_sparse for _, slot in left):
@@ -607,28 +624,34 @@ class ASGD(torch.optim.ASGD):
             if not _is_fit(table):
                 # The order of operations shows where memory is shared: it is to be torch's.
                 left = self._active(slots)
-            launches = None
-            if table.has_gpu_rows:
-                table.found_inf = _on_each(table.streams, found_inf)
-                table.grad_scale = _on_each(table.streams, scale)
-                capturable = all(group["capturable"] for group in self.param_groups)
-                launches = on_devices(table, capturable=capturable)
-            if left:
-                with torch.set_grad_enabled(self.defaults["differentiable"]):
-                    _step_by_torch(left, unscale, self.average_dtype)
-            if table:
-                n_threads = threads_for(table)
-                # Before the memory changes: nothing fails from here on, unless a device does.
-                increment_versions(slots.written)
-                if launches is not None:
-                    launches.run()
-                _core.update(table, n_threads)
+            self._run(table, slots, left, unscale)
         if self._loaded:
-            _state.release(
-                self.state, self.param_groups, self._loaded, average_dtype=self.average_dtype
-            )
-            self._loaded = ()
-            self._slots = self._find(slots)
+            self._release(slots)
+
+    def _run(self, table: Table, slots: Slots, left: list[_Left], unscale: float) -> None:
+        """Update the rows of a table, which is checked, and by torch's function what is left."""
+        launches = None
+        if table.has_gpu_rows:
+            capturable = all(group["capturable"] for group in self.param_groups)
+            launches = on_devices(table, capturable=capturable)
+        if left:
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                _step_by_torch(left, unscale, self.average_dtype)
+        if table:
+            n_threads = threads_for(table)
+            # Before the memory changes: nothing fails from here on, unless a device does.
+            increment_versions(slots.written)
+            if launches is not None:
+                launches.run()
+            _core.update(table, n_threads)
+
+    def _release(self, slots: Slots) -> None:
+        """Give up the memory of averages that were loaded, where the step has made them lazy."""
+        _state.release(
+            self.state, self.param_groups, self._loaded, average_dtype=self.average_dtype
+        )
+        self._loaded = ()
+        self._slots = self._find(slots)
 
     def _gather(self, table: Table, unscale: float) -> tuple[Slots, list[_Left]]:
         """Put into the table what an engine can take as it is; return the rest."""
@@ -752,9 +775,14 @@ def _is_fit(table: Table) -> bool:
 
 
 def _begins(group: Group, slot: Slot) -> bool:
-    """Whether the next step makes the first iterate of an average, or a later one."""
+    """Whether a lazy average is to have memory of its own in the next step.
+
+    That makes its first iterate, or a later one; or it may be captured into a graph.
+    """
     if not slot.is_lazy or slot.param.grad is None:
         return False
+    if group["capturable"]:
+        return True
     t0 = slot.state["t0"] if "t0" in slot.state else group["t0"]
     if slot.on_device:
         step = slot.at_most
@@ -765,12 +793,13 @@ def _begins(group: Group, slot: Slot) -> bool:
     return mu != 1 or next_mu != 1
 
 
-def _on_each(devices: Iterable[int], scalar: Tensor | None) -> dict[int, Tensor] | None:
-    """Return a tensor in the memory of each of some GPUs, by their numbers."""
-    if scalar is None:
-        return None
+def _on_each(devices: Iterable[int], scalar: Tensor | float) -> dict[int, Tensor]:
+    """Return a number as a float32 tensor in the memory of each of some GPUs, by their numbers."""
+    places = {i: torch.device("cuda", i) for i in devices}
+    if not isinstance(scalar, Tensor):
+        return {i: torch.full((), scalar, dtype=torch.float32, device=x) for i, x in places.items()}
     scalar = scalar.detach().float()
-    return {i: scalar.to(torch.device("cuda", i), non_blocking=True) for i in devices}
+    return {i: scalar.to(place, non_blocking=True) for i, place in places.items()}
 
 
 def _inverse(grad_scale: Any) -> float:

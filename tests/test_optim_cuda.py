@@ -16,6 +16,7 @@ import torch
 from twins import NAMES, bits, twin
 
 from asgd_fast import ASGD
+from asgd_fast._launches import HEADER
 from asgd_fast.cuda import device as device_module
 
 
@@ -260,6 +261,15 @@ def test_moving_a_model_while_it_trains(gpu):
         twins.run(3)
 
 
+@pytest.mark.parametrize("t0", [1, 2])
+def test_moving_a_param_while_averages_begin(gpu, t0):
+    twins = Twins(_params((5, 3)), devices=("cpu",), t0=t0)
+    twins.run(2)
+    twins.params[0].data = twins.params[0].data.cuda()
+    twins.run(3)
+    assert len(gpu.launches) == 3
+
+
 def test_moving_a_param_away_from_its_scalars(gpu):
     """They are found again, and put where it is."""
     twins = Twins(_params((5, 3)), t0=2, capturable=True)
@@ -409,6 +419,39 @@ def test_the_first_step_that_is_made_has_its_learning_rate(gpu):
     twins.run(3)
 
 
+def test_the_first_step_that_is_made_has_its_learning_rate_beside_the_cpu(gpu):
+    """Where a param in CPU memory makes the host wait for the answer."""
+    scaler = Scaler(1.0)
+    twins = Twins(_params((5,), (6,)), devices=("cuda", "cpu"), lr=0.1, t0=1)
+    for param in twins.params:
+        param.grad = torch.full_like(param, float("inf"))
+    scaler.step(twins.ours, True)
+    assert twins.ours.state == {}
+    for optimizer in (twins.ours, twins.theirs):
+        optimizer.param_groups[0]["lr"] = 0.2
+    for k in range(4):
+        for ours, theirs in zip(twins.params, twins.theirs_params, strict=True):
+            theirs.grad = torch.randn_like(theirs)
+            ours.grad = theirs.grad.to(ours.device)
+        if k != 2:
+            twins.theirs.step()
+        scaler.step(twins.ours, k == 2)
+        twins.check()
+
+
+def test_a_loss_scale_may_be_a_number(gpu):
+    twins = Twins(_params((50,)), t0=1)
+    scaler = Scaler(8.0)
+    scaler.scale = 8.0
+    for _ in range(3):
+        twins.theirs_params[0].grad = torch.randn_like(twins.theirs_params[0])
+        twins.params[0].grad = twins.theirs_params[0].grad.cuda() * 8
+        scaler.step(twins.ours, False)
+        twins.theirs.step()
+        twins.check()
+    assert gpu.launches[-1].kind.on_device
+
+
 def test_an_average_stays_lazy_under_a_scaler(gpu):
     scaler = Scaler(2.0)
     twins = Twins(_params((50,)), t0=4)
@@ -501,6 +544,64 @@ def test_a_capturable_step_is_captured(gpu):
     twins.run(2)
     gpu.captured.add(1)
     twins.run(2)
+
+
+def test_a_captured_step_keeps_its_scalars_when_averaging_is_started(gpu):
+    """A graph has their addresses, and still writes there."""
+    twins = Twins(_params((5,), (6,)), capturable=True)
+    own_groups = [{"params": [param]} for param in twins.theirs_params]
+    twins.theirs = torch.optim.ASGD(own_groups, foreach=False)
+    twins.run(3, skip=lambda k: {1} if k == 1 else ())
+    places = [twins.ours.state[p]["step"].data_ptr() for p in twins.params]
+    for _ in range(2):
+        twins.ours.start_averaging()
+        for param, group in zip(twins.theirs_params, twins.theirs.param_groups, strict=True):
+            group["t0"] = twins.theirs.state[param]["step"].item() - 1
+            twins.theirs.state[param]["mu"].fill_(1)
+        twins.run(3)
+        assert [twins.ours.state[p]["step"].data_ptr() for p in twins.params] == places
+
+
+def test_a_lazy_average_is_not_captured(gpu):
+    """Its address would be missing in the graph, when averaging begins there."""
+    twins = Twins(_params((5,)), t0=9)
+    twins.run(2)
+    (param,) = twins.params
+    twins.ours.param_groups[0]["capturable"] = True
+    gpu.captured.add(1)
+    before = param.detach().clone()
+    with pytest.raises(RuntimeError, match="make a step before the capture"):
+        twins.ours.step()
+    assert torch.equal(param, before)
+    gpu.captured.clear()
+    twins.run(1)
+    assert twins.ours.state[param]["ax"].data_ptr() != param.data_ptr()
+    gpu.captured.add(1)
+    twins.run(12)
+    assert all(int(launch.words[HEADER + 2]) for launch in gpu.launches[2:])
+
+
+def test_a_checkpoint_is_loaded_before_a_capture(gpu):
+    one, other = (Twins(_params((5,)), capturable=True, t0=1) for _ in range(2))
+    one.run(3)
+    other.ours.load_state_dict(one.ours.state_dict())
+    other.ours.param_groups[0]["capturable"] = True
+    other.params[0].grad = torch.ones(5, device="cuda")
+    gpu.captured.add(1)
+    waits = fake_cuda.waits()
+    other.ours.step()
+    assert fake_cuda.waits() == waits
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float16])
+def test_a_learning_rate_of_another_dtype(gpu, dtype):
+    param = torch.nn.Parameter(torch.zeros(4, device="cuda"))
+    lr = torch.tensor(1, dtype=dtype, device="cuda")
+    optimizer = ASGD([param], lr=lr, capturable=True, lambd=0.0)
+    for k in range(1, 4):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert param.tolist() == [-k] * 4
 
 
 def test_the_first_step_cannot_be_captured(gpu):
