@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OWN_HYPERPARAMETERS",
+    "SCALARS",
     "Entry",
     "Group",
     "State",

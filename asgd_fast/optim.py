@@ -20,6 +20,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.optim.asgd import asgd as torch_asgd
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.torch_version import TorchVersion
 
 from asgd_fast import _averages, _core, _state
 from asgd_fast._schedule import next_scalars
@@ -365,9 +366,9 @@ class ASGD(torch.optim.ASGD):
         Buffers are not touched. Averages that are wider than their params, and those that no engine
         takes, need memory of the size of the params meanwhile.
 
-        Inside, steps are refused; a CUDA graph that is replayed does not ask. Do not write into the params there: it would go into the
-        averages, or be lost. `state_dict` gives what it gives outside; ``model.state_dict()`` holds
-        the averages.
+        Inside, steps are refused; a CUDA graph that is replayed does not ask. Do not write into the
+        params there: it would go into the averages, or be lost. `state_dict` gives what it gives
+        outside; ``model.state_dict()`` holds the averages.
 
         Yields
         ------
@@ -747,6 +748,9 @@ _HYPERPARAMETERS = (
     "capturable",
 )
 
+# As factors of tensors on a GPU.
+_FOREACH_TAKES_HOST_SCALARS = TorchVersion(torch.__version__) >= "2.7"
+
 # Between steps their memory waits here for the next.
 _spare_tables: list[Table] = []
 
@@ -872,7 +876,7 @@ def _step_by_torch(left: list[_Left], unscale: float, average_dtype: torch.dtype
             continue
         options = {name: groups[0][name] for name in _HYPERPARAMETERS}
         options["t0"] = slots[0].state.get("t0", options["t0"])
-        if slots[0].state["ax"].dtype != slots[0].param.dtype:
+        if slots[0].state["ax"].dtype != slots[0].param.dtype or not all(map(_goes_foreach, slots)):
             options["foreach"] = False
         torch_asgd(
             [slot.param for slot in slots],
@@ -884,6 +888,15 @@ def _step_by_torch(left: list[_Left], unscale: float, average_dtype: torch.dtype
             has_complex=any(slot.param.is_complex() for slot in slots),
             **options,
         )
+
+
+def _goes_foreach(slot: Slot) -> bool:
+    """Whether torch's foreach takes a param with its scalars where they are."""
+    return (
+        _FOREACH_TAKES_HOST_SCALARS
+        or not slot.param.is_cuda
+        or all(slot.state[name].is_cuda for name in _state.SCALARS)
+    )
 
 
 def _is_own(group: Group) -> bool:
