@@ -362,8 +362,10 @@ def _walk(
     size, ax_size = SIZES[kind.param], SIZES[kind.average]
     lanes = ACCESS // size
     stride = THREADS * lanes
-    # Two accesses at once keep more of the memory busy; eight doubles fill the registers alone.
-    parts = 2 if lanes * ax_size <= 2 * ACCESS else 1
+    # Two accesses at once keep more of the memory busy, where the registers have room: eight
+    # doubles fill them alone, and scalars on the device take some.
+    room = ACCESS if kind.on_device else 2 * ACCESS
+    parts = 2 if lanes * ax_size <= room else 1
     many, once, singly = unit(lanes, parts), unit(lanes, 1), unit(1, 1)
     ahead = (parts - 1) * stride
 
