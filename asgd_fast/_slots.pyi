@@ -13,6 +13,7 @@ class Slot:
     packed: bool
     is_lazy: bool
     on_device: bool
+    is_on_gpu: bool
     at_most: float
     average: torch.Tensor | None
     def __new__(

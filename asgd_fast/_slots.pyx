@@ -66,6 +66,8 @@ cdef class Slot:
 
     Attributes
     ----------
+    is_on_gpu : bool
+        Whether the param was there when it was last seen.
     at_most : float
         How many steps it has made at most: the GPU skips those of infinite gradients.
     """
@@ -74,7 +76,7 @@ cdef class Slot:
     cdef readonly bint is_lazy
     cdef readonly bint on_device
     cdef readonly double at_most
-    cdef bint _is_on_gpu
+    cdef readonly bint is_on_gpu
     cdef object _block, _ax
     cdef Py_ssize_t _place
     cdef double _t0             # nan: the group's holds
@@ -92,7 +94,7 @@ cdef class Slot:
         bint on_device=False, double steps=0,
     ):
         self.on_device = on_device
-        self._is_on_gpu = param.is_cuda
+        self.is_on_gpu = param.is_cuda
         self.at_most = steps
         self.param = param
         self.state = state
@@ -330,7 +332,7 @@ cdef class Slots:
                 slot = slots[i]
                 if slot is None or slot.param is not param or not slot._is_whole():
                     return None
-                if by_torch or slot._block is None or (capturable and not slot._is_on_gpu):
+                if by_torch or slot._block is None or (capturable and not slot.is_on_gpu):
                     left.append((group, slot))
                     continue
                 if slot.on_device:
@@ -338,7 +340,7 @@ cdef class Slots:
                         return None
                     self._expect(slot, &common)
                 else:
-                    if common.on_device and slot._is_on_gpu:
+                    if common.on_device and slot.is_on_gpu:
                         return None
                     self._schedule(slot, &common, lr)
                 # The step makes the first iterate of the average, or a later one; or may be part of
@@ -388,7 +390,7 @@ cdef class Slots:
                 not self._renew(slot, row.param)):
             table.abandon()
             return False
-        slot._is_on_gpu = row.device != CPU
+        slot.is_on_gpu = row.device != CPU
         if slot.on_device and row.device != common.device:
             slot._is_detached = True  # from its scalars, which have stayed where it was
             table.abandon()

@@ -356,7 +356,7 @@ def find(
         There are some to be packed while a CUDA graph is being captured.
     """
     known = {}
-    lazy = {}
+    lazy: dict[int, Tensor] = {}
     if before is not None:
         before.mark_detached()
         slots = [slot for slot in chain(*before.groups) if slot is not None]
@@ -367,6 +367,7 @@ def find(
             if slot is not None
             and slot.is_whole()
             and (not slot.packed or slot.on_device == _goes_on_device(slot.param, group, on_device))
+            and slot.is_on_gpu == slot.param.is_cuda
         }
         lazy = {id(slot.average): slot.param for slot in slots if slot.is_lazy}
     params = set(chain.from_iterable(group["params"] for group in groups))
@@ -380,13 +381,16 @@ def find(
         for param in group["params"]:
             entry = state.get(param)
             if entry and (id(param), id(entry)) not in known:
-                # Of a param that the state was taken from, or whose memory was: the step would
-                # write over a param.
-                at = residents.get(_address(entry.get("ax")), [])
-                if lazy.get(id(entry.get("ax")), param) is not param or (
-                    at and not any(param is other for other in at)
-                ):
-                    entry["ax"] = entry["ax"].to(wide(param, average_dtype), copy=True)
+                ax: Any = entry.get("ax")
+                owner = lazy.get(id(ax))
+                at = residents.get(_address(ax), [])
+                if owner is param and same_kind(ax, param):
+                    entry["ax"] = alias(param)  # which may have other memory now
+                elif owner is not None or (at and not any(param is other for other in at)):
+                    # Of a param that the state was taken from, or whose memory was: the step would
+                    # write over a param.
+                    place = param.device if owner is param else ax.device
+                    entry["ax"] = ax.to(place, wide(param, average_dtype), copy=True)
                 if owners[id(entry)] == 1 and _is_packable(param, entry, group):
                     device = param.device if _goes_on_device(param, group, on_device) else _HOST
                     loose.setdefault((_dtype_for(entry), device), []).append((param, entry))
@@ -601,6 +605,7 @@ def _may_give_up(
         _may_be_lazy(param, group)
         and _is_packable(param, entry, group)
         and type(entry["ax"]) is Tensor
+        and entry["ax"].device == param.device
         and entry["ax"].shape == param.shape
         and entry["ax"].dtype == wide(param, average_dtype)
     )

@@ -600,6 +600,8 @@ class ASGD(torch.optim.ASGD):
         """
         with lent(_spare_tables, _NAMES) as table:
             slots, left = self._gather(table, 1.0)
+            if left:
+                left = self._fit(left, slots, table, 1.0)
             if left or not slots.all_on_device or not _is_fit(table):
                 return False
             if table:

@@ -6,6 +6,7 @@ That every benchmark runs is checked by `make bench-smoke`, which has them all r
 from __future__ import annotations
 
 import functools
+import html
 import http.server
 import json
 import math
@@ -253,23 +254,56 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+def figures_in(graph):
+    """The figures of all combinations of params over all commits."""
+    columns = [x if isinstance(x, list) else [x] for _, x in json.loads(graph.read_text())]
+    return [x for column in columns for x in column if x is not None]
+
+
 @pytest.mark.parametrize(
-    ("name", "title", "unit"),
+    ("name", "title", "unit", "scale"),
     [
-        ("instructions.Loop.track_loop", "instructions of the inner loop", "per element"),
-        ("torch_optimizer.Sizes.time_step", "ASGD.step() of one tensor", "seconds"),
+        (
+            "instructions.Loop.track_loop",
+            "instructions of the inner loop (AVX2)",
+            "instructions per element",
+            1,
+        ),
+        ("torch_optimizer.Sizes.time_step", "ASGD.step() of one tensor", "microseconds", 1e6),
     ],
 )
-def test_browser_shows_a_graph_with_its_name_and_unit(browse, name, title, unit):
+def test_browser_shows_a_graph_with_its_name_and_unit(published, browse, name, title, unit, scale):
     dom = browse(name)
+    benchmark = json.loads((published / "index.json").read_text())["benchmarks"][name]
+    assert benchmark["pretty_name"] == title
     assert title in dom
-    assert "flot-overlay" in dom  # drawn: there are data
-    assert unit in dom
+    assert [html.unescape(x) for x in re.findall(r"y1Label axisLabels[^>]*>([^<]*)", dom)] == [unit]
+    buttons = re.findall(r'role="button"[^>]*>([^<]*)', dom)
+    for values in benchmark["params"]:
+        assert {value.strip("'") for value in values} <= set(buttons)
+
+    # The axis is that of the data: one without any ends at 1.2.
+    (graph,) = (path for path in published.glob(f"graphs/arch-*/**/{name}.json"))
+    largest = scale * max(figures_in(graph))
+    ticks = [float(x) for x in re.findall(r"tickLabel[^>]*>([^<]*)", dom)]
+    assert largest / 10 < max(ticks) < 1.5 * largest
+
+
+def test_each_benchmark_has_a_line(published):
+    """But those of a GPU."""
+    for name in json.loads((published / "index.json").read_text())["benchmarks"]:
+        if not name.startswith("cuda."):
+            (graph,) = (path for path in published.glob(f"graphs/arch-*/**/{name}.json"))
+            assert len(json.loads(graph.read_text())) >= 10, name
 
 
 def test_browser_shows_the_regressions(published, browse):
     dom = browse("/regressions")
     found = json.loads((published / "regressions.json").read_text())["regressions"]
-    assert "Regressions" in dom
-    for name, *_ in found:
-        assert name in dom
+    assert found  # the history has some
+    table = dom[dom.index('id="regressions-body"') :]
+    jumps = 0
+    for name, _, _, _, _, _, own_jumps in found:
+        assert html.unescape(name) in html.unescape(table)
+        jumps += len(own_jumps)
+    assert len(re.findall(r"\d\.\d\dx", table)) == jumps

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import fake_cuda
 import pytest
 import torch
-from twins import NAMES, bits, twin
+from device_twins import Twins, on, params_of, same
+from twins import NAMES
 
 from asgd_fast import ASGD
-from asgd_fast._launches import HEADER
 from asgd_fast.cuda import device as device_module
 
 
@@ -24,60 +24,6 @@ from asgd_fast.cuda import device as device_module
 def gpu(monkeypatch):
     with fake_cuda.installed(monkeypatch) as driver:
         yield driver
-
-
-class Twins:
-    """Our optimizer over params on a device, and torch's over the same on the CPU."""
-
-    def __init__(self, params, devices=("cuda",), groups=None, **options):
-        self.theirs_params = [twin(p) for p in params]
-        self.params = [_on(p, devices[i % len(devices)]) for i, p in enumerate(params)]
-        pick = groups or (lambda own: own)
-        self.ours = ASGD(pick(self.params), **options)
-        own = ("lazy_average", "average_dtype", "capturable")
-        options = {name: value for name, value in options.items() if name not in own}
-        self.theirs = torch.optim.ASGD(pick(self.theirs_params), foreach=False, **options)
-
-    def step(self, skip=()):
-        for i, (ours, theirs) in enumerate(zip(self.params, self.theirs_params, strict=True)):
-            theirs.grad = None if i in skip else torch.randn_like(theirs)
-            ours.grad = None if i in skip else _on(theirs.grad, ours.device)
-        before = fake_cuda.waits()
-        self.ours.step()
-        self.waits = fake_cuda.waits() - before
-        self.theirs.step()
-
-    def run(self, steps, skip=lambda _: ()):
-        for k in range(steps):
-            self.step(skip(k))
-            self.check()
-
-    def check(self):
-        for ours, theirs in zip(self.params, self.theirs_params, strict=True):
-            _same(ours, theirs)
-            assert (ours in self.ours.state) == (theirs in self.theirs.state)
-            if theirs in self.theirs.state:
-                for name in NAMES:
-                    _same(self.ours.state[ours][name], self.theirs.state[theirs][name])
-
-
-def _on(tensor, device):
-    """A copy in the same layout."""
-    data = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-    data.copy_(tensor.detach())
-    return torch.nn.Parameter(data) if isinstance(tensor, torch.nn.Parameter) else data
-
-
-def _same(ours, theirs):
-    assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
-    assert torch.equal(bits(ours.detach().cpu()), bits(theirs.detach()))
-
-
-def _params(*shapes, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.nn.Parameter(torch.randn(shape, dtype=dtype, generator=generator)) for shape in shapes
-    ]
 
 
 OPTIONS = {
@@ -92,7 +38,7 @@ SCALARS = {"host": {}, "device": {"capturable": True}}
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 def test_a_run_has_torchs_bits(gpu, dtype, options, where):
-    params = _params((5, 3), (1000,), (), (2, 3, 4, 4), (0, 3), dtype=dtype)
+    params = params_of((5, 3), (1000,), (), (2, 3, 4, 4), (0, 3), dtype=dtype)
     params[3].data = params[3].data.to(memory_format=torch.channels_last)
     params[0].data = params[0].data.t()
     twins = Twins(params, lr=0.1, **options, **where)
@@ -102,7 +48,7 @@ def test_a_run_has_torchs_bits(gpu, dtype, options, where):
 
 
 def test_many_params_make_one_launch(gpu):
-    twins = Twins(_params(*[(i % 7 + 1,) for i in range(300)]), t0=1)
+    twins = Twins(params_of(*[(i % 7 + 1,) for i in range(300)]), t0=1)
     twins.run(4)
     assert [int(launch.words[0]) for launch in gpu.launches] == [300] * 4
 
@@ -111,7 +57,7 @@ def test_several_groups_and_a_scheduler(gpu):
     def groups(params):
         return [{"params": params[:2], "lr": 0.3}, {"params": params[2:], "weight_decay": 0.1}]
 
-    twins = Twins(_params((3,), (4,), (5,)), groups=groups, t0=2, lr=0.1)
+    twins = Twins(params_of((3,), (4,), (5,)), groups=groups, t0=2, lr=0.1)
     schedulers = [
         torch.optim.lr_scheduler.ExponentialLR(x, 0.7) for x in (twins.ours, twins.theirs)
     ]
@@ -123,7 +69,7 @@ def test_several_groups_and_a_scheduler(gpu):
 
 
 def test_params_on_all_devices(gpu):
-    twins = Twins(_params(*[(100,)] * 6), devices=("cuda:1", "cpu", "cuda:0"), t0=2)
+    twins = Twins(params_of(*[(100,)] * 6), devices=("cuda:1", "cpu", "cuda:0"), t0=2)
     twins.run(6)
     assert sorted({launch.device for launch in gpu.launches}) == [0, 1]
     assert len(gpu.launches) == 12
@@ -131,23 +77,23 @@ def test_params_on_all_devices(gpu):
 
 def test_half_types_are_rounded_once(gpu):
     for dtype in (torch.float16, torch.bfloat16):
-        here = _params((1000,), dtype=dtype)
-        there = [_on(p, "cuda") for p in here]
+        here = params_of((1000,), dtype=dtype)
+        there = [on(p, "cuda") for p in here]
         optimizers = [ASGD(params, t0=1, lr=0.1) for params in (here, there)]
         for _ in range(6):
             here[0].grad = torch.randn_like(here[0])
             there[0].grad = here[0].grad.cuda()
             for optimizer in optimizers:
                 optimizer.step()
-            _same(there[0], here[0])
-            _same(optimizers[1].state[there[0]]["ax"], optimizers[0].state[here[0]]["ax"])
+            same(there[0], here[0])
+            same(optimizers[1].state[there[0]]["ax"], optimizers[0].state[here[0]]["ax"])
 
 
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
 def test_own_options_are_those_of_the_cpu(gpu, capturable):
     """Wide averages, every second iterate, and lr that acts at once: torch has none of them."""
-    here = _params((1000,), (3, 4))
-    there = [_on(p, "cuda") for p in here]
+    here = params_of((1000,), (3, 4))
+    there = [on(p, "cuda") for p in here]
     options = {"t0": 2, "lr": 0.1, "average_dtype": torch.float64, "lambd": 0.1}
     options |= {"lr_schedule": "current", "average_every": 2}
     one, other = ASGD(here, **options), ASGD(there, capturable=capturable, **options)
@@ -161,7 +107,7 @@ def test_own_options_are_those_of_the_cpu(gpu, capturable):
         one.step()
         other.step()
         for p, q in zip(here, there, strict=True):
-            _same(q, p)
+            same(q, p)
             for name in NAMES:
                 assert one.state[p][name].equal(other.state[q][name].cpu())
 
@@ -170,20 +116,20 @@ def test_own_options_are_those_of_the_cpu(gpu, capturable):
 
 
 def test_scalars_are_the_hosts_until_the_device_must_have_them(gpu):
-    twins = Twins(_params((5,), (6,)))
+    twins = Twins(params_of((5,), (6,)))
     twins.run(2)
     for state in twins.ours.state.values():
         assert [state[name].device.type for name in ("step", "eta", "mu", "ax")] == ["cpu"] * 3 + [
             "cuda"
         ]
-    twins = Twins(_params((5,), (6,)), capturable=True)
+    twins = Twins(params_of((5,), (6,)), capturable=True)
     twins.run(2)
     for state in twins.ours.state.values():
         assert {state[name].device for name in NAMES} == {torch.device("cuda", 0)}
 
 
 def test_a_lazy_average_is_its_params_memory(gpu):
-    twins = Twins(_params((50,)), t0=4)
+    twins = Twins(params_of((50,)), t0=4)
     (param,) = twins.params
     for k in range(1, 9):
         twins.run(1)
@@ -195,7 +141,7 @@ def test_a_lazy_average_is_its_params_memory(gpu):
 
 @pytest.mark.parametrize("options", [{"lazy_average": False}, {"capturable": True}], ids=str)
 def test_an_average_that_is_not_lazy(gpu, options):
-    twins = Twins(_params((50,)), **options)
+    twins = Twins(params_of((50,)), **options)
     twins.run(2)
     assert twins.ours.state[twins.params[0]]["ax"].data_ptr() != twins.params[0].data_ptr()
 
@@ -208,10 +154,10 @@ def test_a_checkpoint_goes_between_devices(gpu, devices, capturable):
     torch.manual_seed(0)
     options = {"t0": 2, "lr": 0.1}
     start, goal = devices
-    twins = Twins(_params((5, 3), (7,)), devices=(start,), **options)
+    twins = Twins(params_of((5, 3), (7,)), devices=(start,), **options)
     twins.run(5)
     state = copy.deepcopy(_moved(twins.ours.state_dict(), "cpu"))
-    twins.params = [_on(p, goal) for p in twins.params]
+    twins.params = [on(p, goal) for p in twins.params]
     twins.ours = ASGD(twins.params, **options)
     twins.ours.load_state_dict(state)
     twins.ours.param_groups[0]["capturable"] = capturable and goal != "cpu"
@@ -232,9 +178,9 @@ def _moved(state_dict, device):
 
 def test_a_checkpoint_goes_to_torch_on_the_device(gpu):
     torch.manual_seed(0)
-    twins = Twins(_params((5, 3), (7,)), t0=2)
+    twins = Twins(params_of((5, 3), (7,)), t0=2)
     twins.run(5)
-    params = [_on(p.detach(), "cuda").requires_grad_() for p in twins.params]
+    params = [on(p.detach(), "cuda").requires_grad_() for p in twins.params]
     theirs = torch.optim.ASGD(params, t0=2, foreach=False)
     theirs.load_state_dict(copy.deepcopy(_moved(twins.ours.state_dict(), "cpu")))
     theirs.param_groups[0]["foreach"] = False  # which rounds in other places
@@ -244,11 +190,11 @@ def test_a_checkpoint_goes_to_torch_on_the_device(gpu):
             p.grad = q.grad.clone()
         theirs.step()
         for p, q in zip(params, twins.params, strict=True):
-            _same(p, q.cpu())
+            same(p, q.cpu())
 
 
 def test_moving_a_model_while_it_trains(gpu):
-    twins = Twins(_params((5, 3)), devices=("cpu",), t0=6)
+    twins = Twins(params_of((5, 3)), devices=("cpu",), t0=6)
     for device in ("cpu", "cuda:0", "cuda:1", "cpu"):
         for p in twins.params:
             p.data = p.data.to(device)
@@ -263,16 +209,32 @@ def test_moving_a_model_while_it_trains(gpu):
 
 @pytest.mark.parametrize("t0", [1, 2])
 def test_moving_a_param_while_averages_begin(gpu, t0):
-    twins = Twins(_params((5, 3)), devices=("cpu",), t0=t0)
+    twins = Twins(params_of((5, 3)), devices=("cpu",), t0=t0)
     twins.run(2)
     twins.params[0].data = twins.params[0].data.cuda()
     twins.run(3)
     assert len(gpu.launches) == 3
 
 
+def test_moving_a_param_after_its_checkpoint_was_loaded(gpu):
+    one, other = (Twins(params_of((5, 3)), devices=("cpu",), foreach=False) for _ in range(2))
+    one.run(2)
+    for optimizer, source in ((other.ours, one.ours), (other.theirs, one.theirs)):
+        optimizer.load_state_dict(source.state_dict())
+    for mine, params in ((one.params, other.params), (one.theirs_params, other.theirs_params)):
+        params[0].data.copy_(mine[0].data)
+    other.params[0].data = other.params[0].data.cuda()
+    for _ in range(3):
+        other.theirs_params[0].grad = torch.randn(5, 3)
+        other.params[0].grad = other.theirs_params[0].grad.cuda()
+        other.ours.step()
+        other.theirs.step()
+        same(other.params[0], other.theirs_params[0])
+
+
 def test_moving_a_param_away_from_its_scalars(gpu):
     """They are found again, and put where it is."""
-    twins = Twins(_params((5, 3)), t0=2, capturable=True)
+    twins = Twins(params_of((5, 3)), t0=2, capturable=True)
     for device in ("cuda:0", "cuda:1", "cuda:0"):
         (param,) = twins.params
         param.grad = None
@@ -294,9 +256,20 @@ def test_moving_a_param_away_from_its_scalars(gpu):
     assert twins.ours.state[param]["eta"].device.type == "cpu"
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float16])
+def test_a_learning_rate_of_another_dtype(gpu, dtype):
+    param = torch.nn.Parameter(torch.zeros(4, device="cuda"))
+    lr = torch.tensor(1, dtype=dtype, device="cuda")
+    optimizer = ASGD([param], lr=lr, capturable=True, lambd=0.0)
+    for k in range(1, 4):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert param.tolist() == [-k] * 4
+
+
 def test_a_learning_rate_on_another_device(gpu):
     lr = torch.tensor(0.1, device="cuda:1")
-    twins = Twins(_params((5, 3)), devices=("cuda:0",), capturable=True)
+    twins = Twins(params_of((5, 3)), devices=("cuda:0",), capturable=True)
     twins.ours.param_groups[0]["lr"] = lr
     n = len(gpu.launches)
     with pytest.raises(RuntimeError, match="same device"):
@@ -305,7 +278,7 @@ def test_a_learning_rate_on_another_device(gpu):
 
 
 def test_capturable_may_be_switched_on_and_off(gpu):
-    twins = Twins(_params((5, 3)), t0=2)
+    twins = Twins(params_of((5, 3)), t0=2)
     for capturable in (False, True, False):
         twins.ours.param_groups[0]["capturable"] = capturable
         twins.run(3)
@@ -314,7 +287,7 @@ def test_capturable_may_be_switched_on_and_off(gpu):
 
 def test_averaged_parameters(gpu):
     for options in ({}, {"capturable": True}, {"average_dtype": torch.float64}):
-        twins = Twins(_params((5, 3), (1000,)), t0=1, **options)
+        twins = Twins(params_of((5, 3), (1000,)), t0=1, **options)
         for _ in range(5):
             twins.step()
         averages = [twins.ours.state[p]["ax"].to(p.dtype) for p in twins.params]
@@ -333,7 +306,7 @@ def test_averaged_parameters(gpu):
 
 
 def test_an_interrupted_exchange_is_undone(gpu):
-    twins = Twins(_params((5, 3), (1000,)), t0=1)
+    twins = Twins(params_of((5, 3), (1000,)), t0=1)
     for _ in range(5):
         twins.step()
     before = [p.detach().clone() for p in twins.params]
@@ -351,7 +324,7 @@ def test_an_interrupted_exchange_is_undone(gpu):
 
 def test_a_learning_rate_on_the_device(gpu):
     lr = torch.tensor(0.1, dtype=torch.float64, device="cuda")
-    twins = Twins(_params((5, 3)), t0=2, capturable=True, lr=0.1)
+    twins = Twins(params_of((5, 3)), t0=2, capturable=True, lr=0.1)
     twins.ours.param_groups[0]["lr"] = lr
     for k in range(8):
         twins.run(1)
@@ -361,255 +334,12 @@ def test_a_learning_rate_on_the_device(gpu):
 
 
 def test_double_scalars(gpu, double_scalars):
-    twins = Twins(_params((5, 3), dtype=torch.float64), t0=2, capturable=True, lambd=0.3)
+    twins = Twins(params_of((5, 3), dtype=torch.float64), t0=2, capturable=True, lambd=0.3)
     twins.run(8)
     assert twins.ours.state[twins.params[0]]["eta"].dtype == torch.float64
 
 
-class Scaler:
-    """What a GradScaler does to an optimizer that takes the unscaling over."""
-
-    def __init__(self, scale):
-        self.scale = torch.tensor([scale], device="cuda")
-
-    def step(self, optimizer, is_infinite):
-        optimizer.grad_scale = self.scale
-        optimizer.found_inf = torch.tensor([float(is_infinite)], device="cuda")
-        before = fake_cuda.waits()
-        optimizer.step()
-        self.waits = fake_cuda.waits() - before
-        del optimizer.grad_scale, optimizer.found_inf
-
-
-@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"lazy_average": False}], ids=str)
-def test_a_scaler_skips_steps_without_a_wait(gpu, options):
-    scaler, n_waits = Scaler(1024.0), 0
-    twins = Twins(_params((5, 3), (1000,)), t0=3, lr=0.1, **options)
-    for k in range(14):
-        for ours, theirs in zip(twins.params, twins.theirs_params, strict=True):
-            theirs.grad = torch.randn_like(theirs)
-            ours.grad = theirs.grad.cuda() * 1024
-            if k in (0, 4, 5):
-                ours.grad[0] = float("inf")
-        scaler.step(twins.ours, k in (0, 4, 5))
-        if k in (0, 4, 5):
-            for theirs in twins.theirs_params:
-                theirs.grad = None
-        twins.theirs.step()
-        for ours, theirs in zip(twins.params, twins.theirs_params, strict=True):
-            _same(ours, theirs)
-            if theirs in twins.theirs.state:
-                for name in NAMES:
-                    _same(twins.ours.state[ours][name], twins.theirs.state[theirs][name])
-        n_waits += scaler.waits
-    # To give lazy averages memory the state is read once, in time.
-    assert n_waits == (0 if options else 1)
-    assert all(launch.kind.on_device for launch in gpu.launches)
-    twins.run(2)  # a step without the scaler
-
-
-def test_the_first_step_that_is_made_has_its_learning_rate(gpu):
-    """As in torch, where a skipped step makes no state."""
-    scaler = Scaler(1.0)
-    twins = Twins(_params((50,), dtype=torch.float64), lr=0.1)
-    twins.params[0].grad = torch.full_like(twins.params[0], float("inf"))
-    scaler.step(twins.ours, True)
-    for optimizer in (twins.ours, twins.theirs):
-        optimizer.param_groups[0]["lr"] = 0.2
-    twins.run(3)
-
-
-def test_the_first_step_that_is_made_has_its_learning_rate_beside_the_cpu(gpu):
-    """Where a param in CPU memory makes the host wait for the answer."""
-    scaler = Scaler(1.0)
-    twins = Twins(_params((5,), (6,)), devices=("cuda", "cpu"), lr=0.1, t0=1)
-    for param in twins.params:
-        param.grad = torch.full_like(param, float("inf"))
-    scaler.step(twins.ours, True)
-    assert twins.ours.state == {}
-    for optimizer in (twins.ours, twins.theirs):
-        optimizer.param_groups[0]["lr"] = 0.2
-    for k in range(4):
-        for ours, theirs in zip(twins.params, twins.theirs_params, strict=True):
-            theirs.grad = torch.randn_like(theirs)
-            ours.grad = theirs.grad.to(ours.device)
-        if k != 2:
-            twins.theirs.step()
-        scaler.step(twins.ours, k == 2)
-        twins.check()
-
-
-def test_a_loss_scale_may_be_a_number(gpu):
-    twins = Twins(_params((50,)), t0=1)
-    scaler = Scaler(8.0)
-    scaler.scale = 8.0
-    for _ in range(3):
-        twins.theirs_params[0].grad = torch.randn_like(twins.theirs_params[0])
-        twins.params[0].grad = twins.theirs_params[0].grad.cuda() * 8
-        scaler.step(twins.ours, False)
-        twins.theirs.step()
-        twins.check()
-    assert gpu.launches[-1].kind.on_device
-
-
-def test_an_average_stays_lazy_under_a_scaler(gpu):
-    scaler = Scaler(2.0)
-    twins = Twins(_params((50,)), t0=4)
-    (param,) = twins.params
-    for k in range(1, 9):
-        param.grad = torch.randn_like(param)
-        scaler.step(twins.ours, k == 2)
-        is_lazy = twins.ours.state[param]["ax"].data_ptr() == param.data_ptr()
-        assert is_lazy == (k < 6)  # at the latest
-
-
-def test_a_scaler_and_params_that_share_memory(gpu):
-    memory = torch.randn(9, device="cuda")
-    params = [torch.nn.Parameter(memory[:5]), torch.nn.Parameter(memory[4:])]
-    here = memory.cpu()
-    theirs = [torch.nn.Parameter(here[:5]), torch.nn.Parameter(here[4:])]
-    one, other = ASGD(params, foreach=False), torch.optim.ASGD(theirs, foreach=False)
-    scaler = Scaler(4.0)
-    for is_infinite in (False, True, False):
-        for p, q in zip(params, theirs, strict=True):
-            p.grad, q.grad = torch.full_like(p, 4.0), torch.ones_like(q)
-        scaler.step(one, is_infinite)
-        if not is_infinite:
-            other.step()
-        assert torch.equal(memory.cpu(), here)
-
-
-def test_a_refused_capture_leaves_torchs_params_too(gpu):
-    """Some params go to torch's function; it is not called when an engine refuses."""
-    params = [torch.nn.Parameter(torch.randn(6, device="cuda")) for _ in range(2)]
-    optimizer = ASGD([params[0], params[1]], t0=1)
-    params[0].grad = torch.ones(6, device="cuda")
-    params[1].grad = torch.ones(1, device="cuda").expand(6)
-    optimizer.step()
-    before = [p.detach().clone() for p in params]
-    gpu.captured.add(1)
-    with pytest.raises(RuntimeError, match="CUDA graph"):
-        optimizer.step()
-    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-
-
-def test_a_scaler_and_a_param_on_the_cpu(gpu):
-    scaler = Scaler(4.0)
-    twins = Twins(_params((5,), (6,)), devices=("cuda", "cpu"), t0=1)
-    for k in range(6):
-        for ours, theirs in zip(twins.params, twins.theirs_params, strict=True):
-            theirs.grad = None if k == 3 else torch.randn_like(theirs)
-            ours.grad = (torch.ones_like(theirs) if k == 3 else theirs.grad * 4).to(ours.device)
-        scaler.step(twins.ours, k == 3)
-        twins.theirs.step()
-        twins.check()
-
-
 # What is refused
-
-
-def test_a_capture_needs_capturable(gpu):
-    twins = Twins(_params((5,)))
-    twins.run(2)
-    gpu.captured.add(1)
-    twins.params[0].grad = torch.ones(5, device="cuda")
-    before, n = twins.params[0].detach().clone(), len(gpu.launches)
-    version = twins.params[0]._version
-    with pytest.raises(RuntimeError, match=r"captured into a CUDA graph.*capturable=True$"):
-        twins.ours.step()
-    assert torch.equal(before, twins.params[0])
-    assert (len(gpu.launches), twins.params[0]._version) == (n, version)
-    gpu.captured.clear()
-    twins.run(2)
-
-
-def test_a_capture_needs_capturable_with_a_scaler_too(gpu):
-    """The device has the scalars then; but the host would not know of the graph's steps."""
-    twins = Twins(_params((5,)), t0=20)
-    twins.run(1)
-    (p,) = twins.params
-    scaler = Scaler(4.0)
-    p.grad = torch.ones(5, device="cuda")
-    scaler.step(twins.ours, False)
-    gpu.captured.add(1)
-    before, n = p.detach().clone(), len(gpu.launches)
-    with pytest.raises(RuntimeError, match=r"captured into a CUDA graph.*capturable=True$"):
-        scaler.step(twins.ours, False)
-    assert torch.equal(before, p)
-    assert len(gpu.launches) == n
-
-
-def test_a_capturable_step_is_captured(gpu):
-    twins = Twins(_params((5,)), capturable=True, t0=1)
-    twins.run(2)
-    gpu.captured.add(1)
-    twins.run(2)
-
-
-def test_a_captured_step_keeps_its_scalars_when_averaging_is_started(gpu):
-    """A graph has their addresses, and still writes there."""
-    twins = Twins(_params((5,), (6,)), capturable=True)
-    own_groups = [{"params": [param]} for param in twins.theirs_params]
-    twins.theirs = torch.optim.ASGD(own_groups, foreach=False)
-    twins.run(3, skip=lambda k: {1} if k == 1 else ())
-    places = [twins.ours.state[p]["step"].data_ptr() for p in twins.params]
-    for _ in range(2):
-        twins.ours.start_averaging()
-        for param, group in zip(twins.theirs_params, twins.theirs.param_groups, strict=True):
-            group["t0"] = twins.theirs.state[param]["step"].item() - 1
-            twins.theirs.state[param]["mu"].fill_(1)
-        twins.run(3)
-        assert [twins.ours.state[p]["step"].data_ptr() for p in twins.params] == places
-
-
-def test_a_lazy_average_is_not_captured(gpu):
-    """Its address would be missing in the graph, when averaging begins there."""
-    twins = Twins(_params((5,)), t0=9)
-    twins.run(2)
-    (param,) = twins.params
-    twins.ours.param_groups[0]["capturable"] = True
-    gpu.captured.add(1)
-    before = param.detach().clone()
-    with pytest.raises(RuntimeError, match="make a step before the capture"):
-        twins.ours.step()
-    assert torch.equal(param, before)
-    gpu.captured.clear()
-    twins.run(1)
-    assert twins.ours.state[param]["ax"].data_ptr() != param.data_ptr()
-    gpu.captured.add(1)
-    twins.run(12)
-    assert all(int(launch.words[HEADER + 2]) for launch in gpu.launches[2:])
-
-
-def test_a_checkpoint_is_loaded_before_a_capture(gpu):
-    one, other = (Twins(_params((5,)), capturable=True, t0=1) for _ in range(2))
-    one.run(3)
-    other.ours.load_state_dict(one.ours.state_dict())
-    other.ours.param_groups[0]["capturable"] = True
-    other.params[0].grad = torch.ones(5, device="cuda")
-    gpu.captured.add(1)
-    waits = fake_cuda.waits()
-    other.ours.step()
-    assert fake_cuda.waits() == waits
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float16])
-def test_a_learning_rate_of_another_dtype(gpu, dtype):
-    param = torch.nn.Parameter(torch.zeros(4, device="cuda"))
-    lr = torch.tensor(1, dtype=dtype, device="cuda")
-    optimizer = ASGD([param], lr=lr, capturable=True, lambd=0.0)
-    for k in range(1, 4):
-        param.grad = torch.ones_like(param)
-        optimizer.step()
-        assert param.tolist() == [-k] * 4
-
-
-def test_the_first_step_cannot_be_captured(gpu):
-    gpu.captured.add(1)
-    twins = Twins(_params((5,)), capturable=True)
-    with pytest.raises(RuntimeError, match="make a step before the capture"):
-        twins.step()
-    assert twins.ours.state == {}
 
 
 def _missing(monkeypatch):
@@ -638,7 +368,7 @@ def _bindings(monkeypatch, init):
 
 @pytest.mark.parametrize("fault", [_missing, _no_driver, _broken_driver])
 def test_what_is_not_installed_is_named(gpu, monkeypatch, fault):
-    twins = Twins(_params((5,)))
+    twins = Twins(params_of((5,)))
     monkeypatch.setattr(device_module, "driver", REAL_DRIVER)
     error, message = fault(monkeypatch)
     before = twins.params[0].detach().clone()
@@ -665,11 +395,11 @@ def test_params_that_share_memory_go_to_torch(gpu):
 
 
 def test_gradients_of_another_layout_are_converted(gpu):
-    twins = Twins(_params((4, 6)), t0=1)
+    twins = Twins(params_of((4, 6)), t0=1)
     for _ in range(4):
         theirs = twins.theirs_params[0]
         theirs.grad = torch.randn(6, 4).t()
-        twins.params[0].grad = _on(theirs.grad, "cuda")
+        twins.params[0].grad = on(theirs.grad, "cuda")
         twins.ours.step()
         twins.theirs.step()
         twins.check()
@@ -677,7 +407,7 @@ def test_gradients_of_another_layout_are_converted(gpu):
 
 
 def test_autograd_is_told(gpu):
-    twins = Twins(_params((5,)), t0=1)
+    twins = Twins(params_of((5,)), t0=1)
     twins.run(3)
     before = twins.params[0]._version
     twins.run(1)
@@ -689,7 +419,7 @@ def test_another_kind_of_gpu_goes_to_torch(gpu, monkeypatch):
     from asgd_fast import _state
 
     monkeypatch.setattr(_state, "_DEVICES", ("cpu",))
-    twins = Twins(_params((5, 3)), t0=2)
+    twins = Twins(params_of((5, 3)), t0=2)
     twins.ours.param_groups[0]["foreach"] = False
     twins.run(5)
     assert gpu.launches == []

@@ -59,7 +59,7 @@ class TorchDefault:
     params = ((10**3, 10**5, 10**7), ("lazy", "averaging"))
     param_names = ("elements", "phase")
 
-    @titled("time as a share of torch.optim.ASGD's, one tensor")
+    @titled("share of torch.optim.ASGD's time: one tensor")
     def track_share(self, elements: int, phase: str) -> float:
         use_threads(1)
         return _share_of_torchs(params_of(elements), phase)
@@ -73,7 +73,7 @@ class TorchDefaultTensors:
     params = (TENSORS[1:], ("lazy", "averaging"))
     param_names = ("tensors", "phase")
 
-    @titled("time as a share of torch.optim.ASGD's, many tensors")
+    @titled("share of torch.optim.ASGD's time: many")
     def track_share(self, tensors: str, phase: str) -> float:
         use_threads(1)
         return _share_of_torchs(params_of(tensors), phase)
@@ -88,7 +88,7 @@ class TorchCompile:
     params = ((10**5, 10**7),)
     param_names = ("elements",)
 
-    @titled("time as a share of torch.compile's, averaging")
+    @titled("share of torch.compile's time: averaging")
     def track_share(self, elements: int) -> float:
         use_threads(1)
         optimizer = optimizer_of(params_of(elements), "averaging")
@@ -115,7 +115,7 @@ class PlainLoop:
     params = ((10**5, 10**6, 10**7), ("lazy", "averaging"))
     param_names = ("elements", "phase")
 
-    @titled("time as a share of a plain C loop's of the same traffic")
+    @titled("share of a plain C loop's time")
     def track_share(self, elements: int, phase: str) -> float:
         from plain import PlainLoops
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -46,6 +48,9 @@ PHASES: dict[str, dict[str, Any]] = {
 
 # Before there were lazy averages, all were copies: without the option, as with it.
 ALWAYS_COPIED = "lazy_average"
+
+# What Linux says of its memory.
+MEMORY = Path("/proc/meminfo")
 
 Method = TypeVar("Method", bound="Callable[..., object]")
 
@@ -161,10 +166,12 @@ def _numbers(n: int, dtype: torch.dtype, device: str) -> Tensor:
 
 
 def _free_memory() -> float:
+    """Return how many bytes can be had, those that the system caches files in among them."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return float("inf")
+        found = re.search(r"^MemAvailable: +(\d+) kB$", MEMORY.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else float("inf")
 
 
 def optimizer_of(params: list[Tensor], phase: str) -> torch.optim.ASGD:

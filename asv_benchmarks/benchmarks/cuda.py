@@ -113,7 +113,7 @@ class TorchDefault:
     params = ((10**7, *TENSORS[1:]),)
     param_names = ("tensors",)
 
-    @titled("time on the GPU as a share of torch.optim.ASGD's")
+    @titled("share of torch.optim.ASGD's time on the GPU")
     def track_share(self, tensors: int | str) -> float:
         params = params_of(tensors, device="cuda")
         own = _optimizer(params, "averaging")
