@@ -383,13 +383,14 @@ def find(
             if entry and (id(param), id(entry)) not in known:
                 ax: Any = entry.get("ax")
                 owner = lazy.get(id(ax))
+                is_own = owner is param
                 at = residents.get(_address(ax), [])
-                if owner is param and same_kind(ax, param):
+                if is_own and same_kind(ax, param):
                     entry["ax"] = alias(param)  # which may have other memory now
                 elif owner is not None or (at and not any(param is other for other in at)):
                     # Of a param that the state was taken from, or whose memory was: the step would
                     # write over a param.
-                    place = param.device if owner is param else ax.device
+                    place = param.device if is_own else ax.device
                     entry["ax"] = ax.to(place, wide(param, average_dtype), copy=True)
                 if owners[id(entry)] == 1 and _is_packable(param, entry, group):
                     device = param.device if _goes_on_device(param, group, on_device) else _HOST
