@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 from asgd_fast._table import Table
@@ -20,7 +20,7 @@ def exchange(
     table: Table,
     is_done: bytearray,
     n_threads: int = 1,
-    calls: Iterable[Callable[[], object]] = (),
-) -> list[Any]: ...
+    others: Callable[[], Any] | None = None,
+) -> Any: ...
 def assign(table: Table, n_threads: int = 1) -> None: ...
 def copy(table: Table) -> None: ...

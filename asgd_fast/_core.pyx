@@ -259,11 +259,11 @@ def update(Table table, unsigned int n_threads=1):
                 _store_next(row)
 
 
-def exchange(Table table, bytearray is_done, unsigned int n_threads=1, calls=()):
+def exchange(Table table, bytearray is_done, unsigned int n_threads=1, others=None):
     """Put the average of each row into its param; or, where that is done, the param back.
 
-    Cannot fail, if no call does. Releases the GIL, and is one call so that no interrupt comes
-    between the exchange and its note.
+    Cannot fail. Releases the GIL, and is one call so that no interrupt comes between the exchange
+    and its note.
 
     Parameters
     ----------
@@ -273,20 +273,20 @@ def exchange(Table table, bytearray is_done, unsigned int n_threads=1, calls=())
     is_done : bytearray of length 1
         Whether the averages are in the params; changed.
     n_threads : int
-    calls : iterable of callable
-        What does the same to rows of other engines; called first. They do not run Python code.
+    others : callable, optional
+        Does the same to rows of other engines; called first. It does not run Python code.
 
     Returns
     -------
-    list
-        What the calls returned.
+    object
+        What that returned.
     """
     cdef Job job = _put_back if is_done[0] else _put_average
-    results = [call() for call in calls]
+    result = others() if others is not None else None
     with nogil:
         _run(table, job, n_threads)
     is_done[0] ^= 1
-    return results
+    return result
 
 
 def assign(Table table, unsigned int n_threads=1):

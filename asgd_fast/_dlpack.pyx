@@ -178,6 +178,8 @@ cdef int borrow(
         raise BufferError(
             "it requires grad, and autograd does not see this update; pass its detach(), "
             "which shares the memory")
+    if exporter.has_interface:
+        _require_driver()
     capsule = None
     is_read_only = False
     try:
@@ -279,6 +281,18 @@ cdef int _borrow_from_exchange_api(
     return 0
 
 
+cdef int _require_driver() except -1:
+    """Say what is missing for arrays of CUDA devices, whatever else is wrong with this one."""
+    try:
+        from asgd_fast.cuda.device import driver
+    except ImportError as error:
+        from asgd_fast.cuda import MISSING
+
+        raise ImportError(MISSING) from error
+    driver()
+    return 0
+
+
 cdef bint _borrow_from_interface(dict interface, Borrowed *out) except -1:
     """Describe an array as the dict does, version 3 of the interface; whether it is read-only.
 
@@ -303,6 +317,7 @@ cdef bint _borrow_from_interface(dict interface, Borrowed *out) except -1:
     cdef DLTensor *tensor = &managed.dl_tensor
     managed.manager_ctx = NULL
     managed.deleter = _free
+    out.legacy = managed
     tensor.data = <void *><uintptr_t>address
     tensor.device.device_type = kDLCUDA
     tensor.device.device_id = device
@@ -316,8 +331,10 @@ cdef bint _borrow_from_interface(dict interface, Borrowed *out) except -1:
     for i in range(n):
         tensor.shape[i] = shape[i]
         if strides:
+            if strides[i] % dtype.itemsize:
+                raise BufferError(
+                    f"its strides {strides} are no multiples of its {dtype.itemsize}-byte elements")
             tensor.strides[i] = strides[i] // dtype.itemsize
-    out.legacy = managed
     out.tensor = tensor[0]
     out.stream = interface.get("stream") or LEGACY_STREAM
     return is_read_only

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -63,3 +66,4 @@ def pack(
     grad_scale: int = 0,
     found_inf: int = 0,
 ) -> tuple[int, int, int]: ...
+def run(groups: list[tuple[Callable[[], Any], ...]], success: object) -> list[tuple[Any, ...]]: ...

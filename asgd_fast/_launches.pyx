@@ -83,10 +83,11 @@ cdef enum:  # the jobs
     _PUT_BACK = 6
 
 # A chunk has so many numbers that a launch has enough blocks, in these bounds. In the smallest one
-# each thread still has two accesses of 16 bytes to make. These are powers of two.
+# each thread still has two accesses of 16 bytes to make; the largest one is still done in some 50
+# us, so that the blocks end almost together. These are powers of two.
 cdef enum:
     SMALLEST_CHUNK = 13
-    LARGEST_CHUNK = 16
+    LARGEST_CHUNK = 15   # less than _TAIL_BITS
 
 # What kernels and tests know the above by.
 N_ROWS_AT, N_CHUNKS_AT, CHUNK_AT, SETS_AT, JOB_AT = (
@@ -264,6 +265,43 @@ def pack(
     # Rows without elements too have scalars that are to be advanced.
     n_blocks = max(n_chunks, <int64_t>1) if n_rows != 0 else 0
     return i, n_blocks, _HEADER + n_rows * row_size + n_sets * set_size
+
+
+def run(list groups, success):
+    """Make calls of the driver, each group between its first one and its last.
+
+    They do not run Python code, so that no interrupt comes between them.
+
+    Parameters
+    ----------
+    groups : list of tuple of callable
+        Each returns a tuple that begins with a status. The first one of a group makes a context
+        current, and the last one takes it away again.
+    success : object
+        The status of a call that has not failed. After another one no more are made, but for the
+        last one of the group.
+
+    Returns
+    -------
+    list of tuple
+        What they returned.
+    """
+    cdef list results = []
+    for group in groups:
+        begin, *calls, end = group
+        result = begin()
+        results.append(result)
+        if result[0] != success:
+            break
+        for call in calls:
+            result = call()
+            results.append(result)
+            if result[0] != success:
+                break
+        results.append(end())
+        if result[0] != success:
+            break
+    return results
 
 
 cdef inline bint _are_same(const uint64_t *one, const uint64_t *other, int n) noexcept:

@@ -300,9 +300,8 @@ def exchanged(arrays: Sequence[Exchange]) -> Iterator[None]:
 def _exchange(arrays: Sequence[Exchange], is_done: bytearray) -> None:
     with _listed(arrays) as table:
         launches = on_devices(table, PUT_BACK if is_done[0] else PUT_AVERAGE)
-        results = _core.exchange(
-            table, is_done, threads_for(table), () if launches is None else launches.calls
-        )
+        others = None if launches is None else launches.make
+        results = _core.exchange(table, is_done, threads_for(table), others)
         if launches is not None:
             launches.finish(results)
 

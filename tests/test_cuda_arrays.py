@@ -6,7 +6,12 @@ kernels' own body, which must give the bits of the CPU's engine.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import signal
 import sys
+import threading
+from functools import partial
 
 import fake_gpu
 import numpy as np
@@ -30,9 +35,16 @@ from asgd_fast._launches import (
     PLACE_AT,
     SETS_AT,
     TAIL_BITS,
+    THREADS,
+    UPDATE,
+    keys_of,
+    pack,
     row_words,
+    run,
     set_words,
 )
+from asgd_fast._table import Table
+from asgd_fast.cuda import build, intrinsics, kernels
 
 SETTINGS = {
     "plain": {"eta": 0.1, "lambd": 0.0},
@@ -120,8 +132,9 @@ def test_misaligned_arrays_have_the_same_bits(gpu, dtype, average, offset):
             case.check()
 
 
+@pytest.mark.parametrize("weight_decay", [0.5, 1e-46])  # which is 0 in float32, but not left out
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-def test_special_values_flow_through(gpu, dtype):
+def test_special_values_flow_through(gpu, dtype, weight_decay):
     case = Case(64, dtype)
     special = [0.0, -0.0, float("inf"), -float("inf"), 1e-45, -1e-45, 1e-7, 6e-8]
     special += [torch.finfo(getattr(torch, dtype)).max, torch.finfo(getattr(torch, dtype)).tiny]
@@ -129,7 +142,7 @@ def test_special_values_flow_through(gpu, dtype):
         for k, array in enumerate(arrays):
             for i, x in enumerate(special):
                 array[(i * (k + 1)) % 64] = x
-    case.step(eta=0.1, mu=0.3, weight_decay=0.5)
+    case.step(eta=0.1, mu=0.3, weight_decay=weight_decay)
     for one, other in zip(case.here, case.there, strict=True):
         number = ~one.isnan()
         assert torch.equal(one.isnan(), other.isnan())
@@ -231,15 +244,47 @@ def test_the_phase_of_a_set(gpu, mu, phase):
 def test_chunks_grow_with_the_work(gpu):
     n = 5_000_000
     arrays = [np.zeros(n, np.float16) for _ in range(2)]
-    asgd_(*map(fake_gpu.Array, arrays), eta=0.1)
-    (launch,) = gpu.launches
-    assert launch.words[CHUNK_AT] == 8192
-    gpu.launches.clear()
-    fake_gpu.device.device_of(0).multiprocessors = 8
-    asgd_(*map(fake_gpu.Array, arrays), eta=0.1)
-    (launch,) = gpu.launches
-    assert launch.words[CHUNK_AT] == 65536
-    assert launch.n_blocks == -(-n // 65536)
+    for multiprocessors, chunk in ((132, 8192), (8, 32768)):
+        gpu.launches.clear()
+        fake_gpu.device.device_of(0).multiprocessors = multiprocessors
+        asgd_(*map(fake_gpu.Array, arrays), eta=0.1)
+        (launch,) = gpu.launches
+        assert launch.words[CHUNK_AT] == chunk
+        assert launch.n_blocks == -(-n // chunk)
+
+
+def test_the_last_chunk_may_be_a_whole_one(gpu):
+    case = Case(2 * 32768)
+    fake_gpu.device.device_of(0).multiprocessors = 0  # never enough
+    case.step(eta=0.1, mu=0.5)
+    case.check()
+    assert gpu.launches[0].words[CHUNK_AT] == 32768
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_NORESERVE"), reason="memory cannot be promised")
+def test_more_than_two_to_the_33_elements():
+    """In memory that is there only where it is touched, some blocks alone."""
+    n = (1 << 33) + 12_345
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+    arrays = [np.frombuffer(mmap.mmap(-1, 4 * n, flags=flags), np.float32) for _ in range(3)]
+    places = (0, 1 << 31, 1 << 32, n - 1)
+    for i in places:
+        arrays[1][i] = 1
+    table = Table(("p", "g", "a"))
+    table.extend(*([fake_gpu.Array(x)] for x in arrays), eta=0.5, mu=1.0, lambd=0.0)
+    (key,) = keys_of(table)
+    words = np.zeros(512, np.uint64)
+    _, n_blocks, _ = pack(table, key, 0, words, UPDATE, 4224)
+    kind = build.Kind("update", "float32", "float32", False, 0)
+    do_chunk = kernels.jobs_of(kind, intrinsics.make("cpu")).do_chunk
+    for i in places:
+        block = i // int(words[CHUNK_AT])
+        assert block < n_blocks
+        for thread in range(THREADS):
+            do_chunk(words.ctypes.data, block, thread)
+        for array in (arrays[0], arrays[2]):
+            assert array[i] == -0.5
+            assert array[i - 1] == 0
 
 
 def test_an_old_driver_gets_small_launches(monkeypatch):
@@ -488,6 +533,93 @@ def test_a_device_that_is_not_there(gpu):
     fake_gpu.streams[7] = 0
     with pytest.raises(RuntimeError, match=r"CUDA: unspecified launch failure \(CUDA_ERROR"):
         asgd_(p, g, eta=0.1)
+
+
+def test_a_capture_of_another_librarys_stream_is_refused(gpu):
+    """The launch would be part of it, as that stream is waited for."""
+    p, g = np.ones(3), np.ones(3)
+    gpu.captured.add(0x55)
+    with pytest.raises(RuntimeError, match="captured into a CUDA graph"):
+        asgd_(fake_gpu.Array(p), Described(gpu, g), eta=0.1)
+    assert p.tolist() == [1.0] * 3
+    assert gpu.order == []
+
+
+def test_a_threads_own_stream_has_an_event_for_each_thread(gpu):
+    """It has one number for all threads, and is another in each."""
+
+    together = threading.Barrier(2)
+
+    def step():
+        p, g = np.ones(3), np.ones(3)
+        for _ in range(2):
+            asgd_(Described(gpu, p, stream=0x70), Described(gpu, g, stream=2), eta=0.1)
+        together.wait()
+
+    threads = [threading.Thread(target=step) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert gpu.n_events == 3  # of the first one's, of the launch's, of the second one's
+
+
+@pytest.mark.parametrize("fault", [ImportError("no package"), RuntimeError("no driver")], ids=str)
+def test_arrays_that_are_described_need_a_driver_too(gpu, monkeypatch, fault):
+    def driver():
+        raise fault
+
+    arrays = [Described(gpu, np.ones(3)) for _ in range(2)]
+    monkeypatch.setattr(fake_gpu.device, "driver", driver)
+    with pytest.raises(type(fault), match=str(fault)):
+        asgd_(*arrays, eta=0.1)
+
+
+def test_strides_that_are_no_multiples_are_refused(gpu):
+    """As those of a field of a record, whose neighbour would be written to."""
+    records = np.ones(8, np.dtype([("x", "f4"), ("y", "i2")]))
+    x = records["x"]
+    with pytest.raises(
+        ValueError, match=r"params: .*strides \(6,\) are no multiples of its 4-byte"
+    ):
+        asgd_(Described(gpu, x, data=(x.ctypes.data, False)), Described(gpu, np.ones(8)), eta=0.1)
+    assert records.tolist() == [(1.0, 1)] * 8
+
+
+def test_no_interrupt_comes_between_the_calls_of_a_launch():
+    """None of them runs Python code here, as none of the driver's does; the status is None."""
+    contexts, launched = [], []
+    interrupt = ctypes.CDLL(None)["raise"]  # Python's own would look for interrupts
+    interrupt.restype = None
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    calls = [
+        (
+            partial(tuple, map(contexts.append, ["context"])),
+            partial(tuple, map(interrupt, [signal.SIGINT])),
+            partial(tuple, map(launched.append, [1])),
+            partial(tuple, map(contexts.remove, ["context"])),
+        )
+    ]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(calls, None)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert (contexts, launched) == ([], [1])
+
+
+def test_a_context_that_cannot_be_entered_is_not_left(gpu, monkeypatch):
+    arrays = [fake_gpu.Array(np.ones(3)) for _ in range(2)]
+    asgd_(*arrays, eta=0.1)
+    n = len(gpu.launches)
+    gpu.contexts.append("the caller's")
+    pushes = iter([gpu.cuCtxPushCurrent, lambda context: (fake_gpu.REFUSED,)])
+    monkeypatch.setattr(gpu, "cuCtxPushCurrent", lambda context: next(pushes)(context))
+    with pytest.raises(RuntimeError, match="CUDA_ERROR"):
+        asgd_(*arrays, eta=0.1)
+    assert gpu.contexts == ["the caller's"]
+    assert len(gpu.launches) == n
+    gpu.contexts.clear()
 
 
 def test_a_launch_that_fails(gpu):

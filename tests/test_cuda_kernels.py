@@ -15,8 +15,8 @@ import fake_gpu
 import numpy as np
 import pytest
 
-from asgd_fast import asgd_
-from asgd_fast.cuda import build
+from asgd_fast import asgd_, update
+from asgd_fast.cuda import build, intrinsics
 from asgd_fast.cuda.build import Kind
 
 HERE = Path(__file__).parent
@@ -105,12 +105,57 @@ def test_a_compiled_kernel_is_what_it_should_be(kind, compute_capability):
 
     # Each operation rounds where it stands; the power in eta is the library's.
     if not kind.on_device:
-        assert not re.search(r"\b(add|mul|fma)\.f(32|64)|\.(ftz|sat|approx)\b|call", ptx)
+        assert not re.search(r"\b(add|sub|mul|fma)\.f(32|64)|\.(ftz|sat|approx)\b|call", ptx)
+    else:
+        # Who draws the last ticket has read what the others have read, and is known to its block.
+        assert re.search(
+            r"bar\.sync.*atom\.global\.acq_rel\.gpu\.inc\.u32.*(bar|barrier)\.\S*red",
+            ptx,
+            re.DOTALL,
+        )
     if kind.job == "update":
         assert {"mul.rn", "fma.rn", "add.rn"} <= set(re.findall(r"\b\w+\.rn", ptx))
 
     is_double = "float64" in kind or kind.on_device
     assert is_double or ".f64" not in ptx
+
+
+@needs_compiler
+def test_two_numbers_are_rounded_to_bfloat16_in_their_order():
+    """The instruction takes the upper one first; on the CPU there is none like it."""
+    from numba import cuda, types
+
+    ops = intrinsics.make("cuda", (9, 0))
+    word, load = ops.word, ops.load("float32", "float32", 8, 1)
+    store = ops.store("bfloat16", "float32", 8, 1)
+
+    def body(words):
+        store(word(words, 1), 0, load(word(words, 0), 0))
+
+    words = types.void(intrinsics.Words(2))
+    ptx, _ = cuda.compile(body, words, device=False, abi="numba", cc=(9, 0))
+    loads = re.findall(r"ld\.global\.v4\.f32\s*{(.*?)},\s*\[%rd\d+(?:\+(\d+))?\]", ptx)
+    loaded = [
+        register
+        for registers, _ in sorted(loads, key=lambda load: int(load[1] or 0))
+        for register in re.findall(r"%f\d+", registers)
+    ]
+    rounded = {
+        pair: [low, high]
+        for pair, high, low in re.findall(r"cvt\.rn\.bf16x2\.f32\s*(%r\d+), (%f\d+), (%f\d+)", ptx)
+    }
+    (stored,) = re.findall(r"st\.global\.v4\.[bu]32\s*\[\S+\],\s*{(.*?)}", ptx)
+    assert len(loaded) == 8
+    assert [x for pair in re.findall(r"%r\d+", stored) for x in rounded[pair]] == loaded
+
+
+@needs_compiler
+@pytest.mark.parametrize("setting", [{"NUMBA_CUDA_DEBUGINFO": "1"}, {"NUMBA_OPT": "0"}], ids=str)
+def test_numbas_environment_changes_no_kernel(setting):
+    """What is on disk is used by processes that have another one."""
+    code = "from asgd_fast.cuda import build; print(build.ptx_of(build.Kind(*{}), (9, 0)))"
+    kind = ("exchange", "bits32", "bits32", False, 512)
+    assert _run("-c", code.format(kind), **setting) == _run("-c", code.format(kind))
 
 
 @needs_compiler
@@ -231,8 +276,30 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "asgd_fast.cuda.launch", raising=False)
     monkeypatch.delitem(sys.modules, "asgd_fast.cuda.build", raising=False)
     monkeypatch.setitem(sys.modules, "platformdirs", None)
+    monkeypatch.setattr(update, "_prepared", update._prepared.__wrapped__)
     with pytest.raises(ImportError, match=r"need the packages of the cuda extra; pip install"):
         asgd_(*(fake_gpu.Array(np.ones(3)) for _ in range(2)), eta=0.1)
+
+
+@needs_compiler
+def test_a_library_that_the_compiler_misses_is_named(monkeypatch):
+    from cuda.bindings import nvjitlink
+    from numba import cuda
+
+    def missing(*_, **__):
+        raise RuntimeError("Failure finding libnvrtc.so.13")
+
+    ptx = build.ptx_of(FLOAT32, (9, 0))
+    monkeypatch.setattr(cuda, "compile", missing)
+    advice = r"compute capability 9\.0: Failure finding libnvrtc.so.13; .*'numba-cuda\[cu13\]'"
+    with pytest.raises(RuntimeError, match=f"Numba made no kernel for {advice}"):
+        build.ptx_of(FLOAT32, (9, 0))
+    monkeypatch.setattr(nvjitlink, "create", missing)
+    with pytest.raises(RuntimeError, match=f"nvJitLink made no kernel for {advice}"):
+        build.link(ptx, (9, 0))
+    monkeypatch.setattr(cuda, "compile", None)
+    with pytest.raises(RuntimeError, match="NUMBA_ENABLE_CUDASIM"):
+        build.ptx_of(FLOAT32, (9, 0))
 
 
 @needs_compiler

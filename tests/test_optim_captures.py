@@ -131,6 +131,23 @@ def test_a_captured_step_keeps_its_scalars_when_averaging_is_started(gpu):
         assert [twins.ours.state[p]["step"].data_ptr() for p in twins.params] == places
 
 
+def test_no_kernel_is_loaded_in_a_capture(gpu):
+    """Fewer params than in the step before it would take a smaller one."""
+    twins = Twins(params_of(*[(3,)] * 200), capturable=True, t0=1)
+    twins.run(2)
+    n = len(gpu.loaded)
+    gpu.captured.add(1)
+    twins.step(skip=range(3, 200))
+    twins.check()
+    assert len(gpu.loaded) == n
+
+
+def test_params_without_elements_make_steps(gpu):
+    twins = Twins(params_of((0, 3)), capturable=True, t0=1)
+    twins.run(3)
+    assert twins.ours.state[twins.params[0]]["step"].item() == 3
+
+
 @pytest.mark.parametrize("after_a_scaler", [False, True])
 def test_a_lazy_average_is_not_captured(gpu, after_a_scaler):
     """Its address would be missing in the graph, when averaging begins there."""

@@ -158,18 +158,36 @@ def ptx_of(kind: Kind, compute_capability: tuple[int, int]) -> str:
         from asgd_fast.cuda.kernels import kernel
     except Exception as error:  # of any kind, where versions do not go together
         raise ImportError(f"{MISSING} ({type(error).__name__}: {error})") from error
+    if cuda.compile is None:
+        raise RuntimeError(
+            "Numba simulates GPUs, as NUMBA_ENABLE_CUDASIM asks, and compiles nothing"
+        )
     is_half = kind.param in ("float16", "bfloat16")
     takes_many = is_half or kind.on_device or kind.param != kind.average
-    ptx, _ = cuda.compile(
-        kernel(kind, make("cuda", compute_capability)),
-        types.void(Words(kind.n_words)),
-        device=False,
-        abi="numba",
-        cc=compute_capability,
-        launch_bounds=(_launches.THREADS, BLOCKS_AT_ONCE[takes_many]),
-    )
+    try:
+        ptx, _ = cuda.compile(
+            kernel(kind, make("cuda", compute_capability)),
+            types.void(Words(kind.n_words)),
+            device=False,
+            abi="numba",
+            cc=compute_capability,
+            launch_bounds=(_launches.THREADS, BLOCKS_AT_ONCE[takes_many]),
+            # Whatever the environment asks of Numba: what is kept on disk is for all processes.
+            debug=False,
+            opt=True,
+        )
+    except Exception as error:  # of any kind: libraries are looked for as they are needed
+        raise _not_made("Numba", compute_capability, error) from error
     assert isinstance(ptx, str)
     return ptx
+
+
+def _not_made(tool: str, compute_capability: tuple[int, int], reason: object) -> RuntimeError:
+    major, minor = compute_capability
+    return RuntimeError(
+        f"{tool} made no kernel for compute capability {major}.{minor}: {reason}; the compiler and "
+        "its linker come with 'numba-cuda[cu13]', or cu12, in versions that go together"
+    )
 
 
 def link(ptx: str, compute_capability: tuple[int, int]) -> tuple[bytes, str]:
@@ -205,14 +223,12 @@ def link(ptx: str, compute_capability: tuple[int, int]) -> tuple[bytes, str]:
         nvjitlink.get_linked_cubin(handle, cubin)
         report = bytearray(nvjitlink.get_info_log_size(handle))
         nvjitlink.get_info_log(handle, report)
-    except nvjitlink.nvJitLinkError as error:
+    except Exception as error:  # of any kind, where the library is not found
         log = bytearray(nvjitlink.get_error_log_size(handle) if handle is not None else 0)
         if log:
             nvjitlink.get_error_log(handle, log)
-        reason = log.decode(errors="replace").strip("\0\n ") or str(error)
-        raise RuntimeError(
-            f"nvJitLink made no kernel for compute capability {major}.{minor}: {reason}"
-        ) from error
+        reason = log.decode(errors="replace").strip("\0\n ") or error
+        raise _not_made("nvJitLink", compute_capability, reason) from error
     finally:
         if handle is not None:
             nvjitlink.destroy(handle)
@@ -257,6 +273,8 @@ def _read(path: Path) -> Binary | None:
 
 def _write(path: Path, binary: Binary) -> None:
     """Leave a kernel in a file, if that is allowed; whoever reads it finds all or nothing."""
+    if not path.is_absolute():  # of nobody's home
+        return
     rest = binary.entry.encode() + b"\n" + binary.cubin
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from threading import Lock
+from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any
 
 from asgd_fast.cuda import MISSING
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from asgd_fast.cuda.build import Binary, Kind
 
 __all__ = ["Device", "checked", "device_of", "driver", "number_of"]
+
+
+# The default stream of a thread, by the same number in each.
+PER_THREAD_STREAM = 2
 
 
 @lru_cache
@@ -81,7 +85,7 @@ class Device:
         self.driver_version = checked(call.cuDriverGetVersion())
         self._functions: dict[Kind, Any] = {}
         self._lock = Lock()
-        self._events: dict[int, Any] = {}
+        self._events: dict[tuple[int, int], Any] = {}
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -118,6 +122,19 @@ class Device:
                 self._functions[kind] = self._loaded(stored(kind, self.compute_capability))
         return self._functions[kind]
 
+    def has(self, kind: Kind) -> bool:
+        """Return whether a kernel is loaded.
+
+        Parameters
+        ----------
+        kind : Kind
+
+        Returns
+        -------
+        bool
+        """
+        return kind in self._functions
+
     def _loaded(self, binary: Binary) -> Any:
         """Load a kernel for good: a captured graph may still launch it."""
         call = driver()
@@ -137,7 +154,8 @@ class Device:
         """Return the event by which others wait for a stream.
 
         One serves every wait: a thread that has another one's record of it under its own waits for
-        a later point of the same stream.
+        a later point of the same stream. Of the stream that each thread has of its own, each thread
+        has an event.
 
         Parameters
         ----------
@@ -152,36 +170,37 @@ class Device:
         RuntimeError
             The driver refuses.
         """
-        event = self._events.get(stream)
+        key = stream, get_ident() if stream == PER_THREAD_STREAM else 0
+        event = self._events.get(key)
         if event is None:
             call = driver()
             with self.current():
                 event = checked(call.cuEventCreate(call.CUevent_flags.CU_EVENT_DISABLE_TIMING))
-            self._events[stream] = event
+            self._events[key] = event
         return event
 
-    def refuse_capture(self, stream: int) -> None:
-        """Refuse a stream that is being captured into a graph.
+    def is_capturing(self, stream: int) -> bool:
+        """Return whether a stream is being captured into a graph.
 
         Parameters
         ----------
         stream : int
 
+        Returns
+        -------
+        bool
+
         Raises
         ------
         RuntimeError
-            It is.
+            The driver refuses.
         """
         call = driver()
         checked(call.cuCtxPushCurrent(self.context))
         result = call.cuStreamIsCapturing(stream)
         call.cuCtxPopCurrent()
-        status = checked(result)
-        if status != call.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
-            raise RuntimeError(
-                "the stream is being captured into a CUDA graph, in which eta and mu would stay "
-                "what they are now; expected an optimizer with capturable=True"
-            )
+        none = call.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+        return bool(checked(result) != none)
 
 
 @cache

@@ -10,6 +10,7 @@ are operated on one by one: LLVM has no vectors of operations that nothing may c
 
 from __future__ import annotations
 
+from threading import Lock
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -116,7 +117,7 @@ def make(target: Target, compute_capability: tuple[int, int] = (7, 5)) -> Simple
         from numba.cuda.extending import intrinsic, register_model
 
         # As a function of the device Numba would ask for one.
-        function = cuda.jit(device=True, inline="always")
+        function = cuda.jit(device=True, inline="always", debug=False, opt=True)
     else:
         from numba import njit
         from numba.core.datamodel import models
@@ -175,13 +176,17 @@ class _Machine:
 
 # The data managers that know the types of this module; each target has its own.
 _registered: list[Any] = []
+_registering = Lock()
 
 
 def _register(models: Any, register_model: Any) -> None:
-    if models in _registered:
-        return
-    _registered.append(models)
+    with _registering:
+        if models not in _registered:
+            _register_models(models, register_model)
+            _registered.append(models)
 
+
+def _register_models(models: Any, register_model: Any) -> None:
     @register_model(Vector)
     class VectorModel(models.PrimitiveModel):
         def __init__(self, manager: Any, vector: Vector) -> None:

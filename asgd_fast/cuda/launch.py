@@ -24,6 +24,7 @@ from asgd_fast._launches import (
     keys_of,
     launch_kind,
     pack,
+    run,
 )
 from asgd_fast.cuda.build import Kind
 from asgd_fast.cuda.device import checked, device_of, driver
@@ -42,8 +43,15 @@ __all__ = ["Launches", "prepared"]
 SIZES = (512, 1536, 4095)
 LARGE_SINCE = 12010
 
-# So many blocks for each multiprocessor make their ends fall together.
-BLOCKS_PER_MULTIPROCESSOR = 16
+# So many blocks for each multiprocessor, which has two or three at once, make their ends fall
+# together.
+BLOCKS_PER_MULTIPROCESSOR = 32
+
+# Refuses to let a step be part of a graph.
+CAPTURED = (
+    "the stream is being captured into a CUDA graph, in which eta and mu would stay what they are "
+    "now; expected an optimizer with capturable=True"
+)
 
 
 class Words:
@@ -71,14 +79,15 @@ class Launches:
 
     Attributes
     ----------
-    calls : list of callable
-        Of the driver, each of which returns a tuple that begins with a status. None of them runs
-        Python code, so that no interrupt comes between them where they are called from C.
+    make : callable
+        Makes them and returns what the driver has returned, for `finish`; the device works them off
+        later. It does not run Python code, so that no interrupt comes between them.
     """
 
     def __init__(self) -> None:
-        self.calls: list[Callable[[], tuple[Any, ...]]] = []
+        self._groups: list[tuple[Callable[[], tuple[Any, ...]], ...]] = []
         self._words: list[Words] = []
+        self.make = partial(run, self._groups, driver().CUresult.CUDA_SUCCESS)
 
     def add(self, device: Device, kind: Kind, n_blocks: int, stream: int, words: Words) -> None:
         """Add one launch.
@@ -136,24 +145,21 @@ class Launches:
 
     def _call(self, device: Device, *calls: Callable[[], tuple[Any, ...]]) -> None:
         call = driver()
-        self.calls += (
-            partial(call.cuCtxPushCurrent, device.context),
-            *calls,
-            call.cuCtxPopCurrent,
-        )
+        push = partial(call.cuCtxPushCurrent, device.context)
+        self._groups.append((push, *calls, call.cuCtxPopCurrent))
 
     def run(self) -> None:
-        """Make the launches; the device works them off later.
+        """Make the launches.
 
         Raises
         ------
         RuntimeError
             As `finish`.
         """
-        self.finish([call() for call in self.calls])
+        self.finish(self.make())
 
     def finish(self, results: Iterable[tuple[Any, ...]]) -> None:
-        """Check what the calls returned.
+        """Check what `make` returned.
 
         Parameters
         ----------
@@ -201,13 +207,16 @@ def prepared(table: Table, job: int, *, capturable: bool = False) -> Launches:
     ]
     for device, stream, found in others:
         for other in found - {0}:
+            if job == UPDATE and device.is_capturing(other):
+                raise RuntimeError(CAPTURED)
             launches.let_wait(device, stream, other)
     for key in keys_of(table):
         number, param, average, on_device = launch_kind(key)
         device = device_of(number)
         stream = table.streams[number]
-        if job == UPDATE and not (on_device and capturable):
-            device.refuse_capture(stream)
+        is_captured = job == UPDATE and device.is_capturing(stream)
+        if is_captured and not (on_device and capturable):
+            raise RuntimeError(CAPTURED)
         room = SIZES[-1] if device.driver_version >= LARGE_SINCE else SIZES[0]
         enough = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
         addresses = (0, 0)
@@ -223,8 +232,12 @@ def prepared(table: Table, job: int, *, capturable: bool = False) -> Launches:
                 if n_blocks == 0:
                     _spare_words.append(words)
                     continue
-                size = SIZES[bisect_left(SIZES, n_words)]
-                kind = _kind(part, param, average, on_device, size)
+                kinds = [
+                    _kind(part, param, average, on_device, size)
+                    for size in SIZES[bisect_left(SIZES, n_words) :]
+                ]
+                # No kernel is loaded in a capture if a larger one is there already.
+                kind = next(filter(device.has, kinds), kinds[0]) if is_captured else kinds[0]
                 launches.add(device, kind, n_blocks, stream, words)
     for device, stream, found in others:
         for other in found - {0}:
