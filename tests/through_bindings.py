@@ -1,18 +1,26 @@
 """A launch through cuda.bindings and a stub of the driver (stub_driver.c): all but the device.
 
-``LD_LIBRARY_PATH=<folder of the stub> python through_bindings.py``
+With ``cc -shared -fPIC -O2 -o build/libcuda.so.1 tests/stub_driver.c``, run
+``LD_LIBRARY_PATH=build python tests/through_bindings.py``; with a number, as in
+``tests/through_bindings.py 300``, it prints how long the host takes to launch for so many arrays.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
+from statistics import median
+from timeit import repeat
 
 import fake_gpu
 import numpy as np
 
 from asgd_fast import asgd_
+from asgd_fast._launches import UPDATE
+from asgd_fast._table import Table
 from asgd_fast.cuda import build
+from asgd_fast.update import run_on_devices
 
 KIND = build.Kind("update", "float32", "float32", False, 512)
 
@@ -26,6 +34,21 @@ class Elsewhere:
     @property
     def __cuda_array_interface__(self):
         return {**self.array.__array_interface__, "version": 3, "stream": 0x55}
+
+
+def time_launches(n):
+    """Print the median time of preparing and making a launch, by a driver that does nothing."""
+    stub = ctypes.CDLL("libcuda.so.1")
+    nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
+    stub.stub_set_launch.argtypes = [ctypes.c_void_p]
+    stub.stub_set_launch(nothing)
+    table = Table(("params[{}]", "grads[{}]", "axs[{}]"))
+    arrays = [[fake_gpu.Array(np.zeros(64, np.float32)) for _ in range(n)] for _ in range(3)]
+    table.extend(*arrays, eta=0.1, mu=0.5)
+    table.check_overlap()
+    times = repeat(lambda: run_on_devices(table, UPDATE), number=1000, repeat=15)
+    print(f"{n} arrays: {median(times) * 1e3:.1f} us", flush=True)
+    os._exit(0)
 
 
 def main():
@@ -60,4 +83,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        time_launches(int(sys.argv[1]))
     main()

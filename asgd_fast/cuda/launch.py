@@ -232,12 +232,12 @@ def prepared(table: Table, job: int, *, capturable: bool = False) -> Launches:
                 if n_blocks == 0:
                     _spare_words.append(words)
                     continue
-                kinds = [
-                    _kind(part, param, average, on_device, size)
-                    for size in SIZES[bisect_left(SIZES, n_words) :]
-                ]
-                # No kernel is loaded in a capture if a larger one is there already.
-                kind = next(filter(device.has, kinds), kinds[0]) if is_captured else kinds[0]
+                sizes = SIZES[bisect_left(SIZES, n_words) :]
+                kind = _kind(part, param, average, on_device, sizes[0])
+                if is_captured and not device.has(kind):
+                    # Rather a larger one that is there than one that is loaded in a capture.
+                    larger = (_kind(part, param, average, on_device, size) for size in sizes)
+                    kind = next(filter(device.has, larger), kind)
                 launches.add(device, kind, n_blocks, stream, words)
     for device, stream, found in others:
         for other in found - {0}:
