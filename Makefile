@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard asgd_fast/*.p* asgd_fast/*.h)
 
 .PHONY: demo test cuda lint dist coverage performance bench bench-smoke bench-check bench-record
-.PHONY: annotate callgrind clean
+.PHONY: annotate callgrind kernel clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py $(DEMO)
@@ -51,10 +51,11 @@ performance: $(VENV)/test
 bench: $(VENV)/bench
 	$(BIN)/asv run $(BENCH)
 
-# Every benchmark once, on the working tree; the largest cases are left out.
+# Every benchmark once, on the working tree, for which it may lack nothing; the largest cases are
+# left out.
 bench-smoke: $(VENV)/test $(VENV)/bench
 	$(BIN)/asv check -E existing:same
-	$(BIN)/asv run -E existing:same --quick --dry-run --show-stderr --bench '^(?!.*(0000000|161 of))'
+	ASGD_FAST_HAS_ALL=1 $(BIN)/asv run -E existing:same --quick --dry-run --show-stderr --bench '^(?!.*(0000000|161 of))'
 
 # Whether HEAD is slower than its parent; other commits in CHECK.
 bench-check: $(VENV)/bench
@@ -79,6 +80,11 @@ callgrind: $(VENV)/test
 	  --collect-atstart=no --toggle-collect='__pyx_pw_9asgd_fast_5_core_*update' \
 	  $(BIN)/python -I asv_benchmarks/counted.py loops
 	callgrind_annotate --auto=no build/callgrind.out | head -n 40
+
+# The code of a CUDA kernel: make kernel KERNEL="ptx --param bfloat16"; sass, and report.
+kernel: $(VENV)/cuda
+	$(BIN)/python -m pip install --quiet nvidia-cuda-nvdisasm
+	$(BIN)/python asv_benchmarks/show_kernel.py $(KERNEL)
 
 clean:
 	rm -rf build dist *.egg-info asgd_fast/*.c asgd_fast/*.so $(VENV) .asv

@@ -10,6 +10,7 @@ kept for long are recorded (``make bench-record``): many virtual machines share 
 from __future__ import annotations
 
 import os
+import platform
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from asv.util import UserError
 def remember(name: str) -> None:
     """Note this machine under a name, unless there is one.
 
+    Without the version of its kernel and the odd bytes of its memory: after an update it would be
+    another machine, with a line of its own.
+
     Parameters
     ----------
     name : str
@@ -29,7 +33,10 @@ def remember(name: str) -> None:
     try:
         MachineCollection.load(name)
     except UserError:
-        MachineCollection.save(name, {**Machine.get_defaults(), "machine": name})
+        found = {**Machine.get_defaults(), "machine": name, "os": platform.system()}
+        if found["ram"].isdecimal():
+            found["ram"] = f"{round(int(found['ram']) / 2**30)} GiB"
+        MachineCollection.save(name, found)
 
 
 def compare_this_machine() -> None:

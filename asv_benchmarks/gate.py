@@ -3,9 +3,10 @@
     python asv_benchmarks/gate.py [base [head]]        (by default HEAD^ and HEAD; make bench-check)
 
 asv builds both commits and measures them in turn. Instructions are exact: 2 % more of them fail.
-Times are compared where a figure can be trusted on a busy machine: one thread, at least ten
-microseconds, four rounds of each commit in turn. One that is 10 % slower, by asv's statistics too,
-is measured again, and fails if it is slower again.
+Times are compared where a figure can be trusted on a busy machine: the time that one thread had a
+processor, at least ten microseconds, four rounds of each commit in turn. One that is 10 % slower,
+by asv's statistics too, is measured again, and fails if it is slower again. Where most of them are
+too uncertain to tell so much, nothing can be said.
 
 Exit status: 0 not slower, 1 slower, 2 nothing can be said.
 """
@@ -21,7 +22,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +51,22 @@ class Stage:
     again: bool = False  # whether what is slower is measured once more
 
 
+class Figures(NamedTuple):
+    """What was measured of one benchmark.
+
+    Attributes
+    ----------
+    base, head : float
+        The figures of both commits, nan where there is none.
+    error : float
+        By which share of itself either may be off: half of asv's 99 % interval.
+    """
+
+    base: float
+    head: float
+    error: float = 0.0
+
+
 STAGES = (
     Stage("instructions", (r"^instructions\.",), 1.02),
     Stage(
@@ -57,6 +74,7 @@ STAGES = (
         (
             r"^arrays\.Sizes\.time_asgd\((100000|1000000), ",
             r"^arrays\.Arrays\.time_asgd\(.*1,000",
+            r"^arrays\.Dtypes\.time_asgd\(",
             r"^torch_optimizer\.Tensors\.time_step\(.*1,000",
         ),
         1.1,
@@ -81,9 +99,14 @@ def main() -> int:
     import asv_machine
 
     asv_machine.setup()
-    if _git("status", "--porcelain", "--untracked-files=no", "asgd_fast", "setup.py"):
+    sources = ("asgd_fast", "setup.py", "pyproject.toml")
+    if _git("status", "--porcelain", "--untracked-files=no", *sources):
         print("Changes that are not committed are not measured.")
-    statuses = {stage.name: check(stage, base, head) for stage in STAGES}
+    statuses = {stage.name: UNKNOWN for stage in STAGES}
+    for stage in STAGES:
+        statuses[stage.name] = check(stage, base, head)
+        if statuses[stage.name] == UNKNOWN:
+            break  # mostly a build that failed, and would again
     for name, status in statuses.items():
         print(f"{name}: {('not slower', 'SLOWER', 'NOT MEASURED')[status]}")
     return max(statuses.values())
@@ -103,19 +126,25 @@ def check(stage: Stage, base: str, head: str) -> int:
     int
         `SAME`, `SLOWER` or `UNKNOWN`.
     """
-    slower: Sequence[str] = ()
-    for benchmarks in (stage.benchmarks, None):
-        wanted = benchmarks or [f"^{re.escape(name)}$" for name in slower]
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        status, output = _asv(stage, wanted, base, head)
-        status = verdict(status, output, figures(FOLDER / "results", base, head))
-        slower = SLOWER_ROW.findall(output)
-        if status != SLOWER or not stage.again:
-            break
-    return status
+    status, slower = _compare(stage, stage.benchmarks, base, head)
+    if status != SLOWER or not stage.again:
+        return status
+    if not slower:
+        return UNKNOWN  # asv's table has another form
+    return _compare(stage, [f"^{re.escape(name)}$" for name in slower], base, head)[0]
 
 
-def verdict(status: int, output: str, measured: dict[str, tuple[float, float]]) -> int:
+def _compare(
+    stage: Stage, benchmarks: Sequence[str], base: str, head: str
+) -> tuple[int, Sequence[str]]:
+    """Measure both commits, and return the verdict and the benchmarks that were slower."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    status, output = _asv(stage, benchmarks, base, head)
+    measured = figures(FOLDER / "results", base, head)
+    return verdict(status, output, measured, stage.factor), SLOWER_ROW.findall(output)
+
+
+def verdict(status: int, output: str, measured: dict[str, Figures], factor: float) -> int:
     """Return what asv's run says.
 
     Parameters
@@ -124,28 +153,33 @@ def verdict(status: int, output: str, measured: dict[str, tuple[float, float]]) 
         The exit status of ``asv continuous``.
     output : str
         What it printed.
-    measured : dict of str to (float, float)
-        The figures of both commits, nan where there is none.
+    measured : dict of str to Figures
+    factor : float
+        How much slower is slower.
 
     Returns
     -------
     int
-        `SAME`, `SLOWER` or `UNKNOWN`: the last where nothing was measured, or what the base has a
-        figure for was not.
+        `SAME`, `SLOWER` or `UNKNOWN`: the last where nothing was measured, what the base has a
+        figure for was not, or most figures are too uncertain.
     """
-    lost = [name for name, (x, y) in measured.items() if math.isnan(y) and not math.isnan(x)]
-    n_both = sum(not math.isnan(x) and not math.isnan(y) for x, y in measured.values())
-    print(f"{n_both} figures of both commits")
+    lost = [x for x, each in measured.items() if math.isnan(each.head) > math.isnan(each.base)]
+    both = [each for each in measured.values() if not math.isnan(each.base + each.head)]
+    n_both, n_uncertain = len(both), sum(each.error > factor - 1 for each in both)
+    print(
+        f"{n_both} figures of both commits, {n_uncertain} of them uncertain by more than "
+        f"{factor - 1:.0%}"
+    )
     if lost:
         print("figures of the first commit alone:", ", ".join(lost))
     if not n_both or lost:
         return UNKNOWN
     if DECREASED in output:
         return SLOWER
-    return SAME if status == 0 else UNKNOWN
+    return SAME if status == 0 and 2 * n_uncertain <= n_both else UNKNOWN
 
 
-def figures(results: Path, base: str, head: str) -> dict[str, tuple[float, float]]:
+def figures(results: Path, base: str, head: str) -> dict[str, Figures]:
     """Return the figures of two commits that asv has written.
 
     Parameters
@@ -157,20 +191,25 @@ def figures(results: Path, base: str, head: str) -> dict[str, tuple[float, float
 
     Returns
     -------
-    dict of str to (float, float)
-        By benchmark and the number of its combination of params; nan where there is none.
+    dict of str to Figures
+        By benchmark and the number of its combination of params.
     """
-    found: dict[str, dict[str, float]] = {base: {}, head: {}}
+    found: dict[str, dict[str, tuple[float, float]]] = {base: {}, head: {}}
     for path in results.glob("*/*-*.json"):
         result = json.loads(path.read_text())
         for name, columns in result["results"].items():
-            values = dict(zip(result["result_columns"], columns, strict=False))["result"] or [None]
-            for i, x in enumerate(values):
-                figure = float("nan") if x is None else float(x)
+            own = dict(zip(result["result_columns"], columns, strict=False))
+            values = own["result"] or [None]
+            lows, highs = (own.get(f"stats_ci_99_{x}") or values for x in "ab")
+            for i, (x, low, high) in enumerate(zip(values, lows, highs, strict=True)):
+                figure = (math.nan, 0.0) if x is None else (x, (high - low) / 2 / x if x else 0.0)
                 found[result["commit_hash"]][f"{name} #{i}"] = figure
-    names = sorted(found[base].keys() | found[head].keys())
-    nan = float("nan")
-    return {x: (found[base].get(x, nan), found[head].get(x, nan)) for x in names}
+    nothing = (math.nan, 0.0)
+    measured = {}
+    for name in sorted(found[base].keys() | found[head].keys()):
+        (x, error), (y, other) = (found[commit].get(name, nothing) for commit in (base, head))
+        measured[name] = Figures(x, y, max(error, other))
+    return measured
 
 
 def configuration(path: Path) -> dict[str, Any]:

@@ -24,13 +24,19 @@ ENOUGH = 5_000_000
 SCRATCH = torch.zeros(1 << 25)
 
 
-def in_turn(contenders: dict[str, Callable[[], object]], rounds: int) -> Times:
+def in_turn(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], int] = perf_counter_ns,
+) -> Times:
     """Time each contender once in each round: many calls of it, after one that is not timed.
 
     Parameters
     ----------
     contenders : dict of str to callable
     rounds : int
+    clock : callable
+        Tells the time in nanoseconds.
 
     Returns
     -------
@@ -39,12 +45,12 @@ def in_turn(contenders: dict[str, Callable[[], object]], rounds: int) -> Times:
     """
     calls = {}
     for name, call in contenders.items():
-        quickest = min(_time_of(call, 1) for _ in range(4))
+        quickest = min(_time_of(call, 1, clock) for _ in range(4))
         calls[name] = max(1, ENOUGH // max(1, quickest))
 
     def measure(name: str) -> float:
         contenders[name]()
-        return _time_of(contenders[name], calls[name]) / calls[name]
+        return _time_of(contenders[name], calls[name], clock) / calls[name]
 
     return _rounds(list(contenders), measure, rounds)
 
@@ -87,11 +93,11 @@ def _rounds(names: list[str], measure: Callable[[str], float], rounds: int) -> T
     return times
 
 
-def _time_of(call: Callable[[], object], n: int) -> int:
-    start = perf_counter_ns()
+def _time_of(call: Callable[[], object], n: int, clock: Callable[[], int] = perf_counter_ns) -> int:
+    start = clock()
     for _ in range(n):
         call()
-    return perf_counter_ns() - start
+    return clock() - start
 
 
 def typical(times: Times, name: str) -> float:

@@ -65,10 +65,16 @@ SAID_SLOWER = "SOME BENCHMARKS HAVE CHANGED SIGNIFICANTLY.\nPERFORMANCE DECREASE
         pytest.param(0, "", {"x": (NAN, 1.0), "y": (1.0, 1.0)}, "SAME", id="one new"),
         pytest.param(1, "Build failed", {"x": (1.0, 1.0)}, "UNKNOWN", id="asv failed"),
         pytest.param(2, "", {"x": (1.0, 1.0)}, "UNKNOWN", id="a benchmark failed"),
+        pytest.param(0, "", {"x": (1.0, 1.0, 0.11)}, "UNKNOWN", id="uncertain"),
+        pytest.param(
+            0, "", {"x": (1.0, 1.0, 0.11), "y": (1.0, 1.0, 0.09)}, "SAME", id="one uncertain"
+        ),
+        pytest.param(1, SAID_SLOWER, {"x": (1.0, 1.5, 0.2)}, "SLOWER", id="uncertain and slower"),
     ],
 )
 def test_gate_tells_slower_from_not_measured(gate, status, output, measured, verdict):
-    assert gate.verdict(status, output, measured) == getattr(gate, verdict)
+    measured = {name: gate.Figures(*figures) for name, figures in measured.items()}
+    assert gate.verdict(status, output, measured, 1.1) == getattr(gate, verdict)
 
 
 def table_of(*rows):
@@ -89,13 +95,20 @@ def test_gate_measures_again_what_was_slower(gate, monkeypatch, tmp_path, again,
 
     monkeypatch.setattr(gate, "FOLDER", tmp_path / "gate")
     monkeypatch.setattr(gate, "_asv", asv)
-    monkeypatch.setattr(gate, "figures", lambda *_: {name: (1.0, 1.2)})
+    monkeypatch.setattr(gate, "figures", lambda *_: {name: gate.Figures(1.0, 1.2)})
     times = gate.STAGES[1]
     assert gate.check(times, "base", "head") == getattr(gate, verdict)
     assert asked[0] == times.benchmarks
     (pattern,) = asked[1]
     assert re.search(pattern, name)
     assert not re.search(pattern, "arrays.Sizes.time_asgd(1000000, 'copy')")
+
+
+def test_gate_can_say_nothing_where_it_cannot_read_what_was_slower(gate, monkeypatch, tmp_path):
+    monkeypatch.setattr(gate, "FOLDER", tmp_path / "gate")
+    monkeypatch.setattr(gate, "_asv", lambda *_: (1, SAID_SLOWER))
+    monkeypatch.setattr(gate, "figures", lambda *_: {"x": gate.Figures(1.0, 1.2)})
+    assert gate.check(gate.STAGES[1], "base", "head") == gate.UNKNOWN
 
 
 def test_gate_can_say_nothing_of_a_commit_that_is_not_there(gate, monkeypatch):
@@ -106,15 +119,34 @@ def test_gate_can_say_nothing_of_a_commit_that_is_not_there(gate, monkeypatch):
 def test_gate_reads_what_asv_writes(gate, tmp_path):
     folder = tmp_path / "machine"
     folder.mkdir()
-    for commit, figures in (("a" * 40, "[1.5, NaN]"), ("b" * 40, "[1.75, null]")):
+    columns = '["result", "params", "stats_ci_99_a", "stats_ci_99_b"]'
+    for commit, figures, low, high in (
+        ("a" * 40, "[1.5, NaN]", "[1.2, NaN]", "[1.8, NaN]"),
+        ("b" * 40, "[1.75, null]", "[1.7, null]", "[1.8, null]"),
+    ):
         (folder / f"{commit[:8]}-environment.json").write_text(
-            f'{{"commit_hash": "{commit}", "result_columns": ["result", "params"],'
-            f' "results": {{"x.X.track_x": [{figures}, [["1", "2"]]], "y.time_y": [null, []]}}}}'
+            f'{{"commit_hash": "{commit}", "result_columns": {columns}, "results": {{'
+            f'"x.X.time_x": [{figures}, [["1", "2"]], {low}, {high}], '
+            f'"x.X.track_x": [{figures}, [["1", "2"]]], "y.time_y": [null, []]}}}}'
         )
     found = gate.figures(tmp_path, "a" * 40, "b" * 40)
-    assert found.pop("x.X.track_x #0") == (1.5, 1.75)
-    assert set(found) == {"x.X.track_x #1", "y.time_y #0"}
-    assert all(math.isnan(x) for pair in found.values() for x in pair)
+    assert found.pop("x.X.time_x #0") == (1.5, 1.75, pytest.approx(0.2))
+    assert found.pop("x.X.track_x #0") == (1.5, 1.75, 0.0)
+    assert set(found) == {"x.X.time_x #1", "x.X.track_x #1", "y.time_y #0"}
+    assert all(math.isnan(x) for each in found.values() for x in (each.base, each.head))
+
+
+@pytest.mark.skipif(find_spec("asv_runner") is None, reason="asv is not installed")
+def test_a_benchmark_that_finds_nothing_is_no_skip_in_the_smoke_run(gate, monkeypatch):
+    """Whatever the commit is said to lack: it is the one that the benchmarks are for."""
+    cases = import_module("benchmarks.cases")
+    with pytest.raises(NotImplementedError, match="no such thing"):
+        cases.skip_old("no such thing")
+    monkeypatch.setenv("ASGD_FAST_HAS_ALL", "1")
+    with pytest.raises(RuntimeError, match="no such thing"):
+        cases.skip_old("no such thing")
+    with pytest.raises(NotImplementedError, match="no GPU"):
+        cases.skip("no GPU")
 
 
 def stored():

@@ -6,6 +6,7 @@ else takes a processor, by milliseconds on virtual machines, which no median out
 
 from __future__ import annotations
 
+from time import thread_time_ns
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,12 +22,18 @@ if TYPE_CHECKING:
 ROUNDS = 11
 
 
-def share(own: Callable[[], object], other: Callable[[], object]) -> float:
+def share(
+    own: Callable[[], object],
+    other: Callable[[], object],
+    clock: Callable[[], int] = thread_time_ns,
+) -> float:
     """Return how many times as long as another call ours takes, the median over the rounds.
 
     Parameters
     ----------
     own, other : callable
+    clock : callable
+        Tells the time in nanoseconds; by default how long this thread had a processor.
 
     Returns
     -------
@@ -34,7 +41,8 @@ def share(own: Callable[[], object], other: Callable[[], object]) -> float:
     """
     from measure import in_turn, ratio
 
-    return rounded(ratio(in_turn({"own": own, "other": other}, ROUNDS), "own", "other"))
+    times = in_turn({"own": own, "other": other}, ROUNDS, clock)
+    return rounded(ratio(times, "own", "other"))
 
 
 def _share_of_torchs(params: list[Tensor], phase: str) -> float:

@@ -9,7 +9,9 @@ import inspect
 import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from time import thread_time
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -29,6 +31,8 @@ __all__ = [
     "params_of",
     "rounded",
     "skip",
+    "skip_old",
+    "thread_clock",
     "titled",
     "use_threads",
 ]
@@ -48,6 +52,13 @@ PHASES: dict[str, dict[str, Any]] = {
 
 # Before there were lazy averages, all were copies: without the option, as with it.
 ALWAYS_COPIED = "lazy_average"
+
+# In the environment where the commit is the one that the benchmarks were written for.
+HAS_ALL = "ASGD_FAST_HAS_ALL"
+
+# What cases of one thread are timed by: how long that thread had a processor. What else the machine
+# does takes processors away, and makes a case wait, but does not count.
+thread_clock = staticmethod(thread_time)
 
 # What Linux says of its memory.
 MEMORY = Path("/proc/meminfo")
@@ -76,14 +87,32 @@ def titled(title: str) -> Callable[[Method], Method]:
 
 
 def skip(reason: str) -> NoReturn:
-    """Skip a benchmark; ``asv run --show-stderr`` shows why.
+    """Skip a benchmark for which the machine has not what it takes.
 
     Parameters
     ----------
     reason : str
+        ``asv run --show-stderr`` shows it.
     """
     print("skipped:", reason, file=sys.stderr)
     raise SkipNotImplemented(reason)
+
+
+def skip_old(reason: str) -> NoReturn:
+    """Skip a benchmark of what the commit does not have yet.
+
+    Parameters
+    ----------
+    reason : str
+
+    Raises
+    ------
+    RuntimeError
+        The commit is to have all there is, as ``make bench-smoke`` says.
+    """
+    if HAS_ALL in os.environ:
+        raise RuntimeError(f"skipped: {reason}")
+    skip(reason)
 
 
 def rounded(figure: float) -> float:
@@ -187,14 +216,14 @@ def optimizer_of(params: list[Tensor], phase: str) -> torch.optim.ASGD:
     -------
     ASGD
     """
-    try:
-        from asgd_fast import ASGD
-    except ImportError:
-        skip("this commit has no torch optimizer")
+    if find_spec("asgd_fast.optim") is None:
+        skip_old("this commit has no torch optimizer")
+    from asgd_fast import ASGD
+
     options = dict(PHASES[phase])
     for option in options.keys() - inspect.signature(ASGD).parameters.keys():
         if option != ALWAYS_COPIED:
-            skip(f"this commit has no option {option}")
+            skip_old(f"this commit has no option {option}")
         del options[option]
     optimizer = ASGD(params, **options)
     for _ in range(3):

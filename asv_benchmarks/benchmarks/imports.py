@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from .cases import skip, titled
+from .cases import skip_old, titled
 
 
 class Import:
@@ -19,5 +19,5 @@ class Import:
     @titled("from asgd_fast import ASGD, after import torch")
     def timeraw_torch_optimizer(self) -> tuple[str, str]:
         if find_spec("asgd_fast.optim") is None:
-            skip("this commit has no torch optimizer")
+            skip_old("this commit has no torch optimizer")
         return "from asgd_fast import ASGD", "import torch"

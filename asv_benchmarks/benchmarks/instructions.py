@@ -16,9 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeAlias
 
-from .cases import rounded, skip, titled
+from .cases import rounded, skip, skip_old, titled
 
 SCRIPT = Path(__file__).resolve().parents[1] / "counted.py"
+
+NO_VALGRIND = "valgrind is not installed"
 
 # By the names that the script prints, of one element or array; or why there are none.
 Counts: TypeAlias = "dict[str, float] | str"
@@ -38,7 +40,7 @@ def _counted(workload: str, module: str, function: str) -> Counts:
     """
     valgrind = shutil.which("valgrind")
     if valgrind is None:
-        return "valgrind is not installed"
+        return NO_VALGRIND
     spec = find_spec(f"asgd_fast.{module}")
     if spec is None or spec.origin is None:
         return f"this commit has no {module}"
@@ -80,10 +82,12 @@ def _total(path: Path) -> int:
 
 
 def _count(counts: Counts, case: str) -> float:
+    if counts == NO_VALGRIND:
+        skip(NO_VALGRIND)
     if isinstance(counts, str):
-        skip(counts)
+        skip_old(counts)
     if case not in counts:
-        skip("this commit does not take the arrays")
+        skip_old("this commit does not take the arrays")
     return rounded(counts[case])
 
 

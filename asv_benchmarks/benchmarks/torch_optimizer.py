@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .cases import ELEMENTS, PHASES, TENSORS, optimizer_of, params_of, titled, use_threads
+from .cases import (
+    ELEMENTS,
+    PHASES,
+    TENSORS,
+    optimizer_of,
+    params_of,
+    thread_clock,
+    titled,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +36,7 @@ class Sizes:
     """One float32 tensor of so many elements, one thread."""
 
     version = "1"
+    timer = thread_clock
     params = (ELEMENTS, FIRST_PHASES)
     param_names = ("elements", "phase")
 
@@ -39,6 +49,7 @@ class Tensors:
     """Many float32 tensors, or a tiny one: what a step costs apart from memory."""
 
     version = "1"
+    timer = thread_clock
     params = (TENSORS, ("lazy", "averaging"))
     param_names = ("tensors", "phase")
 
@@ -51,6 +62,7 @@ class Dtypes:
     """One tensor of a million elements of each dtype, one thread."""
 
     version = "1"
+    timer = thread_clock
     params = (("float32", "float64", "complex64", "float16", "bfloat16"), FIRST_PHASES)
     param_names = ("dtype", "phase")
 
@@ -63,6 +75,7 @@ class Phases:
     """Ten steps, of which `average_every=10` averages one, in each phase; float32, one thread."""
 
     version = "1"
+    timer = thread_clock
     params = (tuple(PHASES), (10**5, 10**7))
     param_names = ("phase", "elements")
 
