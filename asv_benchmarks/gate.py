@@ -202,14 +202,22 @@ def figures(results: Path, base: str, head: str) -> dict[str, Figures]:
             values = own["result"] or [None]
             lows, highs = (own.get(f"stats_ci_99_{x}") or values for x in "ab")
             for i, (x, low, high) in enumerate(zip(values, lows, highs, strict=True)):
-                figure = (math.nan, 0.0) if x is None else (x, (high - low) / 2 / x if x else 0.0)
-                found[result["commit_hash"]][f"{name} #{i}"] = figure
+                found[result["commit_hash"]][f"{name} #{i}"] = _figure(x, low, high)
     nothing = (math.nan, 0.0)
     measured = {}
     for name in sorted(found[base].keys() | found[head].keys()):
         (x, error), (y, other) = (found[commit].get(name, nothing) for commit in (base, head))
         measured[name] = Figures(x, y, max(error, other))
     return measured
+
+
+def _figure(x: float | None, low: float | None, high: float | None) -> tuple[float, float]:
+    """Return a figure and its error, as a share of it."""
+    if x is None:
+        return math.nan, 0.0
+    if low is None or high is None:  # an interval without an end: of too few samples
+        return x, math.inf
+    return x, (high - low) / 2 / x if x else 0.0
 
 
 def configuration(path: Path) -> dict[str, Any]:

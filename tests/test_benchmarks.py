@@ -121,17 +121,19 @@ def test_gate_reads_what_asv_writes(gate, tmp_path):
     folder.mkdir()
     columns = '["result", "params", "stats_ci_99_a", "stats_ci_99_b"]'
     for commit, figures, low, high in (
-        ("a" * 40, "[1.5, NaN]", "[1.2, NaN]", "[1.8, NaN]"),
-        ("b" * 40, "[1.75, null]", "[1.7, null]", "[1.8, null]"),
+        ("a" * 40, "[1.5, NaN, 2]", "[1.2, NaN, 2]", "[1.8, NaN, 2]"),
+        ("b" * 40, "[1.75, null, 2]", "[1.7, null, null]", "[1.8, null, null]"),
     ):
         (folder / f"{commit[:8]}-environment.json").write_text(
             f'{{"commit_hash": "{commit}", "result_columns": {columns}, "results": {{'
-            f'"x.X.time_x": [{figures}, [["1", "2"]], {low}, {high}], '
-            f'"x.X.track_x": [{figures}, [["1", "2"]]], "y.time_y": [null, []]}}}}'
+            f'"x.X.time_x": [{figures}, [["1", "2", "3"]], {low}, {high}], '
+            f'"x.X.track_x": [{figures}, [["1", "2", "3"]]], "y.time_y": [null, []]}}}}'
         )
     found = gate.figures(tmp_path, "a" * 40, "b" * 40)
     assert found.pop("x.X.time_x #0") == (1.5, 1.75, pytest.approx(0.2))
+    assert found.pop("x.X.time_x #2") == (2, 2, math.inf)
     assert found.pop("x.X.track_x #0") == (1.5, 1.75, 0.0)
+    assert found.pop("x.X.track_x #2") == (2, 2, 0.0)
     assert set(found) == {"x.X.time_x #1", "x.X.track_x #1", "y.time_y #0"}
     assert all(math.isnan(x) for each in found.values() for x in (each.base, each.head))
 
