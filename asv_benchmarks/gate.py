@@ -59,7 +59,7 @@ class Figures(NamedTuple):
     base, head : float
         The figures of both commits, nan where there is none.
     error : float
-        By which share of itself either may be off: half of asv's 99 % interval.
+        By which share of itself either scatters: half of what the middle half of its samples span.
     """
 
     base: float
@@ -200,7 +200,7 @@ def figures(results: Path, base: str, head: str) -> dict[str, Figures]:
         for name, columns in result["results"].items():
             own = dict(zip(result["result_columns"], columns, strict=False))
             values = own["result"] or [None]
-            lows, highs = (own.get(f"stats_ci_99_{x}") or values for x in "ab")
+            lows, highs = (own.get(f"stats_q_{x}") or values for x in (25, 75))
             for i, (x, low, high) in enumerate(zip(values, lows, highs, strict=True)):
                 found[result["commit_hash"]][f"{name} #{i}"] = _figure(x, low, high)
     nothing = (math.nan, 0.0)
@@ -215,7 +215,7 @@ def _figure(x: float | None, low: float | None, high: float | None) -> tuple[flo
     """Return a figure and its error, as a share of it."""
     if x is None:
         return math.nan, 0.0
-    if low is None or high is None:  # an interval without an end: of too few samples
+    if low is None or high is None:  # of too few samples
         return x, math.inf
     return x, (high - low) / 2 / x if x else 0.0
 

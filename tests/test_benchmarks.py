@@ -119,7 +119,7 @@ def test_gate_can_say_nothing_of_a_commit_that_is_not_there(gate, monkeypatch):
 def test_gate_reads_what_asv_writes(gate, tmp_path):
     folder = tmp_path / "machine"
     folder.mkdir()
-    columns = '["result", "params", "stats_ci_99_a", "stats_ci_99_b"]'
+    columns = '["result", "params", "stats_q_25", "stats_q_75"]'
     for commit, figures, low, high in (
         ("a" * 40, "[1.5, NaN, 2]", "[1.2, NaN, 2]", "[1.8, NaN, 2]"),
         ("b" * 40, "[1.75, null, 2]", "[1.7, null, null]", "[1.8, null, null]"),
