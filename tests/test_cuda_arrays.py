@@ -262,7 +262,7 @@ def test_the_last_chunk_may_be_a_whole_one(gpu):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is promised in another way there")
-def test_more_than_two_to_the_33_elements():
+def test_more_than_two_to_the_33_elements(gpu):
     """In memory that is there only where it is touched, some blocks alone."""
     n = (1 << 33) + 12_345
     promised = 0x4000  # MAP_NORESERVE, which Python names since 3.12
@@ -272,7 +272,7 @@ def test_more_than_two_to_the_33_elements():
     for i in places:
         arrays[1][i] = 1
     table = Table(("p", "g", "a"))
-    table.extend(*([fake_gpu.Array(x)] for x in arrays), eta=0.5, mu=1.0, lambd=0.0)
+    table.extend(*([Described(gpu, x)] for x in arrays), eta=0.5, mu=1.0, lambd=0.0)
     (key,) = keys_of(table)
     words = np.zeros(512, np.uint64)
     _, n_blocks, _ = pack(table, key, 0, words, UPDATE, 4224)
@@ -587,6 +587,7 @@ def test_strides_that_are_no_multiples_are_refused(gpu):
     assert records.tolist() == [(1.0, 1)] * 8
 
 
+@pytest.mark.heavy  # and a tracer runs Python code at each line
 def test_no_interrupt_comes_between_the_calls_of_a_launch():
     """None of them runs Python code here, as none of the driver's does; the status is None."""
     contexts, launched = [], []
