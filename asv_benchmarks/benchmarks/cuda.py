@@ -104,7 +104,7 @@ class Dtypes:
     params = (("float32", "float64", "float16", "bfloat16"),)
     param_names = ("dtype",)
 
-    @titled("asgd_() on the GPU, 10,000,000 elements by dtype")
+    @titled("asgd_() on the GPU, by dtype")
     def time_asgd(self, dtype: str) -> None:
         _update(10**7, dtype)()
 

@@ -23,7 +23,7 @@ class TrainingStep:
     params = (PHASES,)
     param_names = ("phase",)
 
-    @titled("peak memory of a process that trains 98 MiB of params")
+    @titled("peak memory of training 98 MiB of params")
     def peakmem_training_step(self, phase: str) -> None:
         use_threads(1)
         params = params_of(MODEL)
