@@ -44,7 +44,6 @@ __all__ = [
     "strayed",
     "wide",
     "widen",
-    "without",
 ]
 
 Group: TypeAlias = dict[str, Any]
@@ -88,7 +87,9 @@ def create(
         check_group(group)
     stepped = []
     for group in groups:
-        fresh = without(state, [group])
+        fresh = [
+            param for param in group["params"] if param.grad is not None and not state.get(param)
+        ]
         _refuse_capture(fresh)
         number("weight_decay", group["weight_decay"])
         lr = group["lr"].detach() if isinstance(group["lr"], Tensor) else group["lr"]
@@ -122,28 +123,6 @@ def create(
         )
         if group.get("averaging_started") and group["t0"] != _T0_BEFORE_FIRST:
             state[param]["t0"] = _T0_BEFORE_FIRST
-
-
-def without(state: State, groups: list[Group]) -> list[Tensor]:
-    """Return the params that have a gradient and no state yet.
-
-    Parameters
-    ----------
-    state : dict of Tensor to dict
-        The optimizer's.
-    groups : list of dict
-        The optimizer's param_groups.
-
-    Returns
-    -------
-    list of Tensor
-    """
-    return [
-        param
-        for group in groups
-        for param in group["params"]
-        if param.grad is not None and not state.get(param)
-    ]
 
 
 def wide(param: Tensor, average_dtype: torch.dtype | None) -> torch.dtype:

@@ -576,19 +576,19 @@ class ASGD(torch.optim.ASGD):
                 loss = closure()
         given = self.__dict__  # by a scaler, and taken away after the step
         found_inf, scale = given.get("found_inf"), given.get("grad_scale")
-        fresh: list[Tensor] = []
+        n_known = len(self.state)
         if found_inf is not None and isinstance(found_inf, Tensor) and found_inf.is_cuda:
             # From now on the device has the scalars, as it alone knows whether it made a step.
             self._on_device = True
             if self._slots is None or not self._slots.all_on_device:
-                fresh = _state.without(self.state, self.param_groups)
                 self._slots = self._read_slots()
             if self._slots.all_on_device and self._update_on_devices(found_inf, scale):
                 return loss
         if found_inf is None or not found_inf:
             self._update(1.0 if scale is None else _inverse(scale))
         else:
-            for param in fresh:  # a step that is not made leaves no state, which had the lr of now
+            # A step that is not made leaves no state: it would have the learning rate of now.
+            for param in list(self.state)[n_known:]:
                 del self.state[param]
         return loss
 

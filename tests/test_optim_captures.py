@@ -267,6 +267,24 @@ def test_the_first_step_that_is_made_has_its_learning_rate_beside_the_cpu(gpu):
         twins.check()
 
 
+def test_a_param_whose_first_step_is_skipped_has_the_learning_rate_of_its_first(gpu):
+    """Where the others have made steps before, and all scalars were on the device."""
+    scaler = Scaler(1.0)
+    twins = Twins(params_of((5,), (6,)), devices=("cuda", "cpu"), lr=0.1)
+    for skip, is_infinite in (({1}, False), ((), True), ((), False), ((), False)):
+        for i, (ours, theirs) in enumerate(zip(twins.params, twins.theirs_params, strict=True)):
+            theirs.grad = None if i in skip or is_infinite else torch.randn_like(theirs)
+            ours.grad = None if i in skip else torch.full_like(ours, float("inf"))
+            if theirs.grad is not None:
+                ours.grad = theirs.grad.to(ours.device)
+        twins.theirs.step()
+        scaler.step(twins.ours, is_infinite)
+        twins.check()
+        if is_infinite:
+            for optimizer in (twins.ours, twins.theirs):
+                optimizer.param_groups[0]["lr"] = 0.2
+
+
 def test_a_loss_scale_may_be_a_number(gpu):
     twins = Twins(params_of((50,)), t0=1)
     scaler = Scaler(8.0)
