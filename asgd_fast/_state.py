@@ -369,8 +369,8 @@ def find(
                 elif owner is not None or (at and not any(param is other for other in at)):
                     # Of a param that the state was taken from, or whose memory was: the step would
                     # write over a param.
-                    place = param.device if is_own else ax.device
-                    entry["ax"] = ax.to(place, wide(param, average_dtype), copy=True)
+                    place, like = (param.device, ax) if is_own else (ax.device, param)
+                    entry["ax"] = ax.to(place, wide(like, average_dtype), copy=True)
                 if owners[id(entry)] == 1 and _is_packable(param, entry, group):
                     device = param.device if _goes_on_device(param, group, on_device) else _HOST
                     loose.setdefault((_dtype_for(entry), device), []).append((param, entry))

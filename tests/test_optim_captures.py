@@ -395,3 +395,22 @@ def test_a_param_moves_before_the_first_step_with_a_scaler(gpu, devices):
         scaler.step(twins.ours, k == 1)
         twins.theirs.step()
         twins.check()
+
+
+@pytest.mark.parametrize("switch", ["scaler", "capturable"])
+def test_a_lazy_average_keeps_its_dtype_on_the_way_to_the_device(gpu, switch):
+    """As without the switch, where its param has become narrower."""
+    param = torch.nn.Parameter(torch.ones(5, device="cuda"))
+    optimizer = ASGD([param], t0=5)
+    for _ in range(2):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    param.grad = None
+    param.data = param.data.half()
+    param.grad = torch.ones_like(param)
+    if switch == "capturable":
+        optimizer.param_groups[0]["capturable"] = True
+        optimizer.step()
+    else:
+        Scaler(1.0).step(optimizer, False)
+    assert optimizer.state[param]["ax"].dtype == torch.float32
