@@ -332,7 +332,7 @@ def find(
     Raises
     ------
     RuntimeError
-        There are some to be packed while a CUDA graph is being captured.
+        There are some to be packed while a CUDA graph is being captured. Nothing is changed.
     """
     known = {}
     lazy: dict[int, Tensor] = {}
@@ -356,27 +356,34 @@ def find(
         if address := _address(param):
             residents.setdefault(address, []).append(param)
     loose: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Entry]]] = {}
-    for group in groups:
-        for param in group["params"]:
-            entry = state.get(param)
-            if entry and (id(param), id(entry)) not in known:
-                ax: Any = entry.get("ax")
-                owner = lazy.get(id(ax))
-                is_own = owner is param
-                at = residents.get(_address(ax), [])
-                if is_own and same_kind(ax, param):
-                    entry["ax"] = alias(param)  # which may have other memory now
-                elif owner is not None or (at and not any(param is other for other in at)):
-                    # Of a param that the state was taken from, or whose memory was: the step would
-                    # write over a param.
-                    place, like = (param.device, ax) if is_own else (ax.device, param)
-                    entry["ax"] = ax.to(place, wide(like, average_dtype), copy=True)
-                if owners[id(entry)] == 1 and _is_packable(param, entry, group):
-                    device = param.device if _goes_on_device(param, group, on_device) else _HOST
-                    loose.setdefault((_dtype_for(entry), device), []).append((param, entry))
-                else:
-                    known[id(param), id(entry)] = Slot(param, entry)
-    _refuse_capture(param for pairs in loose.values() for param, _ in pairs)
+    unknown = [
+        (param, state[param], group)
+        for group in groups
+        for param in group["params"]
+        if state.get(param) and (id(param), id(state[param])) not in known
+    ]
+    packable = [
+        owners[id(entry)] == 1 and _is_packable(param, entry, group)
+        for param, entry, group in unknown
+    ]
+    _refuse_capture(param for (param, _, _), goes in zip(unknown, packable, strict=True) if goes)
+    for (param, entry, group), goes in zip(unknown, packable, strict=True):
+        ax: Any = entry.get("ax")
+        owner = lazy.get(id(ax))
+        is_own = owner is param
+        at = residents.get(_address(ax), [])
+        if is_own and same_kind(ax, param):
+            entry["ax"] = alias(param)  # which may have other memory now
+        elif owner is not None or (at and not any(param is other for other in at)):
+            # Of a param that the state was taken from, or whose memory was: the step would write
+            # over a param.
+            place, like = (param.device, ax) if is_own else (ax.device, param)
+            entry["ax"] = ax.to(place, wide(like, average_dtype), copy=True)
+        if goes:
+            device = param.device if _goes_on_device(param, group, on_device) else _HOST
+            loose.setdefault((_dtype_for(entry), device), []).append((param, entry))
+        else:
+            known[id(param), id(entry)] = Slot(param, entry)
     for (dtype, device), pairs in loose.items():
         for start in range(0, len(pairs), BLOCK):
             for slot in _packed(pairs[start : start + BLOCK], dtype, device):

@@ -36,6 +36,17 @@ class Twins:
             self.step(skip(k))
             self.check()
 
+    def scaled_step(self, scaler, is_infinite, skip=()):
+        """A step by a scaler, which torch's optimizer makes without, or not at all."""
+        for i, (ours, theirs) in enumerate(zip(self.params, self.theirs_params, strict=True)):
+            grad = torch.randn_like(theirs)
+            theirs.grad = None if i in skip or is_infinite else grad
+            scale = float("inf") if is_infinite else scaler.factor
+            ours.grad = None if i in skip else (grad * scale).to(ours.device)
+        scaler.step(self.ours, is_infinite)
+        self.theirs.step()
+        self.check()
+
     def check(self):
         for ours, theirs in zip(self.params, self.theirs_params, strict=True):
             same(ours, theirs)
@@ -68,6 +79,7 @@ class Scaler:
     """What a GradScaler does to an optimizer that takes the unscaling over."""
 
     def __init__(self, scale):
+        self.factor = scale
         self.scale = torch.tensor([scale], device="cuda")
 
     def step(self, optimizer, is_infinite):

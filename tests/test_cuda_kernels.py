@@ -248,6 +248,14 @@ def test_a_folder_that_cannot_be_written(compiled, tmp_path):
     assert build.stored(FLOAT32, (9, 0)).cubin == b"code 2"
 
 
+def test_nothing_is_kept_where_there_is_no_home(compiled, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "user_cache_path", lambda name: Path("~", ".cache", name))
+    monkeypatch.chdir(tmp_path)
+    assert build.stored(FLOAT32, (9, 0)).cubin == b"code 1"
+    assert build.stored(FLOAT32, (9, 0)).cubin == b"code 2"
+    assert not (tmp_path / "~").exists()
+
+
 def _without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     return "ModuleNotFoundError: .*numba"

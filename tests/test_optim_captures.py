@@ -159,10 +159,11 @@ def test_a_lazy_average_is_not_captured(gpu, after_a_scaler):
         Scaler(1.0).step(twins.ours, True)
     twins.ours.param_groups[0]["capturable"] = True
     gpu.captured.add(1)
-    before = param.detach().clone()
+    before, average = param.detach().clone(), twins.ours.state[param]["ax"]
     with pytest.raises(RuntimeError, match="make a step before the capture"):
         twins.ours.step()
     assert torch.equal(param, before)
+    assert twins.ours.state[param]["ax"] is average
     gpu.captured.clear()
     twins.run(1)
     assert twins.ours.state[param]["ax"].data_ptr() != param.data_ptr()
@@ -170,6 +171,20 @@ def test_a_lazy_average_is_not_captured(gpu, after_a_scaler):
     gpu.captured.add(1)
     twins.run(12)
     assert all(int(launch.words[HEADER + 2]) for launch in gpu.launches[n:])
+
+
+def test_scalars_do_not_move_in_a_capture(gpu):
+    twins = Twins(params_of((5,)), lazy_average=False)
+    twins.run(2)
+    (param,) = twins.params
+    twins.ours.param_groups[0]["capturable"] = True
+    gpu.captured.add(1)
+    with pytest.raises(RuntimeError, match="make a step before the capture"):
+        twins.ours.step()
+    assert not twins.ours.state[param]["step"].is_cuda
+    gpu.captured.clear()
+    twins.run(1)
+    assert twins.ours.state[param]["step"].is_cuda
 
 
 def test_a_checkpoint_is_loaded_before_a_capture(gpu):
@@ -258,13 +273,7 @@ def test_the_first_step_that_is_made_has_its_learning_rate_beside_the_cpu(gpu):
     for optimizer in (twins.ours, twins.theirs):
         optimizer.param_groups[0]["lr"] = 0.2
     for k in range(4):
-        for ours, theirs in zip(twins.params, twins.theirs_params, strict=True):
-            theirs.grad = torch.randn_like(theirs)
-            ours.grad = theirs.grad.to(ours.device)
-        if k != 2:
-            twins.theirs.step()
-        scaler.step(twins.ours, k == 2)
-        twins.check()
+        twins.scaled_step(scaler, k == 2)
 
 
 def test_a_param_whose_first_step_is_skipped_has_the_learning_rate_of_its_first(gpu):
@@ -272,14 +281,7 @@ def test_a_param_whose_first_step_is_skipped_has_the_learning_rate_of_its_first(
     scaler = Scaler(1.0)
     twins = Twins(params_of((5,), (6,)), devices=("cuda", "cpu"), lr=0.1)
     for skip, is_infinite in (({1}, False), ((), True), ((), False), ((), False)):
-        for i, (ours, theirs) in enumerate(zip(twins.params, twins.theirs_params, strict=True)):
-            theirs.grad = None if i in skip or is_infinite else torch.randn_like(theirs)
-            ours.grad = None if i in skip else torch.full_like(ours, float("inf"))
-            if theirs.grad is not None:
-                ours.grad = theirs.grad.to(ours.device)
-        twins.theirs.step()
-        scaler.step(twins.ours, is_infinite)
-        twins.check()
+        twins.scaled_step(scaler, is_infinite, skip)
         if is_infinite:
             for optimizer in (twins.ours, twins.theirs):
                 optimizer.param_groups[0]["lr"] = 0.2
@@ -290,11 +292,7 @@ def test_a_loss_scale_may_be_a_number(gpu):
     scaler = Scaler(8.0)
     scaler.scale = 8.0
     for _ in range(3):
-        twins.theirs_params[0].grad = torch.randn_like(twins.theirs_params[0])
-        twins.params[0].grad = twins.theirs_params[0].grad.cuda() * 8
-        scaler.step(twins.ours, False)
-        twins.theirs.step()
-        twins.check()
+        twins.scaled_step(scaler, False)
     assert gpu.launches[-1].kind.on_device
 
 
@@ -329,12 +327,7 @@ def test_a_scaler_and_a_param_on_the_cpu(gpu):
     scaler = Scaler(4.0)
     twins = Twins(params_of((5,), (6,)), devices=("cuda", "cpu"), t0=1)
     for k in range(6):
-        for ours, theirs in zip(twins.params, twins.theirs_params, strict=True):
-            theirs.grad = None if k == 3 else torch.randn_like(theirs)
-            ours.grad = (torch.ones_like(theirs) if k == 3 else theirs.grad * 4).to(ours.device)
-        scaler.step(twins.ours, k == 3)
-        twins.theirs.step()
-        twins.check()
+        twins.scaled_step(scaler, k == 3)
 
 
 @pytest.mark.parametrize(
@@ -373,11 +366,7 @@ def test_scalars_go_to_the_device_after_a_param_got_other_memory(gpu, switch):
     else:
         scaler = Scaler(1.0)
         for _ in range(8):
-            param.grad = torch.randn_like(param)
-            twins.theirs_params[0].grad = param.grad.cpu()
-            scaler.step(twins.ours, False)
-            twins.theirs.step()
-            twins.check()
+            twins.scaled_step(scaler, False)
     assert torch.equal(backup, before)
 
 
@@ -389,12 +378,7 @@ def test_a_param_moves_before_the_first_step_with_a_scaler(gpu, devices):
     param.grad = None
     param.data = param.data.to(devices[1])
     for k in range(8):
-        for ours, theirs in zip(twins.params, twins.theirs_params, strict=True):
-            theirs.grad = None if k == 1 else torch.randn_like(theirs)
-            ours.grad = (torch.ones_like(theirs) if k == 1 else theirs.grad * 4).to(ours.device)
-        scaler.step(twins.ours, k == 1)
-        twins.theirs.step()
-        twins.check()
+        twins.scaled_step(scaler, k == 1)
 
 
 @pytest.mark.parametrize("switch", ["scaler", "capturable"])

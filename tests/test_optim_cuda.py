@@ -14,9 +14,10 @@ import fake_cuda
 import pytest
 import torch
 from device_twins import Twins, on, params_of, same
+from torch.optim.asgd import asgd as torch_asgd
 from twins import NAMES
 
-from asgd_fast import ASGD
+from asgd_fast import ASGD, optim
 from asgd_fast.cuda import device as device_module
 
 
@@ -392,6 +393,24 @@ def test_params_that_share_memory_go_to_torch(gpu):
     optimizer.step()
     assert gpu.launches == []
     assert not torch.equal(params[0].cpu(), copies)
+
+
+@pytest.mark.parametrize("takes_them", [False, True])
+def test_torchs_foreach_gets_scalars_that_it_takes(gpu, monkeypatch, takes_them):
+    """Those of the host, for params on a GPU, since torch 2.7."""
+    asked = []
+
+    def recorded(*args, foreach, **options):
+        asked.append(foreach)
+        return torch_asgd(*args, foreach=foreach, **options)
+
+    monkeypatch.setattr(optim, "_FOREACH_TAKES_HOST_SCALARS", takes_them)
+    monkeypatch.setattr(optim, "torch_asgd", recorded)
+    for device in ("cuda", "cpu"):
+        param = torch.nn.Parameter(torch.zeros(4, device=device))
+        param.grad = torch.ones(1, device=device).expand(4)
+        ASGD([param]).step()
+    assert asked == [None if takes_them else False, None]
 
 
 def test_gradients_of_another_layout_are_converted(gpu):

@@ -101,6 +101,8 @@ def stored(kind: Kind, compute_capability: tuple[int, int]) -> Binary:
         It cannot be compiled for that GPU.
     """
     path = _folder() / f"{_digest(kind, compute_capability)}.cubin"
+    if not path.is_absolute():  # of nobody's home: where the process happens to be
+        return compiled(kind, compute_capability)
     found = _read(path)
     if found is None:
         found = compiled(kind, compute_capability)
@@ -273,8 +275,6 @@ def _read(path: Path) -> Binary | None:
 
 def _write(path: Path, binary: Binary) -> None:
     """Leave a kernel in a file, if that is allowed; whoever reads it finds all or nothing."""
-    if not path.is_absolute():  # of nobody's home
-        return
     rest = binary.entry.encode() + b"\n" + binary.cubin
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

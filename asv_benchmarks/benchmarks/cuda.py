@@ -8,6 +8,7 @@ leaves such tensors to torch.
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from time import perf_counter, perf_counter_ns
 from typing import TYPE_CHECKING
 
@@ -47,10 +48,14 @@ def _step(tensors: int | str, phase: str, dtype: str = "float32") -> Callable[[]
 
 
 def _optimizer(params: list[Tensor], phase: str) -> torch.optim.ASGD:
-    try:
-        return optimizer_of(params, phase)
-    except ImportError as error:
-        skip(f"kernels cannot be made here: {error}")
+    _require_compiler()
+    return optimizer_of(params, phase)
+
+
+def _require_compiler() -> None:
+    """Skip where kernels cannot be made."""
+    if find_spec("numba_cuda") is None:
+        skip("numba-cuda is not installed")
 
 
 @lru_cache(maxsize=1)
@@ -58,11 +63,10 @@ def _update(elements: int, dtype: str) -> Callable[[], object]:
     from asgd_fast import asgd_
 
     (p,) = params_of(elements, getattr(torch, dtype), "cuda")
+    _require_compiler()
     update = partial(asgd_, p.detach(), p.grad, p.detach().clone(), eta=0.01, mu=0.1)
     try:
         update()
-    except ImportError as error:
-        skip(f"kernels cannot be made here: {error}")
     except ValueError as error:
         if "is not supported" not in str(error):
             raise
