@@ -269,6 +269,9 @@ def _without_numba_cuda(monkeypatch):
 
 
 def _of_unfit_versions(monkeypatch):
+    from numba import cuda
+
+    monkeypatch.setattr(cuda, "implementation", "NVIDIA", raising=False)
     monkeypatch.setitem(sys.modules, "asgd_fast.cuda.intrinsics", SimpleNamespace())
     return "ImportError: cannot import name 'Words'"
 
