@@ -68,7 +68,7 @@ def _array_step(tensors: str, t0: float) -> Callable[[], object]:
 class Sizes:
     """One float32 NumPy array of so many elements, one thread."""
 
-    version = "1"
+    version = "2"
     timer = thread_clock
     params = (ELEMENTS, tuple(AVERAGES))
     param_names = ("elements", "average")
@@ -81,7 +81,7 @@ class Sizes:
 class Arrays:
     """Many float32 arrays, or a tiny one, averaging: what an update costs apart from memory."""
 
-    version = "1"
+    version = "2"
     timer = thread_clock
     params = (("NumPy", "torch"), TENSORS)
     param_names = ("library", "tensors")
@@ -94,7 +94,7 @@ class Arrays:
 class Dtypes:
     """One torch tensor of a million elements of each dtype, averaging; wide is in float64."""
 
-    version = "1"
+    version = "2"
     timer = thread_clock
     params = (
         ("float32", "float64", "complex64", "float16", "bfloat16"),
@@ -111,7 +111,7 @@ class Dtypes:
 class Optimizer:
     """Steps of ``ArrayASGD`` over NumPy arrays: its averages are copies, or take part."""
 
-    version = "1"
+    version = "2"
     timer = thread_clock
     params = (TENSORS, ("copy", "averaging"))
     param_names = ("tensors", "average")

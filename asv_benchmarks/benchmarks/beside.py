@@ -62,7 +62,7 @@ def _arrays_of(optimizer: torch.optim.ASGD) -> tuple[Tensor, Tensor, Tensor]:
 class TorchDefault:
     """Beside ``torch.optim.ASGD`` with its defaults, which copies where ours is lazy."""
 
-    version = "1"
+    version = "2"
     unit = "of torch's time"
     params = ((10**3, 10**5, 10**7), ("lazy", "averaging"))
     param_names = ("elements", "phase")
@@ -76,7 +76,7 @@ class TorchDefault:
 class TorchDefaultTensors:
     """Beside ``torch.optim.ASGD`` with its defaults, for many tensors."""
 
-    version = "1"
+    version = "2"
     unit = "of torch's time"
     params = (TENSORS[1:], ("lazy", "averaging"))
     param_names = ("tensors", "phase")
@@ -90,7 +90,7 @@ class TorchDefaultTensors:
 class TorchCompile:
     """Beside the update as torch.compile makes it of plain operations, averaging."""
 
-    version = "1"
+    version = "2"
     timeout = 300
     unit = "of torch.compile's time"
     params = ((10**5, 10**7),)
@@ -118,7 +118,7 @@ class TorchCompile:
 class PlainLoop:
     """Beside a plain C loop of the same traffic: 1 is all of its bandwidth, 1.25 is 80 % of it."""
 
-    version = "1"
+    version = "2"
     unit = "of a plain loop's time"
     params = ((10**5, 10**6, 10**7), ("lazy", "averaging"))
     param_names = ("elements", "phase")

@@ -35,7 +35,7 @@ def _step(
 class Sizes:
     """One float32 tensor of so many elements, one thread."""
 
-    version = "1"
+    version = "2"
     timer = thread_clock
     params = (ELEMENTS, FIRST_PHASES)
     param_names = ("elements", "phase")
@@ -48,7 +48,7 @@ class Sizes:
 class Tensors:
     """Many float32 tensors, or a tiny one: what a step costs apart from memory."""
 
-    version = "1"
+    version = "2"
     timer = thread_clock
     params = (TENSORS, ("lazy", "averaging"))
     param_names = ("tensors", "phase")
@@ -61,7 +61,7 @@ class Tensors:
 class Dtypes:
     """One tensor of a million elements of each dtype, one thread."""
 
-    version = "1"
+    version = "2"
     timer = thread_clock
     params = (("float32", "float64", "complex64", "float16", "bfloat16"), FIRST_PHASES)
     param_names = ("dtype", "phase")
@@ -74,7 +74,7 @@ class Dtypes:
 class Phases:
     """Ten steps, of which `average_every=10` averages one, in each phase; float32, one thread."""
 
-    version = "1"
+    version = "2"
     timer = thread_clock
     params = (tuple(PHASES), (10**5, 10**7))
     param_names = ("phase", "elements")
