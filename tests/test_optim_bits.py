@@ -250,6 +250,7 @@ def test_one_step_of_half_types_is_as_near_to_float32_as_can_be(
         assert ((ours - right).abs() <= (theirs - right).abs()).all()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("seed", range(5))
 def test_a_run_of_half_types_is_nearer_to_float32_than_torchs(seed, dtype):

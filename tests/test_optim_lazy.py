@@ -343,6 +343,7 @@ def test_a_backward_through_an_old_average_is_caught():
         loss.backward()
 
 
+@pytest.mark.heavy
 def test_memory_that_runs_out_changes_nothing():
     """In a process that may take room for one of two averages."""
     program = f"""

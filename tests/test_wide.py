@@ -641,6 +641,7 @@ def random_walk(steps, dtype):
     return (middle + rng.standard_normal((steps, 5))).astype(dtype)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("dtype", "wide"), DTYPE_PAIRS, ids=str)
 def test_a_wide_average_is_the_mean(dtype, wide):
     iterates = random_walk(30_000, dtype)
