@@ -5,8 +5,8 @@
 asv builds both commits and measures them in turn. Instructions are exact: 2 % more of them fail.
 Times are compared where a figure can be trusted on a busy machine: the time that one thread had a
 processor, at least ten microseconds, four rounds of each commit in turn. One that is 10 % slower,
-by asv's statistics too, is measured again, and fails if it is slower again. Where most of them are
-too uncertain to tell so much, nothing can be said.
+by asv's statistics too, is measured again, and fails if it is slower again. Where most of all times
+are too uncertain to tell so much, nothing can be said.
 
 Exit status: 0 not slower, 1 slower, 2 nothing can be said.
 """
@@ -96,6 +96,9 @@ def main() -> int:
         )
     except subprocess.CalledProcessError:  # which git has told of
         return UNKNOWN
+    if base == head:
+        print(f"{arguments.base} and {arguments.head} are one commit: there is nothing to compare.")
+        return UNKNOWN
     import asv_machine
 
     asv_machine.setup()
@@ -126,25 +129,29 @@ def check(stage: Stage, base: str, head: str) -> int:
     int
         `SAME`, `SLOWER` or `UNKNOWN`.
     """
-    status, slower = _compare(stage, stage.benchmarks, base, head)
-    if status != SLOWER or not stage.again:
-        return status
+    status, output, measured = _compare(stage, stage.benchmarks, base, head)
+    said = verdict(status, output, measured, stage.factor)
+    if said != SLOWER or not stage.again:
+        return said
+    slower = SLOWER_ROW.findall(output)
     if not slower:
         return UNKNOWN  # asv's table has another form
-    return _compare(stage, [f"^{re.escape(name)}$" for name in slower], base, head)[0]
+    once_more = _compare(stage, [f"^{re.escape(name)}$" for name in slower], base, head)
+    return verdict(*once_more, stage.factor, len(measured))
 
 
 def _compare(
     stage: Stage, benchmarks: Sequence[str], base: str, head: str
-) -> tuple[int, Sequence[str]]:
-    """Measure both commits, and return the verdict and the benchmarks that were slower."""
+) -> tuple[int, str, dict[str, Figures]]:
+    """Measure both commits, and return asv's exit status, its output and the figures."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     status, output = _asv(stage, benchmarks, base, head)
-    measured = figures(FOLDER / "results", base, head)
-    return verdict(status, output, measured, stage.factor), SLOWER_ROW.findall(output)
+    return status, output, figures(FOLDER / "results", base, head)
 
 
-def verdict(status: int, output: str, measured: dict[str, Figures], factor: float) -> int:
+def verdict(
+    status: int, output: str, measured: dict[str, Figures], factor: float, n_cases: int = 0
+) -> int:
     """Return what asv's run says.
 
     Parameters
@@ -156,12 +163,15 @@ def verdict(status: int, output: str, measured: dict[str, Figures], factor: floa
     measured : dict of str to Figures
     factor : float
         How much slower is slower.
+    n_cases : int
+        Where some cases alone were measured once more: how many there are, so that a few that
+        always scatter are not most.
 
     Returns
     -------
     int
         `SAME`, `SLOWER` or `UNKNOWN`: the last where nothing was measured, what the base has a
-        figure for was not, or most figures are too uncertain.
+        figure for was not, or figures of most cases are too uncertain.
     """
     lost = [x for x, each in measured.items() if math.isnan(each.head) > math.isnan(each.base)]
     both = [each for each in measured.values() if not math.isnan(each.base + each.head)]
@@ -176,7 +186,7 @@ def verdict(status: int, output: str, measured: dict[str, Figures], factor: floa
         return UNKNOWN
     if DECREASED in output:
         return SLOWER
-    return SAME if status == 0 and 2 * n_uncertain <= n_both else UNKNOWN
+    return SAME if status == 0 and 2 * n_uncertain <= max(n_cases, n_both) else UNKNOWN
 
 
 def figures(results: Path, base: str, head: str) -> dict[str, Figures]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import html
 import http.server
+import itertools
 import json
 import math
 import os
@@ -32,11 +33,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def gate(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.delitem(sys.modules, "gate", raising=False)
-    return import_module("gate")
+@pytest.fixture(scope="module")
+def gate():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield import_module("gate")
 
 
 def test_both_configurations_name_the_same_things(gate):
@@ -82,11 +83,26 @@ def table_of(*rows):
     return "\n".join(f"| {mark} | 10.1±0.2μs | 12.3±1μs |  1.22 | {name} |" for mark, name in rows)
 
 
-@pytest.mark.parametrize(("again", "verdict"), [(SAID_SLOWER, "SLOWER"), ("same", "SAME")])
-def test_gate_measures_again_what_was_slower(gate, monkeypatch, tmp_path, again, verdict):
+@pytest.mark.parametrize(
+    ("again", "error", "n_cases", "verdict"),
+    [
+        pytest.param(SAID_SLOWER, 0.0, 3, "SLOWER", id="slower again"),
+        pytest.param("same", 0.0, 3, "SAME", id="not again"),
+        pytest.param("same", 0.2, 3, "SAME", id="not again, as far as can be said"),
+        pytest.param("same", 0.2, 1, "UNKNOWN", id="nothing can be said of most cases"),
+    ],
+)
+def test_gate_measures_again_what_was_slower(
+    gate, monkeypatch, tmp_path, again, error, n_cases, verdict
+):
     name = "arrays.Sizes.time_asgd(100000, 'copy')"
     first = table_of(("+", name), ("-", "arrays.Other.time_x(1)")) + "\n" + SAID_SLOWER
     asked = []
+
+    def figures(*_):
+        if len(asked) == 1:
+            return {str(i): gate.Figures(1.0, 1.2) for i in range(n_cases)}
+        return {"0": gate.Figures(1.0, 1.2, error)}
 
     def asv(stage, benchmarks, base, head):
         asked.append(benchmarks)
@@ -95,7 +111,7 @@ def test_gate_measures_again_what_was_slower(gate, monkeypatch, tmp_path, again,
 
     monkeypatch.setattr(gate, "FOLDER", tmp_path / "gate")
     monkeypatch.setattr(gate, "_asv", asv)
-    monkeypatch.setattr(gate, "figures", lambda *_: {name: gate.Figures(1.0, 1.2)})
+    monkeypatch.setattr(gate, "figures", figures)
     times = gate.STAGES[1]
     assert gate.check(times, "base", "head") == getattr(gate, verdict)
     assert asked[0] == times.benchmarks
@@ -111,8 +127,10 @@ def test_gate_can_say_nothing_where_it_cannot_read_what_was_slower(gate, monkeyp
     assert gate.check(gate.STAGES[1], "base", "head") == gate.UNKNOWN
 
 
-def test_gate_can_say_nothing_of_a_commit_that_is_not_there(gate, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gate.py", "no-such-commit"])
+@pytest.mark.parametrize("commits", [("no-such-commit", "HEAD"), ("HEAD", "HEAD")], ids=str)
+def test_gate_can_say_nothing_of_no_commit_and_of_one(gate, monkeypatch, commits):
+    monkeypatch.setattr(gate, "check", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["gate.py", *commits])
     assert gate.main() == gate.UNKNOWN
 
 
@@ -151,12 +169,17 @@ def test_a_benchmark_that_finds_nothing_is_no_skip_in_the_smoke_run(gate, monkey
         cases.skip("no GPU")
 
 
-def stored():
-    """The results that the repository keeps, by machine and commit."""
+def tracked_results():
+    """What the repository keeps, without what its user has measured."""
     tracked = subprocess.run(
         ["git", "ls-files", RESULTS], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.split()
-    return [ROOT / path for path in tracked if re.search(r"/[0-9a-f]{8}-[^/]*\.json$", path)]
+    return [ROOT / path for path in tracked]
+
+
+def stored():
+    """The results that the repository keeps of each machine and commit."""
+    return [path for path in tracked_results() if re.match(r"[0-9a-f]{8}-", path.name)]
 
 
 def in_history(path):
@@ -170,22 +193,75 @@ def in_history(path):
     return found.returncode == 0
 
 
+def test_the_smoke_run_has_cases_of_each_benchmark():
+    """It leaves out those of many elements, by an expression of names with params."""
+    makefile = (ROOT / "Makefile").read_text()
+    (expression,) = re.findall(r"asv run .*--dry-run .*--bench '(.*)'$", makefile, re.MULTILINE)
+    described = json.loads((RESULTS / "benchmarks.json").read_text())
+    del described["version"]
+    for name, each in described.items():
+        cases = [f"{name}({', '.join(case)})" for case in itertools.product(*each["params"])]
+        assert any(re.search(expression, case) for case in cases), name
+
+
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def published(gate, tmp_path_factory):
     """The folder of the page that asv makes of the stored results."""
     if find_spec("asv") is None:
         pytest.skip("asv is not installed")
     if not stored() or not all(map(in_history, stored())):
         pytest.skip("not a clone with the whole history")
     folder = tmp_path_factory.mktemp("published")
+    for path in tracked_results():
+        kept = folder / "results" / path.relative_to(RESULTS)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, kept)
+    configuration = gate.configuration(BENCHMARKS / "asv.conf.json")
+    configuration.update(repo=str(ROOT), results_dir="results", html_dir="html", plugins=[])
+    (folder / "asv.conf.json").write_text(json.dumps(configuration))
     subprocess.run(
-        [sys.executable, "-m", "asv", "publish", "--html-dir", folder / "html"],
-        cwd=ROOT,
+        [sys.executable, "-m", "asv", "publish"],
+        cwd=folder,
         env={**os.environ, "HOME": str(folder)},
         capture_output=True,
         check=True,
     )
     return folder / "html"
+
+
+@pytest.mark.skipif(find_spec("asv_runner") is None, reason="asv is not installed")
+@pytest.mark.usefixtures("gate")
+def test_each_benchmark_is_stored_as_it_is():
+    """A higher version, without which stored figures of another kind would be taken for its own."""
+    own = {}
+    for path in (BENCHMARKS / "benchmarks").glob("*.py"):
+        for each in vars(import_module(f"benchmarks.{path.stem}")).values():
+            for name in vars(each) if isinstance(each, type) else ():
+                if re.match(r"(time|timeraw|track|peakmem)_", name):
+                    own[f"{path.stem}.{each.__name__}.{name}"] = each.version
+    described = json.loads((RESULTS / "benchmarks.json").read_text())
+    del described["version"]
+    assert own == {name: each["version"] for name, each in described.items()}
+
+
+def test_each_commit_of_the_history_has_results_of_each_benchmark():
+    """But those of a GPU."""
+    if not stored():
+        pytest.skip("not a clone")
+    described = json.loads((RESULTS / "benchmarks.json").read_text())
+    del described["version"]
+    commits = set()
+    for path in stored():
+        result = json.loads(path.read_text())
+        commits.add(result["commit_hash"])
+        assert result["results"].keys() <= described.keys()
+        for name, each in described.items():
+            if not name.startswith("cuda."):
+                columns = result["results"].get(name, [])
+                own = dict(zip(result["result_columns"], columns, strict=False))
+                assert own.get("version") == each["version"], (path.name, name)
+    history = [line.split()[0] for line in (BENCHMARKS / "history.txt").read_text().splitlines()]
+    assert commits == set(history)
 
 
 def test_results_of_several_commits_are_published(published):
