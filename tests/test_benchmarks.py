@@ -120,6 +120,38 @@ def test_gate_measures_again_what_was_slower(
     assert not re.search(pattern, "arrays.Sizes.time_asgd(1000000, 'copy')")
 
 
+@pytest.mark.parametrize(
+    ("error", "verdict"), [pytest.param(0.0, "SAME", id="quiet then"), (0.2, "UNKNOWN")]
+)
+def test_gate_measures_all_again_where_most_is_uncertain(
+    gate, monkeypatch, tmp_path, error, verdict
+):
+    errors = [0.2, error]
+    asked = []
+
+    def asv(stage, benchmarks, base, head):
+        asked.append(benchmarks)
+        return 0, "same"
+
+    monkeypatch.setattr(gate, "FOLDER", tmp_path / "gate")
+    monkeypatch.setattr(gate, "_asv", asv)
+    monkeypatch.setattr(
+        gate, "figures", lambda *_: {"x": gate.Figures(1.0, 1.0, errors[len(asked) - 1])}
+    )
+    times = gate.STAGES[1]
+    assert gate.check(times, "base", "head") == getattr(gate, verdict)
+    assert asked == [times.benchmarks] * 2
+
+
+def test_gate_measures_once_what_failed(gate, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(gate, "FOLDER", tmp_path / "gate")
+    monkeypatch.setattr(gate, "_asv", lambda *_: asked.append(1) or (2, "failed"))
+    monkeypatch.setattr(gate, "figures", lambda *_: {"x": gate.Figures(1.0, 1.0)})
+    assert gate.check(gate.STAGES[1], "base", "head") == gate.UNKNOWN
+    assert len(asked) == 1
+
+
 def test_gate_can_say_nothing_where_it_cannot_read_what_was_slower(gate, monkeypatch, tmp_path):
     monkeypatch.setattr(gate, "FOLDER", tmp_path / "gate")
     monkeypatch.setattr(gate, "_asv", lambda *_: (1, SAID_SLOWER))
