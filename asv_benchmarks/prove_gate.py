@@ -3,8 +3,8 @@
     python asv_benchmarks/prove_gate.py [--runs 5]
 
 In a clone, with three commits on top of HEAD: one that changes nothing, one that updates a fifth of
-the elements twice, and one that does not build, of which nothing can be measured. Takes about 20
-minutes.
+the elements twice, and one that does not build, of which nothing can be measured. Takes about half
+an hour.
 """
 
 from __future__ import annotations

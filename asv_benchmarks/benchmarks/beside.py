@@ -1,4 +1,4 @@
-"""A step's time as a share of another's, timed in turn in one process: what noise hardly touches.
+"""A step's time as a share of another's, timed in turn in one process: what slows both cancels.
 
 Less is better, as everywhere in asv. One thread: two of them wait for each other where something
 else takes a processor, by milliseconds on virtual machines, which no median outweighs.
