@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard asgd_fast/*.p* asgd_fast/*.h)
+SOURCES := pyproject.toml setup.py $(wildcard $(foreach d,. _cpu _rows _torch cuda,asgd_fast/$d/*.p[xy][xdi] asgd_fast/$d/*.pxi asgd_fast/$d/*.h))
 
 .PHONY: demo test cuda lint dist coverage performance bench bench-smoke bench-check bench-record
 .PHONY: annotate callgrind kernel clean
@@ -23,7 +23,7 @@ lint: $(VENV)/test $(VENV)/dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint asgd_fast
 	$(BIN)/mypy
 	$(BIN)/stubtest --mypy-config-file pyproject.toml --ignore-missing-stub \
-	    $(foreach m,core dlpack launches schedule slots table,asgd_fast._$m)
+	    $(foreach m,_core _schedule _rows.dlpack _rows.rows _torch.slots cuda.launches,asgd_fast.$m)
 
 # Builds the sdist, the wheel from the sdist, and uses the wheel in an environment of its own, away
 # from the source tree.
@@ -38,7 +38,7 @@ dist: $(VENV)/dev
 coverage: $(VENV)/test $(VENV)/dev
 	rm -rf build/coverage && mkdir -p build/coverage
 	cp -r asgd_fast examples tests README.md LICENSE pyproject.toml setup.py build/coverage
-	rm -f build/coverage/asgd_fast/*.c build/coverage/asgd_fast/*.so
+	find build/coverage/asgd_fast -name "*.c" -delete -o -name "*.so" -delete
 	cd build/coverage && ASGD_FAST_TRACE=1 ../../$(BIN)/python setup.py --quiet build_ext --inplace
 	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet -m 'not heavy'
 	cd build/coverage && ../../$(BIN)/python -m coverage report
@@ -69,8 +69,8 @@ bench-record: $(VENV)/bench
 # What Cython made of each line, as pages in build/annotate; with the directives of setup.py.
 annotate: $(VENV)/dev
 	mkdir -p build/annotate
-	for m in $(basename $(notdir $(wildcard asgd_fast/*.pyx))); do \
-	  $(BIN)/cython -3 --annotate -o build/annotate/$$m.c asgd_fast/$$m.pyx \
+	for m in $(wildcard asgd_fast/*.pyx asgd_fast/*/*.pyx); do \
+	  $(BIN)/cython -3 --annotate -o build/annotate/$$(basename $$m .pyx).c $$m \
 	    -X boundscheck=False,wraparound=False,cdivision=True,initializedcheck=False || exit; done
 
 # The instructions of the engine, by function.
@@ -87,7 +87,8 @@ kernel: $(VENV)/cuda
 	$(BIN)/python asv_benchmarks/show_kernel.py $(KERNEL)
 
 clean:
-	rm -rf build dist *.egg-info asgd_fast/*.c asgd_fast/*.so $(VENV) .asv
+	find asgd_fast -name "*.c" -delete -o -name "*.so" -delete
+	rm -rf build dist *.egg-info $(VENV) .asv
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -64,7 +64,7 @@ class ProbingBuildExt(build_ext):
 
         buildable = []
         for ext in self.extensions:
-            level = ext.name.partition("_loops_")[2]
+            level = ext.name.partition("._cpu.")[2]
             flags = LEVELS[level][kind] if level else []
             # With fused multiply-add in the instruction set, contraction must be switched off.
             if flags and not (EXACT[kind][0] in exact and self.accepts(flags)):
@@ -99,20 +99,22 @@ class ProbingBuildExt(build_ext):
 
 
 names = [
-    "_dlpack",
-    "_tensor",
     "_schedule",
-    "_table",
-    "_launches",
-    "_slots",
+    "_rows/dlpack",
+    "_rows/describe",
+    "_rows/rows",
+    "_torch/slots",
     "_core",
-    *(f"_loops_{level}" for level in LEVELS),
+    *(f"_cpu/{level}" for level in LEVELS),
+    "cuda/launches",
 ]
 extensions = [
     Extension(
-        f"asgd_fast.{name}",
+        f"asgd_fast.{name.replace('/', '.')}",
         [f"asgd_fast/{name}.pyx"],
-        depends=["asgd_fast/_loops.pxi", "asgd_fast/_simd.h"] if name.startswith("_loops") else [],
+        depends=[f"asgd_fast/_cpu/{file}" for file in ("loops.pxi", "simd.h")]
+        if name.startswith("_cpu")
+        else [],
         include_dirs=[numpy.get_include()],
         define_macros=[
             ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),

@@ -1,7 +1,7 @@
 """The CPU engine: runs the rows of a table in parallel, and advances the scalars that go with them.
 
 This module knows addresses, lengths and scalars; it does not know arrays, groups or optimizers. The
-loops themselves stand in _loops.pxi, compiled once for each SIMD level; the best level that this
+loops themselves stand in _cpu/loops.pxi, compiled once for each SIMD level; the best level that this
 build has and this processor supports is chosen on import.
 """
 
@@ -12,8 +12,8 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memcpy
 
-from asgd_fast._loops cimport Loops
-from asgd_fast._table cimport CACHE_LINE, CPU, Row, Table
+from asgd_fast._cpu.loops cimport Loops
+from asgd_fast._rows.rows cimport CACHE_LINE, CPU, Row, Rows
 
 cdef extern from *:
     """
@@ -177,7 +177,7 @@ def _loops_of(level):
     """The loops of a level that the processor supports, or None where the build lacks them."""
     # Even the import of a level's module runs code of that level.
     try:
-        return import_module(f"asgd_fast._loops_{level}").loops
+        return import_module(f"asgd_fast._cpu.{level}").loops
     except ModuleNotFoundError:
         return None
 
@@ -237,14 +237,14 @@ cdef struct Work:
     int64_t taken[MOST_THREADS][8]  # of each share, in a cache line of its own
 
 
-def update(Table table, unsigned int n_threads=1):
+def update(Rows table, unsigned int n_threads=1):
     """Update every row of a checked table in place, and advance its scalars.
 
     Cannot fail. Releases the GIL, and is one call so that no interrupt comes between the two.
 
     Parameters
     ----------
-    table : Table
+    table : Rows
         With a grad in every row.
     n_threads : int
         At least 1; effective after `use_runtime`.
@@ -259,7 +259,7 @@ def update(Table table, unsigned int n_threads=1):
                 _store_next(row)
 
 
-def exchange(Table table, bytearray is_done, unsigned int n_threads=1, others=None):
+def exchange(Rows table, bytearray is_done, unsigned int n_threads=1, others=None):
     """Put the average of each row into its param; or, where that is done, the param back.
 
     Cannot fail. Releases the GIL, and is one call so that no interrupt comes between the exchange
@@ -267,7 +267,7 @@ def exchange(Table table, bytearray is_done, unsigned int n_threads=1, others=No
 
     Parameters
     ----------
-    table : Table
+    table : Rows
         With an average in every row. It gets the param; where it is wider, the grad, which must be
         writable, gets the param instead.
     is_done : bytearray of length 1
@@ -289,12 +289,12 @@ def exchange(Table table, bytearray is_done, unsigned int n_threads=1, others=No
     return result
 
 
-def assign(Table table, unsigned int n_threads=1):
+def assign(Rows table, unsigned int n_threads=1):
     """Make each param its average, rounded. Cannot fail; releases the GIL.
 
     Parameters
     ----------
-    table : Table
+    table : Rows
         With an average in every row.
     n_threads : int
     """
@@ -302,7 +302,7 @@ def assign(Table table, unsigned int n_threads=1):
         _run(table, _assign, n_threads)
 
 
-cdef void _run(Table table, Job job, unsigned int n_threads) noexcept nogil:
+cdef void _run(Rows table, Job job, unsigned int n_threads) noexcept nogil:
     cdef Work work
     work.job = job
     work.rows = table.rows
@@ -450,12 +450,12 @@ cdef inline void _store_next(const Row *row) noexcept nogil:
         floats[2] = <float>row.next.mu
 
 
-def copy(Table table):
+def copy(Rows table):
     """Copy each row's grad over its param. Cannot fail; releases the GIL.
 
     Parameters
     ----------
-    table : Table
+    table : Rows
         With a grad, the source, in every row.
     """
     cdef Py_ssize_t i

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from asgd_fast._table import Table, dtype_of, lent
+from asgd_fast._rows.rows import Rows, dtype_of, lent
 from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
-from asgd_fast.update import (
+from asgd_fast._engines import (
     as_arrays,
     assign,
     copy,
@@ -39,7 +39,7 @@ __all__ = ["ArrayASGD", "asgd_"]
 Array: TypeAlias = Any
 
 # Between the calls of `asgd_` they wait here.
-_spare_tables: list[Table] = []
+_spare_tables: list[Rows] = []
 
 # The hyperparameters of a group, with the least value that each may have.
 _LEAST = {"lr": 0.0, "lambd": 0.0, "alpha": 0.0, "t0": -math.inf, "weight_decay": 0.0}
@@ -261,7 +261,7 @@ class ArrayASGD:
         self._starts = np.zeros(0)
         # Params that hold their averages at the moment, by their places.
         self._exchanged: dict[int, Array] | None = None
-        self._spare_tables: list[Table] = []
+        self._spare_tables: list[Rows] = []
 
         groups = as_arrays("params", params)
         if not groups:
@@ -322,7 +322,7 @@ class ArrayASGD:
         params = as_arrays(f"{where}['params']", group["params"])
         hyperparameters = _checked_hyperparameters({**self.defaults, **group}, f"{where}: ")
 
-        table = Table(("params[{}]", "", ""))
+        table = Rows(("params[{}]", "", ""))
         table.extend([*self._params(), *params])
         table.check_overlap()
         self._averages += [_clone(param, self._wide(param)) for param in params]
@@ -435,7 +435,7 @@ class ArrayASGD:
         begun = dict(self._begun())
         averages = self.averages
         sources = [averages[i] if i in begun else x for i, x in enumerate(self._params())]
-        table = Table((template("arrays", arrays), "", "averages[{}]"))
+        table = Rows((template("arrays", arrays), "", "averages[{}]"))
         for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
             if target is not source:
                 table.extend([target], None, [source], first=i)
@@ -585,7 +585,7 @@ class ArrayASGD:
         loaded = [expected[f"ax.{i}"] for i in range(len(self._averages))]
         for i, ax in enumerate(loaded):
             ax[...] = state[f"ax.{i}"]
-        table = Table(("averages[{}]", "state_dict['ax.{}']", ""))
+        table = Rows(("averages[{}]", "state_dict['ax.{}']", ""))
         elsewhere = []
         for i, (average, source) in enumerate(zip(self._averages, loaded, strict=True)):
             if is_on_device(average):

@@ -11,7 +11,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, overload
 
-from asgd_fast import _core, _dlpack
+from asgd_fast import _core
+from asgd_fast._rows import dlpack
 from asgd_fast.threads import get_num_threads, openmp_runtime
 
 __all__ = ["show_config"]
@@ -95,7 +96,7 @@ def _path_of(library: str) -> str:
         return found
     try:
         zeros = import_module(_LIBRARIES[library]).zeros(1)
-        return f"{found}, through its {_dlpack.path_of(zeros)}"
+        return f"{found}, through its {dlpack.path_of(zeros)}"
     except Exception as error:  # whatever a broken installation raises is the finding
         return f"{found}, unusable: {type(error).__name__}: {error}"
 

@@ -22,14 +22,16 @@ from torch.optim.asgd import asgd as torch_asgd
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.torch_version import TorchVersion
 
-from asgd_fast import _averages, _core, _state
+from asgd_fast import _core
 from asgd_fast._schedule import next_scalars
-from asgd_fast._slots import Slot, Slots, check_group
-from asgd_fast._state import OWN_HYPERPARAMETERS, Group, extent, rounds_scalars
-from asgd_fast._table import Table, lent
-from asgd_fast._versions import increment_versions
+from asgd_fast._torch import averages as _averages
+from asgd_fast._torch import state as _state
+from asgd_fast._torch.slots import Slot, Slots, check_group
+from asgd_fast._torch.state import OWN_HYPERPARAMETERS, Group, extent, rounds_scalars
+from asgd_fast._rows.rows import Rows, lent
+from asgd_fast._torch.internals import increment_versions
 from asgd_fast.threads import threads_for
-from asgd_fast.update import on_devices
+from asgd_fast._engines import on_devices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -631,7 +633,7 @@ class ASGD(torch.optim.ASGD):
         if self._loaded:
             self._release(slots)
 
-    def _run(self, table: Table, slots: Slots, left: list[_Left], unscale: float) -> None:
+    def _run(self, table: Rows, slots: Slots, left: list[_Left], unscale: float) -> None:
         """Update the rows of a table, which is checked, and by torch's function what is left."""
         launches = None
         if table.has_gpu_rows:
@@ -656,7 +658,7 @@ class ASGD(torch.optim.ASGD):
         self._loaded = ()
         self._slots = self._find(slots)
 
-    def _gather(self, table: Table, unscale: float) -> tuple[Slots, list[_Left]]:
+    def _gather(self, table: Rows, unscale: float) -> tuple[Slots, list[_Left]]:
         """Put into the table what an engine can take as it is; return the rest."""
         slots = self._slots
         is_watched = _is_watched()
@@ -712,7 +714,7 @@ class ASGD(torch.optim.ASGD):
             if slot is not None and slot.param.grad is not None
         ]
 
-    def _fit(self, left: list[_Left], slots: Slots, table: Table, unscale: float) -> list[_Left]:
+    def _fit(self, left: list[_Left], slots: Slots, table: Rows, unscale: float) -> list[_Left]:
         """Put into the table what an engine can take once converted; return the rest."""
         if _is_watched():
             return left
@@ -754,7 +756,7 @@ _HYPERPARAMETERS = (
 _FOREACH_TAKES_HOST_SCALARS = TorchVersion(torch.__version__) >= "2.7"
 
 # Between steps their memory waits here for the next.
-_spare_tables: list[Table] = []
+_spare_tables: list[Rows] = []
 
 _NAMES = "params[{}]", "grads[{}]", "averages[{}]"
 
@@ -771,7 +773,7 @@ def _is_watched() -> bool:
     )
 
 
-def _is_fit(table: Table) -> bool:
+def _is_fit(table: Rows) -> bool:
     """Whether no arrays of a table share memory; it is empty otherwise."""
     try:
         table.check_overlap()

@@ -20,7 +20,7 @@ from asgd_fast import _core
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from asgd_fast._table import Table
+    from asgd_fast._rows.rows import Rows
 
 __all__ = ["get_num_threads", "is_forked", "openmp_runtime", "set_num_threads", "threads_for"]
 
@@ -92,12 +92,12 @@ def set_num_threads(n: int) -> None:
     _told = None if runtime is None else (n, _own_number(runtime))
 
 
-def threads_for(table: Table) -> int:
+def threads_for(table: Rows) -> int:
     """Return how many threads are worth waking for a step.
 
     Parameters
     ----------
-    table : Table
+    table : Rows
         With all its rows.
 
     Returns

@@ -27,7 +27,7 @@ from plain import FLAGS, PlainLoops
 
 import asgd_fast
 from asgd_fast import ASGD, _core, asgd_
-from asgd_fast._table import Table
+from asgd_fast._rows.rows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -396,11 +396,11 @@ def threads(_: PlainLoops) -> dict[str, Any]:
     everyone = torch.get_num_threads()
     for kib in (32, 64, 128, 256, 512, 1024, 4096):
         (p,) = params_of(kib * 256)
-        rows_of_step = Table(("param", "grad", "average"))
+        rows_of_step = Rows(("param", "grad", "average"))
         assert p.grad is not None
         rows_of_step.extend([p.detach()], [p.grad], [torch.zeros_like(p)], eta=0.01, mu=0.1)
 
-        def step(n: int, rows_of_step: Table = rows_of_step) -> None:
+        def step(n: int, rows_of_step: Rows = rows_of_step) -> None:
             awake.add_(1)  # what torch does in a training loop all the time
             _core.update(rows_of_step, n)
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import exporters
 import numpy as np
 
-from asgd_fast._launches import THREADS
+from asgd_fast.cuda.launches import THREADS
 from asgd_fast.cuda import build, device, intrinsics, kernels, launch, memory
 
 SUCCESS = SimpleNamespace(name="CUDA_SUCCESS", value=0)

@@ -18,9 +18,9 @@ import torch
 from numba import config, cuda
 
 from asgd_fast import Schedule, asgd_
-from asgd_fast import _launches as layout
-from asgd_fast._launches import UPDATE, keys_of, pack
-from asgd_fast._table import Table
+from asgd_fast.cuda import launches as layout
+from asgd_fast.cuda.launches import UPDATE, keys_of, pack
+from asgd_fast._rows.rows import Rows
 from asgd_fast.cuda import build, kernels
 
 # Of a block: so few that it is quick to simulate.
@@ -157,7 +157,7 @@ def check_update(dtype, average, offsets, mu, weight_decay):
             here[k].append(_random(rng, n, kind, 0))
             there[k].append(_random(rng, n, kind, offsets[k]))
             there[k][-1][:] = here[k][-1]
-    table = Table(("", "", ""))
+    table = Rows(("", "", ""))
     settings = {"eta": 0.1, "mu": mu, "weight_decay": weight_decay, "grad_scale": 0.7}
     arrays = [[_array(x, dtype if k < 2 else average) for x in there[k]] for k in range(3)]
     table.extend(*arrays, lambd=0.5, **settings)
@@ -241,7 +241,7 @@ def check_exchange(bits):
     before = one.copy(), other.copy()
     floats = [fake_gpu.Array(x.view(f"f{x.itemsize}")) for x in (one, other)]
     for job, expected in ((layout.SWAP, (1, 0)), (layout.ASSIGN, (0, 0))):
-        table = Table(("", "", ""))
+        table = Rows(("", "", ""))
         table.extend(floats[:1], None, floats[1:])
         (key,) = keys_of(table)
         words = np.zeros(512, np.uint64)

@@ -15,7 +15,8 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from twins import Twins, bits, parameters, same
 
-from asgd_fast import ASGD, ArrayASGD, _averages, _core, get_num_threads, set_num_threads
+from asgd_fast._torch import averages as _averages
+from asgd_fast import ASGD, ArrayASGD, _core, get_num_threads, set_num_threads
 
 T0 = 2
 OPTIONS = {"lr": 0.3, "lambd": 1e-2, "t0": T0, "weight_decay": 0.01}

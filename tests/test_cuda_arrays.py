@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from asgd_fast import ArrayASGD, asgd_
-from asgd_fast._launches import (
+from asgd_fast.cuda.launches import (
     AVERAGE,
     CHUNK_AT,
     COPY,
@@ -43,7 +43,7 @@ from asgd_fast._launches import (
     run,
     set_words,
 )
-from asgd_fast._table import Table
+from asgd_fast._rows.rows import Rows
 from asgd_fast.cuda import build, intrinsics, kernels
 
 SETTINGS = {
@@ -271,7 +271,7 @@ def test_more_than_two_to_the_33_elements(gpu):
     places = (0, 1 << 31, 1 << 32, n - 1)
     for i in places:
         arrays[1][i] = 1
-    table = Table(("p", "g", "a"))
+    table = Rows(("p", "g", "a"))
     table.extend(*([Described(gpu, x)] for x in arrays), eta=0.5, mu=1.0, lambd=0.0)
     (key,) = keys_of(table)
     words = np.zeros(512, np.uint64)

@@ -15,7 +15,8 @@ import fake_gpu
 import numpy as np
 import pytest
 
-from asgd_fast import asgd_, update
+from asgd_fast import _engines as update
+from asgd_fast import asgd_
 from asgd_fast.cuda import build, intrinsics
 from asgd_fast.cuda.build import Kind
 

@@ -16,7 +16,7 @@ from exporters import assert_given_back, exchange_api, name_of
 from numpy.lib.stride_tricks import as_strided
 
 from asgd_fast import asgd_
-from asgd_fast._dlpack import path_of
+from asgd_fast._rows.dlpack import path_of
 
 ROLES = ["params", "grads", "axs"]
 SCALARS = {"eta": 0.25, "mu": 0.5, "lambd": 0.5, "weight_decay": 0.5}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from asgd_fast import _core, asgd_, threads
-from asgd_fast._table import Table
+from asgd_fast._rows.rows import Rows
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 WIDTHS = (4, 8, 16, 32)  # of vectors, in elements
@@ -54,7 +54,7 @@ def expected(p, g, ax, mu):
 
 
 def update(params, grads, axs, mu, n_threads):
-    table = Table(("params[{}]", "grads[{}]", "axs[{}]"))
+    table = Rows(("params[{}]", "grads[{}]", "axs[{}]"))
     table.extend(params, grads, axs, mu=1.0 if mu is None else mu, **SCALARS)
     table.check_overlap()
     _core.update(table, n_threads)

@@ -12,7 +12,7 @@ from device_twins import Graph, Scaler, Twins, on, params_of, same
 from twins import NAMES
 
 from asgd_fast import ASGD
-from asgd_fast._launches import HEADER
+from asgd_fast.cuda.launches import HEADER
 
 
 @pytest.fixture

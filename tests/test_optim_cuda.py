@@ -435,7 +435,7 @@ def test_autograd_is_told(gpu):
 
 def test_another_kind_of_gpu_goes_to_torch(gpu, monkeypatch):
     """Of AMD's devices, which torch calls cuda too, no engine knows."""
-    from asgd_fast import _state
+    from asgd_fast._torch import state as _state
 
     monkeypatch.setattr(_state, "_DEVICES", ("cpu",))
     twins = Twins(params_of((5, 3)), t0=2)

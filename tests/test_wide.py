@@ -19,7 +19,7 @@ from torch import nn
 from twins import bits, parameters, same, twin
 
 from asgd_fast import ASGD, ArrayASGD, _core, asgd_, get_num_threads, set_num_threads, threads
-from asgd_fast._table import Table
+from asgd_fast._rows.rows import Rows
 
 T0 = 3
 STEPS = 10  # of which the last five average two iterates and more
@@ -255,7 +255,7 @@ def test_any_number_of_threads(streaming, n_threads, mu):
             ]
         )
     wanted = [expected(*row, mu, **SCALARS) for row in rows]
-    table = Table(("params[{}]", "grads[{}]", "axs[{}]"))
+    table = Rows(("params[{}]", "grads[{}]", "axs[{}]"))
     table.extend(*(list(column) for column in zip(*rows, strict=True)), mu=mu, **SCALARS)
     table.check_overlap()
     _core.update(table, n_threads)

@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 from platformdirs import user_cache_path
 
-from asgd_fast import _launches
-from asgd_fast.cuda import MISSING
+from asgd_fast.cuda import MISSING, launches
 
 __all__ = ["Binary", "Kind", "compiled", "link", "ptx_of", "stored"]
 
@@ -173,7 +172,7 @@ def ptx_of(kind: Kind, compute_capability: tuple[int, int]) -> str:
             device=False,
             abi="numba",
             cc=compute_capability,
-            launch_bounds=(_launches.THREADS, BLOCKS_AT_ONCE[takes_many]),
+            launch_bounds=(launches.THREADS, BLOCKS_AT_ONCE[takes_many]),
             # Whatever the environment asks of Numba: what is kept on disk is for all processes.
             debug=False,
             opt=True,
@@ -244,7 +243,7 @@ def _folder() -> Path:
 def _digest(kind: Kind, compute_capability: tuple[int, int]) -> str:
     """Return a name for everything that the code of a kernel follows from."""
     here = Path(__file__).parent
-    layout = {name: x for name, x in vars(_launches).items() if isinstance(x, int)}
+    layout = {name: x for name, x in vars(launches).items() if isinstance(x, int)}
     parts = [*kind, compute_capability, sorted(layout.items()), *map(_version, PACKAGES)]
     digest = hashlib.sha256(repr(parts).encode())
     for name in FILES:

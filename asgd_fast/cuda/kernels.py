@@ -3,7 +3,7 @@
 This module knows words, addresses and numbers; it does not know how a kernel is compiled or
 launched, nor where the words come from: `_launches` lays them out.
 
-The update is the one of _loops.pxi, with its bits. The functions that make it are compiled for the
+The update is the one of _cpu/loops.pxi, with its bits. The functions that make it are compiled for the
 GPU, for the CPU (`twin`), and run as they are in Numba's simulator: so they are checked without a
 GPU.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numba import cuda, types
 
-from asgd_fast._launches import (
+from asgd_fast.cuda.launches import (
     ALPHA_AT,
     AVERAGE,
     CHUNK_AT,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asgd_fast._launches import (
+from asgd_fast.cuda.launches import (
     ASSIGN,
     COPY_GRAD,
     KEEP,
@@ -32,7 +32,7 @@ from asgd_fast.cuda.device import checked, device_of, driver
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from asgd_fast._table import Table
+    from asgd_fast._rows.rows import Rows
     from asgd_fast.cuda.device import Device
 
 __all__ = ["Launches", "prepared"]
@@ -175,12 +175,12 @@ class Launches:
             checked(result)
 
 
-def prepared(table: Table, job: int, *, capturable: bool = False) -> Launches:
+def prepared(table: Rows, job: int, *, capturable: bool = False) -> Launches:
     """Prepare what is to be done to the rows of a table that are on CUDA devices.
 
     Parameters
     ----------
-    table : Table
+    table : Rows
         Checked.
     job : int
         Of `_launches`.

@@ -11,7 +11,7 @@ from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
-from asgd_fast._dlpack cimport (
+from asgd_fast._rows.dlpack cimport (
     Borrowed,
     DLDataType,
     DLDevice,
@@ -32,7 +32,7 @@ from asgd_fast._dlpack cimport (
     kDLROCMHost,
 )
 from asgd_fast._schedule cimport Plan, Scalars, decay_of, scalars_after
-from asgd_fast._tensor cimport (
+from asgd_fast._rows.describe cimport (
     data_of,
     device_name,
     dtype_name,
@@ -134,23 +134,23 @@ def lent(list spare, tuple names):
 
     Parameters
     ----------
-    spare : list of Table
+    spare : list of Rows
         Those that nobody uses at the moment; a new one is made when there is none.
     names : tuple of str
-        As for `Table`.
+        As for `Rows`.
 
     Returns
     -------
-    Table
+    Rows
         Given back at the end of the with statement.
     """
-    cdef Table table = spare.pop() if spare else Table(names)
+    cdef Rows table = spare.pop() if spare else Rows(names)
     table.names = names
     table._spare = spare
     return table
 
 
-cdef class Table:
+cdef class Rows:
     """The rows of one step, each a param with its grad and, unless none is kept, its average.
 
     Rows are added, then checked against each other by `check_overlap`; only then may an engine
@@ -216,7 +216,7 @@ cdef class Table:
 
     def __reduce__(self):
         # What a table holds is only of use here and now.
-        return Table, (self.names,)
+        return Rows, (self.names,)
 
     def clear(self):
         """Give every array back, and keep the memory of the rows for the next step."""
@@ -672,7 +672,7 @@ cdef const void *_address(const Memory *memory, int role) noexcept:
     return memory.grad if role == GRAD else memory.ax
 
 
-cdef int _refuse_overlaps(Table table, Span *spans, Py_ssize_t n) except -1:
+cdef int _refuse_overlaps(Rows table, Span *spans, Py_ssize_t n) except -1:
     """Sweep over spans in the order of their starts, with those that reach furthest so far."""
     cdef Py_ssize_t i
     cdef Span *furthest = NULL          # of all spans

@@ -11,7 +11,7 @@ have the same. Each row's work is cut into chunks, one for a block of threads.
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy, memmove
 
-from asgd_fast._table cimport BFLOAT16, CPU, FLOAT16, FLOAT32, FLOAT64, OnDevice, Row, Table
+from asgd_fast._rows.rows cimport BFLOAT16, CPU, FLOAT16, FLOAT32, FLOAT64, OnDevice, Row, Rows
 
 # The threads of a block.
 THREADS = 512
@@ -125,12 +125,12 @@ cdef inline int64_t _key_of(const Row *row) noexcept nogil:
     return row.device | <int64_t>row.kind << 32 | <int64_t>row.ax_size << 36 | on_device << 40
 
 
-def keys_of(Table table):
+def keys_of(Rows table):
     """The kinds of launches that a table needs.
 
     Parameters
     ----------
-    table : Table
+    table : Rows
 
     Returns
     -------
@@ -174,14 +174,14 @@ def launch_kind(int64_t key):
 
 
 def pack(
-    Table table, int64_t key, Py_ssize_t start, uint64_t[::1] words, int job, int64_t n_blocks,
+    Rows table, int64_t key, Py_ssize_t start, uint64_t[::1] words, int job, int64_t n_blocks,
     uint64_t grad_scale=0, uint64_t found_inf=0,
 ):
     """Lay out a launch of so many rows of a key as find room.
 
     Parameters
     ----------
-    table : Table
+    table : Rows
         Checked.
     key : int
         Of `keys_of`.
@@ -313,7 +313,7 @@ cdef inline bint _are_same(const uint64_t *one, const uint64_t *other, int n) no
     return True
 
 
-cdef int _chunk_for(Table table, int64_t key, int64_t n_blocks) noexcept:
+cdef int _chunk_for(Rows table, int64_t key, int64_t n_blocks) noexcept:
     cdef int64_t size = 0
     cdef int power = SMALLEST_CHUNK
     cdef Py_ssize_t i

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t
 
-from asgd_fast._table cimport N_KINDS, Row
+from asgd_fast._rows.rows cimport N_KINDS, Row
 
 # Works on elements [start, stop) of one row. An average that is only written may be streamed,
 # stored past the caches, to be fenced by the caller.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
-from asgd_fast._slots import Slot, Slots, check_group, number, same_kind
+from asgd_fast._torch.slots import Slot, Slots, check_group, number, same_kind
 from asgd_fast.threads import is_forked
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from typing import Any, final
 import torch
 from typing_extensions import Self
 
-from asgd_fast._table import Table
+from asgd_fast._rows.rows import Rows
 
 @final
 class Slot:
@@ -49,7 +49,7 @@ class Slots:
     def is_current(self, state: object) -> bool: ...
     def gather(
         self,
-        table: Table,
+        table: Rows,
         groups: Sequence[dict[str, Any]],
         unscale: float,
         round_scalars: bool,
@@ -57,7 +57,7 @@ class Slots:
     ) -> list[tuple[dict[str, Any], Slot]] | None: ...
     def add(
         self,
-        table: Table,
+        table: Rows,
         group: dict[str, Any],
         slot: Slot,
         grad: torch.Tensor,

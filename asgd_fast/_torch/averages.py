@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from asgd_fast import update
-from asgd_fast._state import alias, extent, floats, is_alias
-from asgd_fast._versions import increment_versions
+from asgd_fast import _engines as update
+from asgd_fast._torch.state import alias, extent, floats, is_alias
+from asgd_fast._torch.internals import increment_versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from asgd_fast._state import Entry, Group, State
+    from asgd_fast._torch.state import Entry, Group, State
 
 __all__ = ["copy_to", "exchanged"]
 

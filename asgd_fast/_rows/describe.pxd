@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int32_t, int64_t
 
-from asgd_fast._dlpack cimport DLDataType, DLTensor
+from asgd_fast._rows.dlpack cimport DLDataType, DLTensor
 
 cdef inline void *data_of(const DLTensor *tensor) noexcept:
     return <char *>tensor.data + tensor.byte_offset

@@ -9,8 +9,8 @@ from libc.math cimport fma, fmaf
 from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
-from asgd_fast._loops cimport Loops
-from asgd_fast._table cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Row
+from asgd_fast._cpu.loops cimport Loops
+from asgd_fast._rows.rows cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Row
 
 cdef extern from *:
     """
@@ -29,7 +29,7 @@ ctypedef fused mean:  # the numbers of an average
     float
     double
 
-cdef extern from "_simd.h":
+cdef extern from "simd.h":
     void _stream "asgd_fast_stream"(void *to, const void *unit, int size) noexcept nogil
     ctypedef struct float16 "asgd_float16":
         pass

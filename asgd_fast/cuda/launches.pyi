@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from asgd_fast._table import Table
+from asgd_fast._rows.rows import Rows
 
 THREADS: int
 N_ROWS_AT: int
@@ -54,10 +54,10 @@ PUT_BACK: int
 
 def row_words(on_device: bool) -> int: ...
 def set_words(on_device: bool) -> int: ...
-def keys_of(table: Table) -> list[int]: ...
+def keys_of(table: Rows) -> list[int]: ...
 def launch_kind(key: int) -> tuple[int, str, str, bool]: ...
 def pack(
-    table: Table,
+    table: Rows,
     key: int,
     start: int,
     words: npt.NDArray[np.uint64],

@@ -5,7 +5,7 @@ This module reads descriptions; it borrows nothing and refuses nothing.
 
 from libc.stdint cimport int32_t, int64_t
 
-from asgd_fast._dlpack cimport (
+from asgd_fast._rows.dlpack cimport (
     DLDataType,
     DLTensor,
     kDLBfloat,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from asgd_fast import _core
-from asgd_fast._launches import ASSIGN, COPY_GRAD, PUT_AVERAGE, PUT_BACK, UPDATE
-from asgd_fast._table import Table, dtype_of, is_array, lent, whereabouts_of
+from asgd_fast.cuda.launches import ASSIGN, COPY_GRAD, PUT_AVERAGE, PUT_BACK, UPDATE
+from asgd_fast._rows.rows import Rows, dtype_of, is_array, lent, whereabouts_of
 from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ __all__ = [
 # A param, what keeps it meanwhile unless the average can, and the average.
 Exchange: TypeAlias = tuple[Any, Any, Any]
 
-_spare_tables: list[Table] = []
+_spare_tables: list[Rows] = []
 
 
 def as_arrays(name: str, arrays: Any) -> list[Any]:
@@ -84,12 +84,12 @@ def template(name: str, arrays: Any) -> str:
     return name if is_array(arrays) else f"{name}[{{}}]"
 
 
-def update(table: Table) -> None:
+def update(table: Rows) -> None:
     """Make the step that the table lists, in place.
 
     Parameters
     ----------
-    table : Table
+    table : Rows
         With a grad in every row.
 
     Raises
@@ -102,12 +102,12 @@ def update(table: Table) -> None:
     _core.update(table, threads_for(table))
 
 
-def on_devices(table: Table, job: int = UPDATE, *, capturable: bool = False) -> Launches | None:
+def on_devices(table: Rows, job: int = UPDATE, *, capturable: bool = False) -> Launches | None:
     """Prepare what is to be done to rows in the memory of CUDA devices.
 
     Parameters
     ----------
-    table : Table
+    table : Rows
         Checked.
     job : int
         Of `_launches`.
@@ -143,12 +143,12 @@ def _prepared() -> Callable[..., Launches]:
     return prepared
 
 
-def run_on_devices(table: Table, job: int) -> None:
+def run_on_devices(table: Rows, job: int) -> None:
     """Do to rows in the memory of CUDA devices what is to be done there.
 
     Parameters
     ----------
-    table : Table
+    table : Rows
         Checked.
     job : int
         Of `_launches`.
@@ -163,12 +163,12 @@ def run_on_devices(table: Table, job: int) -> None:
         launches.run()
 
 
-def copy(table: Table) -> None:
+def copy(table: Rows) -> None:
     """Copy each grad of the table over its param, in place.
 
     Parameters
     ----------
-    table : Table
+    table : Rows
         With a grad, the source, in every row.
 
     Raises
@@ -181,12 +181,12 @@ def copy(table: Table) -> None:
     _core.copy(table)
 
 
-def assign(table: Table) -> None:
+def assign(table: Rows) -> None:
     """Make each param of the table its average, rounded where that is wider.
 
     Parameters
     ----------
-    table : Table
+    table : Rows
         With an average in every row.
 
     Raises
@@ -282,7 +282,7 @@ def exchanged(arrays: Sequence[Exchange]) -> Iterator[None]:
     Raises
     ------
     ValueError, BufferError
-        As `Table.extend` and `Table.check_overlap`.
+        As `Rows.extend` and `Rows.check_overlap`.
     """
     is_done = bytearray(1)
     try:
@@ -328,7 +328,7 @@ def are_fit(arrays: Sequence[Exchange], others: Sequence[tuple[int, int]] = ()) 
 
 
 @contextmanager
-def _listed(arrays: Sequence[Exchange]) -> Iterator[Table]:
+def _listed(arrays: Sequence[Exchange]) -> Iterator[Rows]:
     """Lend a checked table of what is to be exchanged."""
     with lent(_spare_tables, ("params[{}]", "spare memory[{}]", "averages[{}]")) as table:
         for i, (param, spare, ax) in enumerate(arrays):

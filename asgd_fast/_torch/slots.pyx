@@ -11,7 +11,7 @@ from libc.math cimport INFINITY, NAN, isfinite, isnan
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memset
 
-from asgd_fast._dlpack cimport (
+from asgd_fast._rows.dlpack cimport (
     Borrowed,
     DLPackExchangeAPI,
     Known,
@@ -25,8 +25,8 @@ from asgd_fast._dlpack cimport (
     stream_of,
 )
 from asgd_fast._schedule cimport Plan, Scalars, decay_of, scalars_after
-from asgd_fast._table cimport AX, CPU, GRAD, PARAM, OnDevice, Row, Table
-from asgd_fast._tensor cimport data_of
+from asgd_fast._rows.rows cimport AX, CPU, GRAD, PARAM, OnDevice, Row, Rows
+from asgd_fast._rows.describe cimport data_of
 
 from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
 
@@ -266,7 +266,7 @@ cdef class Slots:
         return True
 
     def gather(
-        self, Table table, groups, double unscale, bint round_scalars, bint on_device=False,
+        self, Rows table, groups, double unscale, bint round_scalars, bint on_device=False,
     ):
         """Add a row for each param that has a grad, as far as an engine can take it.
 
@@ -274,7 +274,7 @@ cdef class Slots:
 
         Parameters
         ----------
-        table : Table
+        table : Rows
             Empty.
         groups : list of dict
             The optimizer's param_groups.
@@ -352,7 +352,7 @@ cdef class Slots:
         del self.written[self._n_written:]
         return left
 
-    def add(self, Table table, group, Slot slot, grad, double unscale, bint round_scalars):
+    def add(self, Rows table, group, Slot slot, grad, double unscale, bint round_scalars):
         """Add the row of one param with a grad that is not its own, after `gather`.
 
         Returns
@@ -371,7 +371,7 @@ cdef class Slots:
             self._schedule(slot, &common, lr)
         return self._add(table, slot, grad, &common)
 
-    cdef bint _add(self, Table table, Slot slot, grad, Common *common) except -1:
+    cdef bint _add(self, Rows table, Slot slot, grad, Common *common) except -1:
         """Add the row of a slot with a block, after `_schedule`."""
         # Which weight the device has is not known here.
         cdef bint averages = not slot.is_lazy and (slot.on_device or common.now.mu != 0)
@@ -500,7 +500,7 @@ cdef class Slots:
         self._n_written += 1
         return 0
 
-    cdef bint _lend(self, Table table, int role, tensor) except -1:
+    cdef bint _lend(self, Rows table, int role, tensor) except -1:
         cdef Borrowed *borrowed = &table.arrays[role]
         if type(tensor) is not self._tensor and type(tensor) is not self._parameter:
             return False

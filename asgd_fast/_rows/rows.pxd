@@ -3,7 +3,7 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uintptr_t
 
-from asgd_fast._dlpack cimport Borrowed, Known
+from asgd_fast._rows.dlpack cimport Borrowed, Known
 from asgd_fast._schedule cimport Plan, Scalars
 
 cdef enum:  # the roles of the three arrays of a row
@@ -71,7 +71,7 @@ cdef struct Span:  # of one array
     int role
 
 
-cdef class Table:
+cdef class Rows:
     cdef Row *rows
     cdef Py_ssize_t n_rows
     cdef readonly int64_t work      # the bytes of all params of the CPU, each as whole cache lines

@@ -1,0 +1,1 @@
+"""The loops of the CPU engine, compiled once for each SIMD level."""

@@ -1,0 +1,1 @@
+"""Memory borrowed by DLPack, checked, and listed as the rows of a step."""
