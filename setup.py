@@ -102,11 +102,15 @@ names = [
     "_schedule",
     "_rows/dlpack",
     "_rows/describe",
+    "_rows/overlap",
     "_rows/rows",
-    "_torch/slots",
+    "_torch/memory",
+    "_torch/record",
+    "_torch/gather",
     "_core",
     *(f"_cpu/{level}" for level in LEVELS),
     "cuda/launches",
+    "cuda/scalars",
 ]
 extensions = [
     Extension(

@@ -1,4 +1,4 @@
-"""The CPU engine: runs the rows of a table in parallel, and advances the scalars that go with them.
+"""The CPU engine: runs the rows of a rows in parallel, and advances the scalars that go with them.
 
 This module knows addresses, lengths and scalars; it does not know arrays, groups or optimizers. The
 loops themselves stand in _cpu/loops.pxi, compiled once for each SIMD level; the best level that this
@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memcpy
 
 from asgd_fast._cpu.loops cimport Loops
-from asgd_fast._rows.rows cimport CACHE_LINE, CPU, Row, Rows
+from asgd_fast._rows.rows cimport CACHE_LINE, CPU, Mirror, Row, Rows, size_of
 
 cdef extern from *:
     """
@@ -237,29 +237,24 @@ cdef struct Work:
     int64_t taken[MOST_THREADS][8]  # of each share, in a cache line of its own
 
 
-def update(Rows table, unsigned int n_threads=1):
-    """Update every row of a checked table in place, and advance its scalars.
+def update(Rows rows, unsigned int n_threads=1):
+    """Update every row in place, once they are checked, and advance the scalars.
 
     Cannot fail. Releases the GIL, and is one call so that no interrupt comes between the two.
 
     Parameters
     ----------
-    table : Rows
+    rows : Rows
         With a grad in every row.
     n_threads : int
         At least 1; effective after `use_runtime`.
     """
-    cdef Py_ssize_t i
-    cdef Row *row
     with nogil:
-        _run(table, _update, n_threads)
-        for i in range(table.n_rows):
-            row = &table.rows[i]
-            if row.scalars != NULL:
-                _store_next(row)
+        _run(rows, _update, n_threads)
+        _advance(rows)
 
 
-def exchange(Rows table, bytearray is_done, unsigned int n_threads=1, others=None):
+def exchange(Rows rows, bytearray is_done, unsigned int n_threads=1, others=None):
     """Put the average of each row into its param; or, where that is done, the param back.
 
     Cannot fail. Releases the GIL, and is one call so that no interrupt comes between the exchange
@@ -267,7 +262,7 @@ def exchange(Rows table, bytearray is_done, unsigned int n_threads=1, others=Non
 
     Parameters
     ----------
-    table : Rows
+    rows : Rows
         With an average in every row. It gets the param; where it is wider, the grad, which must be
         writable, gets the param instead.
     is_done : bytearray of length 1
@@ -284,32 +279,32 @@ def exchange(Rows table, bytearray is_done, unsigned int n_threads=1, others=Non
     cdef Job job = _put_back if is_done[0] else _put_average
     result = others() if others is not None else None
     with nogil:
-        _run(table, job, n_threads)
+        _run(rows, job, n_threads)
     is_done[0] ^= 1
     return result
 
 
-def assign(Rows table, unsigned int n_threads=1):
+def assign(Rows rows, unsigned int n_threads=1):
     """Make each param its average, rounded. Cannot fail; releases the GIL.
 
     Parameters
     ----------
-    table : Rows
+    rows : Rows
         With an average in every row.
     n_threads : int
     """
     with nogil:
-        _run(table, _assign, n_threads)
+        _run(rows, _assign, n_threads)
 
 
-cdef void _run(Rows table, Job job, unsigned int n_threads) noexcept nogil:
+cdef void _run(Rows rows, Job job, unsigned int n_threads) noexcept nogil:
     cdef Work work
     work.job = job
-    work.rows = table.rows
-    work.n_rows = table.n_rows
-    work.size = table.work
+    work.rows = rows.rows
+    work.n_rows = rows.n_rows
+    work.size = rows.work
     work.loops = _loops
-    work.streams = 3 * table.work > _streams_above
+    work.streams = 3 * rows.work > _streams_above
     if n_threads > 1 and _fork != NULL:
         _share_out(&work, min(n_threads, <unsigned int>MOST_THREADS))
         fegetenv(&work.environment)
@@ -323,8 +318,8 @@ cdef void _update(const Work *work, const Row *row, int64_t start, int64_t stop)
 
 
 cdef void _assign(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
-    cdef int64_t size = row.size
-    if row.ax_size != row.size:
+    cdef int64_t size = size_of(row.kind)
+    if row.ax_size != size:
         work.loops.narrow[row.kind][row.ax_size](row, start, stop, False)
     else:
         memcpy(
@@ -334,8 +329,8 @@ cdef void _assign(const Work *work, const Row *row, int64_t start, int64_t stop)
 cdef void _put_average(
     const Work *work, const Row *row, int64_t start, int64_t stop,
 ) noexcept nogil:
-    cdef int64_t size = row.size
-    if row.ax_size != row.size:
+    cdef int64_t size = size_of(row.kind)
+    if row.ax_size != size:
         memcpy(
             <char *>row.grad + start * size, <char *>row.param + start * size,
             (stop - start) * size)
@@ -346,8 +341,8 @@ cdef void _put_average(
 
 
 cdef void _put_back(const Work *_work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
-    cdef int64_t size = row.size
-    if row.ax_size != row.size:
+    cdef int64_t size = size_of(row.kind)
+    if row.ax_size != size:
         memcpy(
             <char *>row.param + start * size, <char *>row.grad + start * size,
             (stop - start) * size)
@@ -415,7 +410,7 @@ cdef void _do_part(const Work *work, int64_t start, int64_t stop) noexcept nogil
     cdef int64_t size
     while i < work.n_rows and work.rows[i].offset < stop:
         row = &work.rows[i]
-        size = row.size
+        size = size_of(row.kind)
         if row.device == CPU:
             work.job(
                 work, row, max(start - row.offset, <int64_t>0) // size,
@@ -437,34 +432,42 @@ cdef Py_ssize_t _row_at(const Work *work, int64_t offset) noexcept nogil:
     return low
 
 
-cdef inline void _store_next(const Row *row) noexcept nogil:
-    cdef double *doubles = <double *>row.scalars
-    cdef float *floats = <float *>row.scalars
-    if row.double_scalars:
-        doubles[0] = row.next.step
-        doubles[1] = row.next.eta
-        doubles[2] = row.next.mu
-    else:
-        floats[0] = <float>row.next.step
-        floats[1] = <float>row.next.eta
-        floats[2] = <float>row.next.mu
+cdef void _advance(Rows rows) noexcept nogil:
+    """Advance the scalars of all rows."""
+    cdef Py_ssize_t i
+    cdef const Row *row
+    cdef const Mirror *mirror
+    cdef const double *values
+    cdef int k
+    for i in range(rows.n_rows):
+        row = &rows.rows[i]
+        if row.scalars != NULL:
+            row.scalars[0] = row.step.next
+    for i in range(rows.n_mirrors):
+        mirror = &rows.mirrors[i]
+        values = <const double *>mirror.scalars
+        for k in range(3):
+            if mirror.is_double[k]:
+                (<double *>mirror.to[k])[0] = values[k]
+            else:
+                (<float *>mirror.to[k])[0] = <float>values[k]
 
 
-def copy(Rows table):
+def copy(Rows rows):
     """Copy each row's grad over its param. Cannot fail; releases the GIL.
 
     Parameters
     ----------
-    table : Rows
+    rows : Rows
         With a grad, the source, in every row.
     """
     cdef Py_ssize_t i
     cdef Row *row
     with nogil:
-        for i in range(table.n_rows):
-            row = &table.rows[i]
+        for i in range(rows.n_rows):
+            row = &rows.rows[i]
             if row.device == CPU:
-                memcpy(row.param, row.grad, row.n * row.size)
+                memcpy(row.param, row.grad, row.n * size_of(row.kind))
 
 
 use_simd_level(

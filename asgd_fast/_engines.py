@@ -15,7 +15,7 @@ import numpy as np
 
 from asgd_fast import _core
 from asgd_fast.cuda.launches import ASSIGN, COPY_GRAD, PUT_AVERAGE, PUT_BACK, UPDATE
-from asgd_fast._rows.rows import Rows, dtype_of, is_array, lent, whereabouts_of
+from asgd_fast._rows.rows import Rows, dtype_of, is_array, whereabouts_of
 from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ __all__ = [
 
 # A param, what keeps it meanwhile unless the average can, and the average.
 Exchange: TypeAlias = tuple[Any, Any, Any]
-
-_spare_tables: list[Rows] = []
 
 
 def as_arrays(name: str, arrays: Any) -> list[Any]:
@@ -84,12 +82,12 @@ def template(name: str, arrays: Any) -> str:
     return name if is_array(arrays) else f"{name}[{{}}]"
 
 
-def update(table: Rows) -> None:
-    """Make the step that the table lists, in place.
+def update(rows: Rows) -> None:
+    """Make the step that the rows list, in place.
 
     Parameters
     ----------
-    table : Rows
+    rows : Rows
         With a grad in every row.
 
     Raises
@@ -97,17 +95,17 @@ def update(table: Rows) -> None:
     ValueError
         Two arrays share memory, and one of them is written. Nothing is changed.
     """
-    table.check_overlap()
-    run_on_devices(table, UPDATE)
-    _core.update(table, threads_for(table))
+    rows.check_overlap()
+    run_on_devices(rows, UPDATE)
+    _core.update(rows, threads_for(rows))
 
 
-def on_devices(table: Rows, job: int = UPDATE, *, capturable: bool = False) -> Launches | None:
+def on_devices(rows: Rows, job: int = UPDATE, *, capturable: bool = False) -> Launches | None:
     """Prepare what is to be done to rows in the memory of CUDA devices.
 
     Parameters
     ----------
-    table : Rows
+    rows : Rows
         Checked.
     job : int
         Of `_launches`.
@@ -126,9 +124,9 @@ def on_devices(table: Rows, job: int = UPDATE, *, capturable: bool = False) -> L
     RuntimeError
         There is no driver, or the stream is being captured into a graph.
     """
-    if not table.has_gpu_rows:
+    if not rows.has_gpu_rows:
         return None
-    return _prepared()(table, job, capturable=capturable)
+    return _prepared()(rows, job, capturable=capturable)
 
 
 @cache
@@ -143,12 +141,12 @@ def _prepared() -> Callable[..., Launches]:
     return prepared
 
 
-def run_on_devices(table: Rows, job: int) -> None:
+def run_on_devices(rows: Rows, job: int) -> None:
     """Do to rows in the memory of CUDA devices what is to be done there.
 
     Parameters
     ----------
-    table : Rows
+    rows : Rows
         Checked.
     job : int
         Of `_launches`.
@@ -158,17 +156,17 @@ def run_on_devices(table: Rows, job: int) -> None:
     ImportError, RuntimeError
         As `on_devices`; or the device has failed.
     """
-    launches = on_devices(table, job)
+    launches = on_devices(rows, job)
     if launches is not None:
         launches.run()
 
 
-def copy(table: Rows) -> None:
-    """Copy each grad of the table over its param, in place.
+def copy(rows: Rows) -> None:
+    """Copy each grad of the rows over its param, in place.
 
     Parameters
     ----------
-    table : Rows
+    rows : Rows
         With a grad, the source, in every row.
 
     Raises
@@ -176,17 +174,17 @@ def copy(table: Rows) -> None:
     ValueError
         Two arrays share memory, and one of them is written. Nothing is changed.
     """
-    table.check_overlap()
-    run_on_devices(table, COPY_GRAD)
-    _core.copy(table)
+    rows.check_overlap()
+    run_on_devices(rows, COPY_GRAD)
+    _core.copy(rows)
 
 
-def assign(table: Rows) -> None:
-    """Make each param of the table its average, rounded where that is wider.
+def assign(rows: Rows) -> None:
+    """Make each param of the rows its average, rounded where that is wider.
 
     Parameters
     ----------
-    table : Rows
+    rows : Rows
         With an average in every row.
 
     Raises
@@ -194,9 +192,9 @@ def assign(table: Rows) -> None:
     ValueError
         Two arrays share memory, and one of them is written. Nothing is changed.
     """
-    table.check_overlap()
-    run_on_devices(table, ASSIGN)
-    _core.assign(table, threads_for(table))
+    rows.check_overlap()
+    run_on_devices(rows, ASSIGN)
+    _core.assign(rows, threads_for(rows))
 
 
 def to_host(array: Any) -> npt.NDArray[Any]:
@@ -298,12 +296,12 @@ def exchanged(arrays: Sequence[Exchange]) -> Iterator[None]:
 
 
 def _exchange(arrays: Sequence[Exchange], is_done: bytearray) -> None:
-    with _listed(arrays) as table:
-        launches = on_devices(table, PUT_BACK if is_done[0] else PUT_AVERAGE)
-        others = None if launches is None else launches.make
-        results = _core.exchange(table, is_done, threads_for(table), others)
-        if launches is not None:
-            launches.finish(results)
+    rows = _listed(arrays)
+    launches = on_devices(rows, PUT_BACK if is_done[0] else PUT_AVERAGE)
+    others = None if launches is None else launches.make
+    results = _core.exchange(rows, is_done, threads_for(rows), others)
+    if launches is not None:
+        launches.finish(results)
 
 
 def are_fit(arrays: Sequence[Exchange], others: Sequence[tuple[int, int]] = ()) -> bool:
@@ -321,17 +319,16 @@ def are_fit(arrays: Sequence[Exchange], others: Sequence[tuple[int, int]] = ()) 
     bool
     """
     try:
-        with _listed(arrays) as table:
-            return not any(table.touches(start, stop) for start, stop in others)
+        rows = _listed(arrays)
+        return not any(rows.touches(start, stop) for start, stop in others)
     except (TypeError, ValueError, BufferError):
         return False
 
 
-@contextmanager
-def _listed(arrays: Sequence[Exchange]) -> Iterator[Rows]:
-    """Lend a checked table of what is to be exchanged."""
-    with lent(_spare_tables, ("params[{}]", "spare memory[{}]", "averages[{}]")) as table:
-        for i, (param, spare, ax) in enumerate(arrays):
-            table.extend([param], None if spare is None else [spare], [ax], first=i)
-        table.check_overlap()
-        yield table
+def _listed(arrays: Sequence[Exchange]) -> Rows:
+    """Return the checked rows of what is to be exchanged."""
+    rows = Rows(("params[{}]", "spare memory[{}]", "averages[{}]"))
+    for i, (param, spare, ax) in enumerate(arrays):
+        rows.extend([param], None if spare is None else [spare], [ax], first=i)
+    rows.check_overlap()
+    return rows

@@ -1,18 +1,47 @@
-# The scalars of one param after a number of steps.
-
+# The scalars of one param, of which eta and mu are those of its next step.
 cdef struct Scalars:
     double step
     double eta
     double mu
 
-# What they follow from.
+# The hyperparameters of a group, and how its scalars are rounded.
 cdef struct Plan:
     double lr
     double lambd
     double alpha
     double t0
     double average_every
-    bint current  # whether lr acts at once, and the decay of eta begins with averaging
+    bint current         # whether lr acts at once, and the decay of eta begins with averaging
+    double weight_decay
+    double grad_scale    # negative to maximize
+    bint float_step      # whether step is kept in float32
+    bint float_next      # whether the next eta and mu are
 
-cdef Scalars scalars_after(double step, const Plan *plan) noexcept nogil
-cdef double decay_of(double eta, double step, const Plan *plan) noexcept nogil
+# What one step does to a param, all in double. Params with the same scalars share it.
+cdef struct Step:
+    double eta
+    double mu            # 1: the average is the param itself
+    double decay         # of the param
+    double weight_decay
+    double grad_scale
+    Scalars next         # the scalars after the step
+
+cdef double rounded(double x) noexcept nogil
+cdef void fill(Step *step, const Scalars *now, const Plan *plan) noexcept nogil
+cdef bint averages(const Step *step) noexcept nogil
+cdef double eta_of(double step, const Plan *plan) noexcept nogil
+cdef double mu_of(double step, const Plan *plan) noexcept nogil
+
+
+cdef inline bint same_scalars(const Scalars *one, const Scalars *other) noexcept nogil:
+    return one.step == other.step and one.eta == other.eta and one.mu == other.mu
+
+
+cdef inline bint same_plan(const Plan *one, const Plan *other) noexcept nogil:
+    return (
+        one.lr == other.lr and one.lambd == other.lambd and one.alpha == other.alpha
+        and one.t0 == other.t0 and one.average_every == other.average_every
+        and one.current == other.current and one.weight_decay == other.weight_decay
+        and one.grad_scale == other.grad_scale and one.float_step == other.float_step
+        and one.float_next == other.float_next
+    )

@@ -2,31 +2,61 @@
 
 from libc.math cimport floor, fmax, fmod, pow
 
-
-cdef Scalars scalars_after(double step, const Plan *plan) noexcept nogil:
-    """The scalars after `step` steps, in the order of operations of torch.optim.ASGD."""
-    cdef Scalars scalars
-    scalars.step = step
-    scalars.eta = _eta(step - plan.t0 if plan.current else step, plan)
-    scalars.mu = _mu(step - plan.t0, plan.average_every)
-    return scalars
-
-
-cdef double decay_of(double eta, double step, const Plan *plan) noexcept nogil:
-    """What the param is multiplied by in the step of that eta, which follows `step` steps."""
-    if plan.current and step - plan.t0 <= 0:
-        return 1
-    return 1.0 - plan.lambd * eta
+cdef extern from *:
+    """
+    /* Volatile, since gcc 12 at -O3 drops the conversion of two neighbours to float and back. */
+    static inline double asgd_fast_rounded(double x) {
+        volatile float rounded = (float)x;
+        return rounded;
+    }
+    """
+    double _rounded "asgd_fast_rounded"(double x) noexcept nogil
 
 
-cdef inline double _eta(double step, const Plan *plan) noexcept nogil:
-    if plan.current and step <= 0:
-        return plan.lr
+cdef double rounded(double x) noexcept nogil:
+    """A number as float32 has it."""
+    return _rounded(x)
+
+
+cdef void fill(Step *step, const Scalars *now, const Plan *plan) noexcept nogil:
+    """Compute one step of a param and its scalars afterwards, in torch's order of operations."""
+    cdef double count = now.step + 1
+    step.eta = eta_of(now.step, plan) if plan.current else now.eta
+    step.mu = now.mu
+    if plan.current and now.step <= plan.t0:
+        step.decay = 1
+    else:
+        step.decay = 1.0 - plan.lambd * step.eta
+    step.weight_decay = plan.weight_decay
+    step.grad_scale = plan.grad_scale
+    if plan.float_step:
+        count = rounded(count)
+    step.next.step = count
+    step.next.eta = eta_of(count, plan)
+    step.next.mu = mu_of(count, plan)
+    if plan.float_next:
+        step.next.eta = rounded(step.next.eta)
+        step.next.mu = rounded(step.next.mu)
+
+
+cdef bint averages(const Step *step) noexcept nogil:
+    """Whether the step makes an iterate of the average: the first one, a copy, or a later one."""
+    return step.mu != 1 or step.next.mu != 1
+
+
+cdef double eta_of(double step, const Plan *plan) noexcept nogil:
+    """eta after `step` steps."""
+    if plan.current:
+        step -= plan.t0
+        if step <= 0:
+            return plan.lr
     return plan.lr / pow(1.0 + plan.lambd * plan.lr * step, plan.alpha)
 
 
-cdef inline double _mu(double step, double every) noexcept nogil:
-    """The weight of the next iterate; 0 where it is not averaged."""
+cdef double mu_of(double step, const Plan *plan) noexcept nogil:
+    """mu after `step` steps: the weight of the next iterate, 0 where it is not averaged."""
+    cdef double every = plan.average_every
+    step -= plan.t0
     if every == 1 or step <= 1:
         return 1.0 / fmax(1.0, step)
     step = floor(step - 1)  # how many iterates came after the first of the average
@@ -53,6 +83,6 @@ def next_scalars(
     -------
     eta, mu : float
     """
-    cdef Plan plan = Plan(lr, lambd, alpha, t0, average_every, current)
-    cdef Scalars scalars = scalars_after(step, &plan)
-    return scalars.eta, scalars.mu
+    cdef Plan plan = Plan(
+        lr, lambd, alpha, t0, average_every, current, 0.0, 1.0, False, False)
+    return eta_of(step, &plan), mu_of(step, &plan)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from asgd_fast._rows.rows import Rows, dtype_of, lent
+from asgd_fast._rows.rows import Rows, dtype_of
 from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
 from asgd_fast._engines import (
     as_arrays,
@@ -37,9 +37,6 @@ __all__ = ["ArrayASGD", "asgd_"]
 
 # Any object that speaks DLPack. Whether it does is checked when its memory is asked for.
 Array: TypeAlias = Any
-
-# Between the calls of `asgd_` they wait here.
-_spare_tables: list[Rows] = []
 
 # The hyperparameters of a group, with the least value that each may have.
 _LEAST = {"lr": 0.0, "lambd": 0.0, "alpha": 0.0, "t0": -math.inf, "weight_decay": 0.0}
@@ -134,18 +131,18 @@ def asgd_(
     scale = 1.0 if grad_scale is None else check_scalar("grad_scale", grad_scale)
     names = template("params", params), template("grads", grads), template("axs", axs)
     param_list = as_arrays("params", params)
-    with lent(_spare_tables, names) as table:
-        table.extend(
-            param_list,
-            _one_for_each("grads", grads, len(param_list)),
-            None if axs is None else _one_for_each("axs", axs, len(param_list)),
-            eta=check_scalar("eta", eta),
-            mu=check_scalar("mu", mu, high=1.0),
-            lambd=check_scalar("lambd", lambd),
-            weight_decay=check_scalar("weight_decay", weight_decay),
-            grad_scale=-scale if maximize else scale,
-        )
-        update(table)
+    rows = Rows(names)
+    rows.extend(
+        param_list,
+        _one_for_each("grads", grads, len(param_list)),
+        None if axs is None else _one_for_each("axs", axs, len(param_list)),
+        eta=check_scalar("eta", eta),
+        mu=check_scalar("mu", mu, high=1.0),
+        lambd=check_scalar("lambd", lambd),
+        weight_decay=check_scalar("weight_decay", weight_decay),
+        grad_scale=-scale if maximize else scale,
+    )
+    update(rows)
 
 
 class ArrayASGD:
@@ -254,14 +251,14 @@ class ArrayASGD:
             }
         )
         self.param_groups: list[dict[str, Any]] = []
-        # One entry for each param, in the order of the groups. The columns are step, eta and mu.
-        self._averages: list[Array] = []
+        # One entry for each param, in the order of the groups. None: its average has not begun.
+        self._averages: list[Array | None] = []
+        # The columns are step, eta and mu.
         self._scalars = np.zeros((0, 3))
         # The t0 of single params; nan where that of the group holds.
         self._starts = np.zeros(0)
         # Params that hold their averages at the moment, by their places.
         self._exchanged: dict[int, Array] | None = None
-        self._spare_tables: list[Rows] = []
 
         groups = as_arrays("params", params)
         if not groups:
@@ -289,12 +286,15 @@ class ArrayASGD:
         """The averages, one for each param in the order of the groups.
 
         Each is an array of the param's library and layout, in its dtype or `average_dtype`, which
-        the steps update in place. Until averaging starts it equals the param, as of the param's
-        latest step or, before one, of the optimizer's making. Inside `averaged_parameters` it is
-        the param itself, if that has its dtype.
+        the steps update in place. Until averaging begins there is none, and a copy of the param
+        stands for it, which an average equals until then. Inside `averaged_parameters` it is the
+        param itself, if that has its dtype.
         """
         here = self._exchanged or {}
-        return [here.get(i, ax) for i, ax in enumerate(self._averages)]
+        return [
+            here[i] if i in here else self._new_average(param) if ax is None else ax
+            for i, (param, ax) in enumerate(zip(self._params(), self._averages, strict=True))
+        ]
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         """Add a group of params, for instance to train further arrays from now on.
@@ -322,10 +322,10 @@ class ArrayASGD:
         params = as_arrays(f"{where}['params']", group["params"])
         hyperparameters = _checked_hyperparameters({**self.defaults, **group}, f"{where}: ")
 
-        table = Rows(("params[{}]", "", ""))
-        table.extend([*self._params(), *params])
-        table.check_overlap()
-        self._averages += [_clone(param, self._wide(param)) for param in params]
+        rows = Rows(("params[{}]", "", ""))
+        rows.extend([*self._params(), *params])
+        rows.check_overlap()
+        self._averages += [None] * len(params)
         self.param_groups.append({"params": params, **hyperparameters})
         fresh = np.tile([0.0, hyperparameters["lr"], 1.0], (len(params), 1))
         self._scalars = np.concatenate([self._scalars, fresh])
@@ -355,28 +355,39 @@ class ArrayASGD:
         # Taken down before any library is asked for memory, which may run anything.
         groups = self._params_of_groups()
         hyperparameters = self._hyperparameters()
+        param_list = list(chain.from_iterable(groups))
         stops = list(accumulate(map(len, groups), initial=0))
         parts = map(slice, stops, stops[1:])
-        with lent(self._spare_tables, names) as table:
-            for params, own, part in zip(groups, hyperparameters, parts, strict=True):
-                table.extend(
-                    params,
-                    grad_list[part],
-                    self._averages[part],
-                    scalars=self._scalars[part],
-                    lr=own["lr"],
-                    lambd=own["lambd"],
-                    alpha=own["alpha"],
-                    t0=own["t0"],
-                    starts=self._starts[part],
-                    average_every=own["average_every"],
-                    current=own["lr_schedule"] == "current",
-                    weight_decay=own["weight_decay"],
-                    grad_scale=-1.0 if own["maximize"] else 1.0,
-                    first=part.start,
-                    partial=True,
-                )
-            update(table)
+        begun: dict[int, Array] = {}
+
+        def new_average(i: int) -> Array:
+            begun[i] = self._new_average(param_list[i])
+            return begun[i]
+
+        rows = Rows(names)
+        for params, own, part in zip(groups, hyperparameters, parts, strict=True):
+            rows.extend(
+                params,
+                grad_list[part],
+                self._averages[part],
+                scalars=self._scalars[part],
+                lr=own["lr"],
+                lambd=own["lambd"],
+                alpha=own["alpha"],
+                t0=own["t0"],
+                starts=self._starts[part],
+                average_every=own["average_every"],
+                current=own["lr_schedule"] == "current",
+                weight_decay=own["weight_decay"],
+                grad_scale=-1.0 if own["maximize"] else 1.0,
+                first=part.start,
+                new_average=new_average,
+            )
+        if begun:
+            rows.check_overlap()
+            for i, ax in begun.items():
+                self._averages[i] = ax
+        update(rows)
 
     @contextmanager
     def averaged_parameters(self) -> Iterator[None]:
@@ -403,6 +414,8 @@ class ArrayASGD:
         exchanged_ones = {}
         for i, param in self._begun():
             ax = self._averages[i]
+            if ax is None:
+                continue
             spare = None if dtype_of(ax) == dtype_of(param) else _clone(param)
             arrays.append((param, spare, ax))
             if spare is None:
@@ -432,14 +445,15 @@ class ArrayASGD:
             As `asgd_`. Nothing is changed.
         """
         targets = _one_for_each("arrays", arrays, len(self._averages))
-        begun = dict(self._begun())
-        averages = self.averages
-        sources = [averages[i] if i in begun else x for i, x in enumerate(self._params())]
-        table = Rows((template("arrays", arrays), "", "averages[{}]"))
+        sources = self._params()
+        for i, param in self._begun():
+            ax = self._averages[i]
+            sources[i] = param if ax is None or i in (self._exchanged or ()) else ax
+        rows = Rows((template("arrays", arrays), "", "averages[{}]"))
         for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
             if target is not source:
-                table.extend([target], None, [source], first=i)
-        assign(table)
+                rows.extend([target], None, [source], first=i)
+        assign(rows)
 
     def start_averaging(self, group: int | None = None) -> None:
         """Make the next step's iterate the first one in the averages.
@@ -467,6 +481,8 @@ class ArrayASGD:
         # The next one is number step + 1, and number t0 + 2 is the first.
         self._starts[chosen] = self._scalars[chosen, 0] - 1
         self._scalars[chosen, 2] = 1
+        for i in np.flatnonzero(chosen):
+            self._averages[i] = None
 
     def reset_averages(self, group: int | None = None) -> None:
         """Forget the averages, and begin them anew: the same as `start_averaging`.
@@ -491,7 +507,8 @@ class ArrayASGD:
         dict of str to numpy.ndarray
             "step", "eta", "mu", "start" and "group" of shape (n,) for n params, where "start" is
             t0, of the group or as `start_averaging` has set it; each hyperparameter, of shape
-            (len(param_groups),); and the averages, copied, as "ax.0" to "ax.{n - 1}". It goes
+            (len(param_groups),); and the averages, or the params that they equal before they begin,
+            copied, as "ax.0" to "ax.{n - 1}". It goes
             through ``np.savez(file, **state)`` and ``np.load(file)``, pickle and ``copy.deepcopy``.
 
         Raises
@@ -581,20 +598,23 @@ class ArrayASGD:
             )
             for k in range(len(self.param_groups))
         ]
-        # A saved average may come back in another order of the axes.
-        loaded = [expected[f"ax.{i}"] for i in range(len(self._averages))]
-        for i, ax in enumerate(loaded):
-            ax[...] = state[f"ax.{i}"]
-        table = Rows(("averages[{}]", "state_dict['ax.{}']", ""))
-        elsewhere = []
-        for i, (average, source) in enumerate(zip(self._averages, loaded, strict=True)):
+        begins = state["mu"] != 1
+        begun = [
+            self._new_average(param) if begins[i] else None
+            for i, param in enumerate(self._params())
+        ]
+        rows = Rows(("averages[{}]", "state_dict['ax.{}']", ""))
+        for i, average in enumerate(begun):
+            if average is None:
+                continue
+            source = expected[f"ax.{i}"]
+            source[...] = state[f"ax.{i}"]  # which may come in another order of the axes
             if is_on_device(average):
-                elsewhere.append((average, source))
+                from_host(average, source)
             else:
-                table.extend([average], [source], first=i)
-        copy(table)
-        for average, source in elsewhere:
-            from_host(average, source)
+                rows.extend([average], [source], first=i)
+        copy(rows)
+        self._averages = begun
         self._scalars[:] = np.column_stack([state["step"], state["eta"], state["mu"]])
         for group, own in zip(self.param_groups, hyperparameters, strict=True):
             group.update(own)
@@ -619,6 +639,10 @@ class ArrayASGD:
         for i, param in enumerate(self._params()):
             if self._scalars[i, 2] != 1:
                 yield i, param
+
+    def _new_average(self, param: Array) -> Array:
+        """Return a copy of a param, in the dtype of its average."""
+        return _clone(param, self._wide(param))
 
     def _wide(self, param: Array) -> str | None:
         """Return the dtype of a param's average, if that is not the param's own."""

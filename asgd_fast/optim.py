@@ -9,34 +9,31 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import wraps
-from itertools import chain, groupby
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
-from torch.optim.asgd import asgd as torch_asgd
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from torch.torch_version import TorchVersion
 
 from asgd_fast import _core
-from asgd_fast._schedule import next_scalars
-from asgd_fast._torch import averages as _averages
-from asgd_fast._torch import state as _state
-from asgd_fast._torch.slots import Slot, Slots, check_group
-from asgd_fast._torch.state import OWN_HYPERPARAMETERS, Group, extent, rounds_scalars
-from asgd_fast._rows.rows import Rows, lent
-from asgd_fast._torch.internals import increment_versions
-from asgd_fast.threads import threads_for
 from asgd_fast._engines import on_devices
+from asgd_fast._torch import averages, fallback, state
+from asgd_fast._torch.gather import Work, gather
+from asgd_fast._torch.groups import check_group
+from asgd_fast._torch.internals import (
+    check_graph_capture,
+    has_observers,
+    increment_versions,
+    is_watched,
+)
+from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from torch.optim.optimizer import ParamsT
+
+    from asgd_fast._torch.groups import Group
+    from asgd_fast._torch.state import ParamState
 
 __all__ = ["ASGD"]
 
@@ -51,15 +48,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(step)
     def wrapper(self: ASGD, *args: Any, **kwargs: Any) -> Any:
-        if (
-            args
-            or kwargs
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or _profiler_enabled()
-        ):
+        if args or kwargs or has_observers(self):
             return in_full(self, *args, **kwargs)
         return step(self)
 
@@ -113,11 +102,10 @@ class ASGD(torch.optim.ASGD):
         the GPU, which advances them, and averages have memory of their own from the first step on.
         For params in CPU memory as in torch.
     lazy_average : bool, default=True
-        Until averaging begins, an average equals its param: ``state[p]["ax"]`` is then the param's
-        own memory, which costs none and is not written to. The step that makes the first iterate of
-        the average gives it memory of its own. False gives it that from the first step on, as torch
-        does. Not kept in checkpoints, which hold copies either way.
-
+        Until averaging begins, an average equals its param and does not exist: ``state[p]["ax"]``
+        answers a copy of the param, and there is no such key. The step that makes the first iterate
+        of the average allocates it. False does that in the first step, as torch does. Not kept in
+        checkpoints, which hold averages either way.
     average_dtype : torch.dtype, optional
         float32 or float64: averages are kept in it where it is wider than their params (complex
         ones as pairs of such numbers), and the lines of ax above are computed in it. By default
@@ -141,9 +129,9 @@ class ASGD(torch.optim.ASGD):
         The groups; hyperparameters, lr_schedule and average_every among them, may be changed
         between steps.
     state : dict of Tensor to dict
-        For each param that has been stepped: "ax", its average, in its layout; "step", "eta" and
-        "mu", tensors of no dimension, of which the last two are for the next step. All are updated
-        in place by the steps. "t0", a number, stands instead of the group's where
+        For each param that has been stepped: "step", "eta" and "mu", tensors of no dimension, of
+        which the last two are for the next step; and "ax", its average, in its layout, once that
+        has begun. All are updated in place by the steps. "t0", a number, stands instead of the group's where
         `start_averaging` found params of different step counts.
 
     Raises
@@ -194,19 +182,14 @@ class ASGD(torch.optim.ASGD):
     # GradScaler then sets grad_scale and found_inf, and leaves unscaling and skipping to the step.
     _step_supports_amp_scaling = True
 
-    _slots: Slots | None = None
-
     # Whether the scalars of a GPU's params are in its memory, because a scaler makes steps there.
     _on_device = False
 
-    # Averages that came from elsewhere with memory of their own, which lazy ones can give up.
-    _loaded: tuple[Tensor, ...] = ()
+    # Whether the averages stand in the params.
+    _is_exchanged = False
 
     lazy_average = True
     average_dtype: torch.dtype | None = None
-
-    # The memory of params that averages stand in at the moment; None while they do not.
-    _exchanged: tuple[Tensor, ...] | None = None
 
     def __init__(
         self,
@@ -249,7 +232,7 @@ class ASGD(torch.optim.ASGD):
             differentiable,
             capturable,
         )
-        self._separate_checkpoints()
+        self._make_checkpoints_plain()
         self.lazy_average = lazy_average
         self.average_dtype = average_dtype
 
@@ -289,34 +272,79 @@ class ASGD(torch.optim.ASGD):
         Raises
         ------
         RuntimeError
-            A gradient is sparse. Nothing is changed.
+            A gradient is sparse; or the averages stand in the params: see `averaged_parameters`.
+            Nothing is changed.
         TypeError, ValueError
             A hyperparameter was changed to what the constructor refuses. Nothing is changed.
-        RuntimeError
-            The averages stand in the params: see `averaged_parameters`. Nothing is changed.
         """
         if torch.compiler.is_compiling():
             return _step_uncompiled(self, closure)
         return self._step(closure)
 
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        self._refuse_exchanged("step")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # A GradScaler sets these for the step, and takes them away.
+        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        if isinstance(found_inf, Tensor) and found_inf.is_cuda:
+            # From now on the device has the scalars, as it alone knows whether it made a step.
+            self._on_device = True
+            work = self._gather(1.0)
+            if work.is_all_on_device() and not work.left:
+                if work.rows:
+                    work.rows.on_device.scale(work.rows.streams, found_inf, scale)
+                self._run(work, 1.0)
+                return loss
+        if found_inf is None or not found_inf:
+            unscale = 1.0 if scale is None else _inverse(scale)
+            self._run(self._gather(unscale), unscale)
+        return loss
+
+    def _gather(self, unscale: float) -> Work:
+        """Find out what the step has to do; nothing is changed."""
+        return gather(
+            self.state,
+            self.param_groups,
+            unscale=unscale,
+            on_device=self._on_device,
+            by_torch=is_watched(),
+            lazy=self.lazy_average,
+            average_dtype=self.average_dtype,
+        )
+
+    def _run(self, work: Work, unscale: float) -> None:
+        """Do what a step has to do, all of it checked before anything changes."""
+        launches = None
+        if work.left:
+            check_graph_capture(self)
+            fallback.check(work.left)
+        if work.rows.has_gpu_rows:
+            capturable = all(group["capturable"] for group in self.param_groups)
+            launches = on_devices(work.rows, capturable=capturable)
+        n_threads = threads_for(work.rows)
+        work.begin()
+        if work.left:
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                fallback.step(work.left, unscale)
+        increment_versions(work.written)
+        if launches is not None:
+            launches.run()
+        _core.update(work.rows, n_threads)
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or another process needs."""
         self._refuse_exchanged("copying the optimizer")
-        _state.own(_state.strayed(self._slots), self.average_dtype)
         own = ("lazy_average", "average_dtype", "_own_defaults", "_on_device")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state_: dict[str, Any]) -> None:
         """Take over the state of a checkpoint, a copy or another process."""
-        _state.put_back(state.get("state", {}), self.average_dtype)
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _state.widen(self.state, self.average_dtype)
-        if self.lazy_average:
-            entries = (entry for entry in self.state.values() if isinstance(entry, dict))
-            self._loaded = tuple(entry["ax"] for entry in entries if "ax" in entry)
-        self._separate_checkpoints()
-        with torch.inference_mode(False):
-            self._slots = self._find(None)
+        super().__setstate__(state_)  # type: ignore[no-untyped-call]
+        state.load(self.state, lazy=self.lazy_average, average_dtype=self.average_dtype)
+        self._make_checkpoints_plain()
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint, as torch does: its tensors are those of the state.
@@ -353,7 +381,7 @@ class ASGD(torch.optim.ASGD):
         """
         self._refuse_exchanged("load_state_dict")
         # Added last, so that the user's own hooks see the dict that they were given.
-        hook = self.register_load_state_dict_pre_hook(_state.copied)
+        hook = self.register_load_state_dict_pre_hook(state.protected)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -399,12 +427,12 @@ class ASGD(torch.optim.ASGD):
         -3.0
         """
         self._refuse_exchanged("averaged_parameters")
-        self._exchanged = ()
+        self._is_exchanged = True
         try:
-            with _averages.exchanged(self.state, self.param_groups) as self._exchanged:
+            with averages.exchanged(self._states()):
                 yield
         finally:
-            self._exchanged = None
+            self._is_exchanged = False
 
     def copy_averages_to(self, target: torch.nn.Module | Iterable[Tensor]) -> None:
         """Copy the averages into a model, or into tensors.
@@ -453,7 +481,7 @@ class ASGD(torch.optim.ASGD):
                     f"target: tensor {i} of shape {tuple(other.shape)} does not match its param of "
                     f"shape {tuple(param.shape)}"
                 )
-        _averages.copy_to(self.state, self.param_groups, zip(params, targets, strict=True))
+        averages.copy_to(self._states(), zip(params, targets, strict=True))
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return the state dict of the model with the averages in it: the model to ship.
@@ -490,7 +518,7 @@ class ASGD(torch.optim.ASGD):
         own = {id(param) for group in self.param_groups for param in group["params"]}
         if not any(id(param) in own for param in model.parameters()):
             raise ValueError("model: has none of the optimizer's params")
-        with nullcontext() if self._exchanged is not None else self.averaged_parameters():
+        with nullcontext() if self._is_exchanged else self.averaged_parameters():
             return deepcopy(model.state_dict())
 
     def start_averaging(self, group: int | None = None) -> None:
@@ -513,14 +541,8 @@ class ASGD(torch.optim.ASGD):
             The averages stand in the params: see `averaged_parameters`.
         """
         self._refuse_exchanged("start_averaging")
-        _state.own(_state.strayed(self._slots), self.average_dtype)
         for own in self.param_groups if group is None else [self.param_groups[group]]:
-            _state.start(self.state, own, lazy=self.lazy_average, average_dtype=self.average_dtype)
-        for slot in chain(*self._slots.groups) if self._slots is not None else ():
-            if slot is not None:
-                slot.read_start()
-        with torch.inference_mode(False):
-            self._slots = self._find(self._slots)
+            state.start(self._states(own), own)
 
     def reset_averages(self, group: int | None = None) -> None:
         """Forget the averages, and begin them anew: the same as `start_averaging`.
@@ -537,14 +559,22 @@ class ASGD(torch.optim.ASGD):
         """
         self.start_averaging(group)
 
-    def _separate_checkpoints(self) -> None:
-        """Let no checkpoint share memory with params, which are what lazy averages have."""
-        if _state.separated not in self._optimizer_state_dict_post_hooks.values():
-            # Before the user's own hooks.
-            self.register_state_dict_post_hook(_state.separated, prepend=True)
+    def _states(self, *groups: Group) -> list[ParamState]:
+        """Return the states that there are of the params of some groups, by default of all."""
+        return state.states_of(
+            self.state,
+            groups or self.param_groups,
+            lazy=self.lazy_average,
+            average_dtype=self.average_dtype,
+        )
+
+    def _make_checkpoints_plain(self) -> None:
+        """Let checkpoints have torch's form, before the user's own hooks see them."""
+        if state.plain not in self._optimizer_state_dict_post_hooks.values():
+            self.register_state_dict_post_hook(state.plain, prepend=True)
 
     def _refuse_exchanged(self, call: str) -> None:
-        if self._exchanged is not None:
+        if self._is_exchanged:
             raise RuntimeError(
                 f"{call}: not inside averaged_parameters(), where the averages stand in the params"
             )
@@ -569,391 +599,12 @@ class ASGD(torch.optim.ASGD):
             )
         return others
 
-    def _step(self, closure: Callable[[], Any] | None) -> Any:
-        if self._exchanged is not None:
-            self._refuse_exchanged("step")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        given = self.__dict__  # by a scaler, and taken away after the step
-        found_inf, scale = given.get("found_inf"), given.get("grad_scale")
-        n_known = len(self.state)
-        if found_inf is not None and isinstance(found_inf, Tensor) and found_inf.is_cuda:
-            # From now on the device has the scalars, as it alone knows whether it made a step.
-            self._on_device = True
-            if self._slots is None or not self._slots.all_on_device:
-                self._slots = self._read_slots()
-            if self._slots.all_on_device and self._update_on_devices(found_inf, scale):
-                return loss
-        if found_inf is None or not found_inf:
-            self._update(1.0 if scale is None else _inverse(scale))
-        else:
-            # A step that is not made leaves no state: it would have the learning rate of now.
-            for param in list(self.state)[n_known:]:
-                del self.state[param]
-        return loss
-
-    def _update_on_devices(self, found_inf: Tensor, scale: Tensor | float | None) -> bool:
-        """Let the devices update every param that has a gradient, unless there is a `found_inf`.
-
-        Gradients are divided by `scale`. False where something is to be done by others, which
-        cannot be left to the device; nothing is changed then.
-        """
-        with lent(_spare_tables, _NAMES) as table:
-            slots, left = self._gather(table, 1.0)
-            if left:
-                left = self._fit(left, slots, table, 1.0)
-            if left or not slots.all_on_device or not _is_fit(table):
-                return False
-            if table:
-                table.found_inf = _on_each(table.streams, found_inf)
-                table.grad_scale = None if scale is None else _on_each(table.streams, scale)
-                self._run(table, slots, [], 1.0)
-        if self._loaded:
-            self._release(slots)
-        return True
-
-    def _update(self, unscale: float) -> None:
-        """Update every param that has a gradient, by an engine as far as it goes.
-
-        Gradients are multiplied by `unscale` first.
-        """
-        with lent(_spare_tables, _NAMES) as table:
-            slots, left = self._gather(table, unscale)
-            if left:
-                _check_graph_capture(self)
-                if any(_grad_of(slot).is_sparse for _, slot in left):
-                    raise RuntimeError("ASGD does not support sparse gradients")
-                left = self._fit(left, slots, table, unscale)
-            if not _is_fit(table):
-                # The order of operations shows where memory is shared: it is to be torch's.
-                left = self._active(slots)
-            self._run(table, slots, left, unscale)
-        if self._loaded:
-            self._release(slots)
-
-    def _run(self, table: Rows, slots: Slots, left: list[_Left], unscale: float) -> None:
-        """Update the rows of a table, which is checked, and by torch's function what is left."""
-        launches = None
-        if table.has_gpu_rows:
-            capturable = all(group["capturable"] for group in self.param_groups)
-            launches = on_devices(table, capturable=capturable)
-        if left:
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
-                _step_by_torch(left, unscale, self.average_dtype)
-        if table:
-            n_threads = threads_for(table)
-            # Before the memory changes: nothing fails from here on, unless a device does.
-            increment_versions(slots.written)
-            if launches is not None:
-                launches.run()
-            _core.update(table, n_threads)
-
-    def _release(self, slots: Slots) -> None:
-        """Give up the memory of averages that were loaded, where the step has made them lazy."""
-        _state.release(
-            self.state, self.param_groups, self._loaded, average_dtype=self.average_dtype
-        )
-        self._loaded = ()
-        self._slots = self._find(slots)
-
-    def _gather(self, table: Rows, unscale: float) -> tuple[Slots, list[_Left]]:
-        """Put into the table what an engine can take as it is; return the rest."""
-        slots = self._slots
-        is_watched = _is_watched()
-        if slots is None or not slots.is_current(self.state) or is_watched:
-            slots = self._read_slots()
-        if is_watched:
-            return slots, self._active(slots)
-        groups, on_device = self.param_groups, self._on_device
-        left = slots.gather(table, groups, unscale, rounds_scalars(), on_device)
-        if left is None:  # a first gradient, or groups or state that were changed by hand
-            table.clear()
-            slots = self._read_slots()
-            left = slots.gather(table, groups, unscale, rounds_scalars(), on_device)
-        if left is None:
-            raise RuntimeError("param_groups: changed by another thread during the step")
-        return slots, left
-
-    def _read_slots(self) -> Slots:
-        """Find the state of each param, new where there was none."""
-        with _state.alone(), torch.inference_mode(False):  # which the state is to outlive
-            _state.create(
-                self.state,
-                self.param_groups,
-                lazy=self.lazy_average,
-                average_dtype=self.average_dtype,
-            )
-            slots = self._find(self._slots)
-            begin = [
-                slot
-                for group, own in zip(self.param_groups, slots.groups, strict=True)
-                for slot in own
-                if slot is not None and _begins(group, slot)
-            ]
-            _state.own(begin, self.average_dtype)
-            self._slots = self._find(slots)
-        return self._slots
-
-    def _find(self, before: Slots | None) -> Slots:
-        return _state.find(
-            self.state,
-            self.param_groups,
-            before,
-            average_dtype=self.average_dtype,
-            on_device=self._on_device,
-        )
-
-    def _active(self, slots: Slots) -> list[_Left]:
-        """Return every param that has a gradient."""
-        return [
-            (group, slot)
-            for group, own in zip(self.param_groups, slots.groups, strict=True)
-            for slot in own
-            if slot is not None and slot.param.grad is not None
-        ]
-
-    def _fit(self, left: list[_Left], slots: Slots, table: Rows, unscale: float) -> list[_Left]:
-        """Put into the table what an engine can take once converted; return the rest."""
-        if _is_watched():
-            return left
-        rest = []
-        outside: list[Tensor | None] = []  # of the table, and yet read or written
-        for group, slot in left:
-            grad = None
-            is_capturable = slot.param.is_cuda or not group["capturable"]
-            if slot.packed and is_capturable and not group["differentiable"]:
-                grad = _converted_grad(slot)
-            if grad is not None and slots.add(table, group, slot, grad, unscale, rounds_scalars()):
-                outside.append(slot.param.grad)
-            else:
-                rest.append((group, slot))
-                outside += slot.param, slot.param.grad, slot.state.get("ax")
-        if any(table.touches(*extent(tensor)) for tensor in outside):
-            table.clear()
-            return self._active(slots)
-        return rest
-
-
-# A param that no engine took as it is, with its group.
-_Left: TypeAlias = tuple[Group, Slot]
-
-# What torch's function takes of a group.
-_HYPERPARAMETERS = (
-    "lr",
-    "lambd",
-    "alpha",
-    "t0",
-    "weight_decay",
-    "foreach",
-    "maximize",
-    "differentiable",
-    "capturable",
-)
-
-# As factors of tensors on a GPU.
-_FOREACH_TAKES_HOST_SCALARS = TorchVersion(torch.__version__) >= "2.7"
-
-# Between steps their memory waits here for the next.
-_spare_tables: list[Rows] = []
-
-_NAMES = "params[{}]", "grads[{}]", "averages[{}]"
 
 # Under torch.compile the step is left as it is: faster than what would be compiled.
 _step_uncompiled = torch.compiler.disable(ASGD._step)
 
 
-def _is_watched() -> bool:
-    """Whether a mode or transform of torch is to see every operation, so that none is left out."""
-    return (
-        _len_torch_dispatch_stack() > 0
-        or peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
-def _is_fit(table: Rows) -> bool:
-    """Whether no arrays of a table share memory; it is empty otherwise."""
-    try:
-        table.check_overlap()
-    except ValueError:
-        return False
-    return True
-
-
-def _begins(group: Group, slot: Slot) -> bool:
-    """Whether a lazy average is to have memory of its own in the next step.
-
-    That makes its first iterate, or a later one; or it may be captured into a graph.
-    """
-    if not slot.is_lazy or slot.param.grad is None:
-        return False
-    if group["capturable"]:
-        return True
-    t0 = slot.state["t0"] if "t0" in slot.state else group["t0"]
-    if slot.on_device:
-        step = slot.at_most
-        mu = next_scalars(step, 0.0, 0.0, 0.0, t0, group["average_every"])[1] if step else 1.0
-    else:
-        step, mu = (float(slot.state[name]) for name in ("step", "mu"))
-    _, next_mu = next_scalars(step + 1, 0.0, 0.0, 0.0, t0, group["average_every"])
-    return mu != 1 or next_mu != 1
-
-
-def _on_each(devices: Iterable[int], scalar: Tensor | float) -> dict[int, Tensor]:
-    """Return a number as a float32 tensor in the memory of each of some GPUs, by their numbers."""
-    places = {i: torch.device("cuda", i) for i in devices}
-    if not isinstance(scalar, Tensor):
-        return {i: torch.full((), scalar, dtype=torch.float32, device=x) for i, x in places.items()}
-    scalar = scalar.detach().float()
-    return {i: scalar.to(place, non_blocking=True) for i, place in places.items()}
-
-
 def _inverse(grad_scale: Any) -> float:
     """Return the factor that ``GradScaler.unscale_`` multiplies by: a float32."""
-    return float(
-        torch.as_tensor(grad_scale, dtype=torch.float64, device="cpu").reciprocal().float()
-    )
-
-
-def _grad_of(slot: Slot) -> Tensor:
-    grad = slot.param.grad
-    assert grad is not None
-    return grad
-
-
-@torch.no_grad()
-def _converted_grad(slot: Slot) -> Tensor | None:
-    """Return the gradient in its param's dtype and layout if that loses nothing, else None.
-
-    The average too is put into the layout of a param that has changed its own. For gradients that
-    repeat their memory torch may round in another way, so they stay with it.
-    """
-    param, grad, ax = slot.param, _grad_of(slot), slot.state["ax"]
-    like = torch.empty_like(param)
-    if (
-        type(grad) is not Tensor
-        or grad.layout != torch.strided
-        or grad.device != param.device
-        or grad.shape != param.shape
-        or 0 in grad.stride()
-        or grad.is_complex() != param.is_complex()
-        or torch.promote_types(grad.dtype, param.dtype) != param.dtype
-        or like.stride() != param.stride()
-    ):
-        return None
-    stays = slot.is_lazy or ax.shape != param.shape
-    if not stays and ax.stride() != param.stride():
-        if ax.untyped_storage().nbytes() != ax.numel() * ax.itemsize:
-            return None  # it is part of something larger
-        ax.data = torch.empty_like(param, dtype=ax.dtype).copy_(ax)
-    return like.copy_(grad)
-
-
-def _step_by_torch(left: list[_Left], unscale: float, average_dtype: torch.dtype | None) -> None:
-    """Update params by torch's own function."""
-    _state.own([slot for _, slot in left], average_dtype)
-    for group, slot in left:
-        if group["capturable"] and _is_own(group):
-            raise ValueError(
-                "capturable: goes with lr_schedule='current' or average_every > 1 only for params "
-                f"that CUDA kernels take; got one on {slot.param.device}"
-            )
-        shape = tuple(slot.param.shape)
-        missing = {"step", "eta", "mu", "ax"} - slot.state.keys()
-        if missing:
-            raise KeyError(f"state: {sorted(missing)} missing for a param of shape {shape}")
-        got = tuple(slot.state["ax"].shape)
-        if not _broadcasts(shape, got):
-            raise ValueError(
-                f"state: 'ax' of shape {got} does not match its param of shape {shape}"
-            )
-    for _, pairs in groupby(left, key=_what_torch_takes_together):
-        groups, slots = zip(*pairs, strict=True)
-        grads = [_grad_of(slot) for slot in slots]
-        if unscale != 1:
-            grads = [grad * unscale for grad in grads]
-        if _is_own(groups[0]):
-            for slot, grad in zip(slots, grads, strict=True):
-                _step_one_by_torch(groups[0], slot, grad)
-            continue
-        options = {name: groups[0][name] for name in _HYPERPARAMETERS}
-        options["t0"] = slots[0].state.get("t0", options["t0"])
-        if slots[0].state["ax"].dtype != slots[0].param.dtype or not all(map(_goes_foreach, slots)):
-            options["foreach"] = False
-        torch_asgd(
-            [slot.param for slot in slots],
-            grads,
-            [slot.state["ax"] for slot in slots],
-            [slot.state["mu"] for slot in slots],
-            [slot.state["eta"] for slot in slots],
-            [slot.state["step"] for slot in slots],
-            has_complex=any(slot.param.is_complex() for slot in slots),
-            **options,
-        )
-
-
-def _goes_foreach(slot: Slot) -> bool:
-    """Whether torch's foreach takes a param with its scalars where they are."""
-    return (
-        _FOREACH_TAKES_HOST_SCALARS
-        or not slot.param.is_cuda
-        or all(slot.state[name].is_cuda for name in _state.SCALARS)
-    )
-
-
-def _is_own(group: Group) -> bool:
-    """Whether a group has hyperparameters that torch's function does not know."""
-    return any(group[name] != value for name, value in OWN_HYPERPARAMETERS.items())
-
-
-def _what_torch_takes_together(pair: _Left) -> tuple[Any, ...]:
-    group, slot = pair
-    ax, t0 = slot.state.get("ax"), slot.state.get("t0")
-    return id(group), isinstance(ax, Tensor) and ax.dtype != slot.param.dtype, t0
-
-
-def _step_one_by_torch(group: Group, slot: Slot, grad: Tensor) -> None:
-    """Update a param by torch's own function, with scalars that torch would not compute."""
-    state, param = slot.state, slot.param
-    options = {name: group[name] for name in _HYPERPARAMETERS}
-    lr, lambd, alpha = (float(group[name]) for name in ("lr", "lambd", "alpha"))
-    step, eta, mu = (float(state[name]) for name in ("step", "eta", "mu"))
-    t0 = float(state["t0"] if "t0" in state else group["t0"])
-    is_current = group["lr_schedule"] == "current"
-    every = group["average_every"]
-    if is_current:
-        eta, _ = next_scalars(step, lr, lambd, alpha, t0, every, is_current)
-        if step <= t0:
-            options["lambd"] = 0.0
-    ax = state["ax"] if mu != 0 else torch.empty_like(param)
-    torch_asgd(
-        [param],
-        [grad],
-        [ax],
-        [torch.tensor(mu or 1.0, dtype=torch.float64)],
-        [torch.tensor(eta, dtype=torch.float64)],
-        [torch.tensor(step, dtype=torch.float64)],
-        has_complex=param.is_complex(),
-        **{**options, "foreach": False},
-    )
-    eta, mu = next_scalars(step + 1, lr, lambd, alpha, t0, every, is_current)
-    for name, value in (("step", step + 1), ("eta", eta), ("mu", mu)):
-        state[name].fill_(value)
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether torch adds a tensor of one shape to one of the other, in place."""
-    try:
-        return bool(torch.broadcast_shapes(shape, to) == to)
-    except RuntimeError:
-        return False
-
-
-def _check_graph_capture(optimizer: ASGD) -> None:
-    """Refuse what torch refuses in the capture of a device graph."""
-    if hasattr(optimizer, "_accelerator_graph_capture_health_check"):
-        optimizer._accelerator_graph_capture_health_check()
-    else:  # before torch 2.9
-        optimizer._cuda_graph_capture_health_check()
+    scale = torch.as_tensor(grad_scale, dtype=torch.float64, device="cpu")
+    return float(scale.reciprocal().float())

@@ -222,13 +222,18 @@ def test_one_step_of_half_types_is_as_near_to_float32_as_can_be(
     """Element by element: ours is float32's result rounded once, and torch's is no nearer."""
     torch.manual_seed(n)
     twins = Twins(
-        [nn.Parameter(torch.randn(n).to(dtype))], lr=0.3, lambd=0.1, weight_decay=weight_decay
+        [nn.Parameter(torch.randn(n).to(dtype))],
+        lr=0.3,
+        lambd=0.1,
+        weight_decay=weight_decay,
+        lazy_average=False,
     )
     precise = Twins(
         [p.detach().float().requires_grad_() for p in twins.params],
         lr=0.3,
         lambd=0.1,
         weight_decay=weight_decay,
+        lazy_average=False,
     )
     ax = torch.randn(n).to(dtype)
     for pair in (twins, precise):

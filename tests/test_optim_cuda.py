@@ -17,7 +17,8 @@ from device_twins import Twins, on, params_of, same
 from torch.optim.asgd import asgd as torch_asgd
 from twins import NAMES
 
-from asgd_fast import ASGD, optim
+from asgd_fast import ASGD
+from asgd_fast._torch import fallback
 from asgd_fast.cuda import device as device_module
 
 
@@ -404,8 +405,8 @@ def test_torchs_foreach_gets_scalars_that_it_takes(gpu, monkeypatch, takes_them)
         asked.append(foreach)
         return torch_asgd(*args, foreach=foreach, **options)
 
-    monkeypatch.setattr(optim, "_FOREACH_TAKES_HOST_SCALARS", takes_them)
-    monkeypatch.setattr(optim, "torch_asgd", recorded)
+    monkeypatch.setattr(fallback, "FOREACH_TAKES_HOST_SCALARS", takes_them)
+    monkeypatch.setattr(fallback, "torch_asgd", recorded)
     for device in ("cuda", "cpu"):
         param = torch.nn.Parameter(torch.zeros(4, device=device))
         param.grad = torch.ones(1, device=device).expand(4)

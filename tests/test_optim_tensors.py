@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import NAMES, Twins, bits, parameters, same
 
-from asgd_fast import ASGD, optim
+from asgd_fast import ASGD
+from asgd_fast._torch import fallback
 
 OPTIONS = {"lr": 0.3, "lambd": 1e-2, "t0": 2, "weight_decay": 0.01}
 STEPS = 7
@@ -18,13 +19,13 @@ STEPS = 7
 def by_torch(monkeypatch):
     """How many params have gone to torch's own function."""
     counts = []
-    original = optim.torch_asgd
+    original = fallback.torch_asgd
 
     def counting(params, *arguments, **options):
         counts.append(len(params))
         return original(params, *arguments, **options)
 
-    monkeypatch.setattr(optim, "torch_asgd", counting)
+    monkeypatch.setattr(fallback, "torch_asgd", counting)
     return counts
 
 

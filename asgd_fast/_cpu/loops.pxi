@@ -75,20 +75,20 @@ cdef inline void _update(
     const Row *row, real *param, const real *grad, mean *ax, int64_t n,
 ) noexcept nogil:
     """Update n elements; without an average if ax is NULL."""
-    cdef real neg_eta = <real>-row.eta
-    cdef mean mu = <mean>row.mu
-    cdef real decay = <real>row.decay
-    cdef real weight_decay = <real>row.weight_decay
-    cdef real grad_scale = <real>row.grad_scale
+    cdef real neg_eta = <real>-row.step.eta
+    cdef mean mu = <mean>row.step.mu
+    cdef real decay = <real>row.step.decay
+    cdef real weight_decay = <real>row.step.weight_decay
+    cdef real grad_scale = <real>row.step.grad_scale
     # As given: the rounded one may be 0, and fma(0, p, g) is not always g.
-    cdef bint has_weight_decay = row.weight_decay != 0
+    cdef bint has_weight_decay = row.step.weight_decay != 0
     cdef real p
     cdef int64_t i
     if ax == NULL:
         for i in range(n):
             param[i] = _step(
                 param[i], grad[i], neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
-    elif row.mu == 1:
+    elif row.step.mu == 1:
         for i in range(n):
             p = _step(param[i], grad[i], neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
             param[i] = p
@@ -105,7 +105,7 @@ cdef inline void _update_reals(
     bint streams,
 ) noexcept nogil:
     param, grad, ax = param + start, grad + start, NULL if ax == NULL else ax + start
-    if streams and ax != NULL and row.mu == 1:
+    if streams and ax != NULL and row.step.mu == 1:
         _update_streaming(row, param, grad, ax, stop - start)
     else:
         _update(row, param, grad, ax, stop - start)
@@ -172,14 +172,14 @@ cdef inline void _update_halves(
     cdef int64_t ax_size = row.ax_size
     cdef char *ax = NULL if row.ax == NULL else <char *>row.ax + start * ax_size
     param, grad = param + start, grad + start
-    how.neg_eta = <float>-row.eta
-    how.mu = row.mu
-    how.decay = <float>row.decay
-    how.weight_decay = <float>row.weight_decay
-    how.grad_scale = <float>row.grad_scale
-    how.has_weight_decay = row.weight_decay != 0
-    how.averages = ax != NULL and row.mu != 1
-    how.copies = ax != NULL and row.mu == 1
+    how.neg_eta = <float>-row.step.eta
+    how.mu = row.step.mu
+    how.decay = <float>row.step.decay
+    how.weight_decay = <float>row.step.weight_decay
+    how.grad_scale = <float>row.step.grad_scale
+    how.has_weight_decay = row.step.weight_decay != 0
+    how.averages = ax != NULL and row.step.mu != 1
+    how.copies = ax != NULL and row.step.mu == 1
     how.streams = False
     how.ax_size = row.ax_size
     if streams and how.copies:

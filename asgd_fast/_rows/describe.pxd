@@ -34,7 +34,7 @@ cdef inline bint same_dtype(const DLTensor *one, const DLTensor *other) noexcept
     )
 
 
-cdef int64_t size_of(const DLTensor *tensor) noexcept
+cdef int64_t n_elements(const DLTensor *tensor) noexcept
 cdef bint is_dense(const DLTensor *tensor) noexcept
 cdef bint same_shape(const DLTensor *one, const DLTensor *other) noexcept
 cdef bint same_layout(const DLTensor *one, const DLTensor *other) noexcept

@@ -29,7 +29,7 @@ cdef dict _DEVICES = {
 }
 
 
-cdef int64_t size_of(const DLTensor *tensor) noexcept:
+cdef int64_t n_elements(const DLTensor *tensor) noexcept:
     cdef int64_t n = 1
     cdef int32_t axis
     for axis in range(tensor.ndim):
@@ -39,7 +39,7 @@ cdef int64_t size_of(const DLTensor *tensor) noexcept:
 
 cdef bint is_dense(const DLTensor *tensor) noexcept:
     """Whether the elements fill one block of memory, each once, in some order of the axes."""
-    cdef int64_t n = size_of(tensor), filled = 1
+    cdef int64_t n = n_elements(tensor), filled = 1
     cdef int32_t axis, _step
     if n <= 1 or _is_c_contiguous(tensor):
         return True
@@ -80,7 +80,7 @@ cdef bint same_shape(const DLTensor *one, const DLTensor *other) noexcept:
 cdef bint same_layout(const DLTensor *one, const DLTensor *other) noexcept:
     """Whether two dense arrays of one shape hold the same element at each offset."""
     cdef int32_t axis
-    if size_of(one) <= 1 or (_is_c_contiguous(one) and _is_c_contiguous(other)):
+    if n_elements(one) <= 1 or (_is_c_contiguous(one) and _is_c_contiguous(other)):
         return True
     if one.strides == NULL or other.strides == NULL:
         return False

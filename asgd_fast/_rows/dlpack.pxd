@@ -2,7 +2,6 @@
 # version 1), and the two functions that borrow an array through them.
 # Source: https://dmlc.github.io/dlpack/latest/c_api.html
 
-from cpython.object cimport PyObject
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
 cdef enum:  # DLDeviceType
@@ -85,23 +84,10 @@ cdef struct Borrowed:
     DLManagedTensor *legacy
     uintptr_t stream         # of memory of a GPU: as `stream_of`
 
-# An array that was seen not to wait for a negation, which a library takes long to tell.
-cdef struct Known:
-    PyObject *last           # the array seen last; only compared, as it may be gone
-    PyObject *reference      # a weak reference to one seen twice, or NULL
-    const void *address      # of its memory
-    int replaced             # how often another has come instead
-
 # Fills `out` with the memory of `array`, for reading, or for writing too. The caller holds
-# a reference to `array` for as long as it uses the memory, then calls give_back once. `known` is
-# zeros at first, kept for the next array that comes in the same place, and forgotten in the end.
-# `streams` has the stream of each GPU, by its number, which a library lets wait for its own work if
+# a reference to `array` for as long as it uses the memory, then calls give_back once. `streams` has the stream of each GPU, by its number, which a library lets wait for its own work if
 # it does not say where that is done; None: the legacy one of each.
-cdef int borrow(
-    object array, bint writing, Borrowed *out, Known *known, dict streams) except -1
-cdef bint is_known(Known *known, object array, const void *address) except -1
-cdef int know(Known *known, object array, const void *address) except -1
-cdef void forget(Known *known) noexcept
+cdef int borrow(object array, bint writing, Borrowed *out, dict streams) except -1
 cdef void give_back(Borrowed *borrowed) noexcept
 cdef bint is_array(object candidate)
 

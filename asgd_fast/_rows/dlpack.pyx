@@ -16,26 +16,9 @@ cimport numpy as np
 from cpython.exc cimport PyErr_Occurred
 from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_SetName
-from cpython.ref cimport Py_DECREF, Py_INCREF
-from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
-
-cdef extern from *:
-    """
-    #if PY_VERSION_HEX >= 0x030D0000
-    static int asgd_fast_refers_to(PyObject *reference, PyObject *object) {
-        PyObject *found = NULL;
-        int result = PyWeakref_GetRef(reference, &found);
-        Py_XDECREF(found);
-        return result < 0 ? -1 : found == object;
-    }
-    #else
-    #define asgd_fast_refers_to(reference, object) (PyWeakref_GetObject(reference) == (object))
-    #endif
-    """
-    int _refers_to "asgd_fast_refers_to"(PyObject *weak_reference, PyObject *other) except -1
 
 np.import_array()
 
@@ -106,38 +89,6 @@ cdef _Exporter _exporter_of(object array):
     return _last
 
 
-# After so many replacements no more arrays are remembered: a place where each is new gains nothing.
-cdef enum:
-    MOST_REPLACED = 3
-
-
-cdef bint is_known(Known *known, object array, const void *address) except -1:
-    if known.reference == NULL:
-        return False
-    if known.address == address and _refers_to(known.reference, <PyObject *>array):
-        return True
-    known.replaced += 1
-    forget(known)
-    return False
-
-
-cdef int know(Known *known, object array, const void *address) except -1:
-    """Remember an array, if it has come twice and so is likely to come again."""
-    if known.last == <PyObject *>array and known.replaced < MOST_REPLACED:
-        reference = PyWeakref_NewRef(array, None)
-        Py_INCREF(reference)
-        known.reference = <PyObject *>reference
-        known.address = address
-    known.last = <PyObject *>array
-    return 0
-
-
-cdef void forget(Known *known) noexcept:
-    if known.reference != NULL:
-        Py_DECREF(<object>known.reference)
-        known.reference = NULL
-
-
 cdef DLPackExchangeAPI *exchange_api_of(cls) except? NULL:
     """The exchange API of a type in a version this module can read, or NULL."""
     capsule = getattr(cls, "__dlpack_c_exchange_api__", None)
@@ -158,7 +109,7 @@ cdef bint is_array(object candidate):
 
 
 cdef int borrow(
-    object array, bint writing, Borrowed *out, Known *known, dict streams,
+    object array, bint writing, Borrowed *out, dict streams,
 ) except -1:
     """Lend the memory of `array`; on an error nothing stays lent.
 
@@ -202,11 +153,9 @@ cdef int borrow(
         raise ValueError(
             f"{type(array).__name__} did not lend its memory through DLPack: {reason}") from error
     try:
-        if exporter.has_lazy_sign and not is_known(known, array, out.tensor.data):
-            if array.is_neg():
-                raise ValueError(
-                    "its memory holds the values before a pending negation; pass its resolve_neg()")
-            know(known, array, out.tensor.data)
+        if exporter.has_lazy_sign and array.is_neg():
+            raise ValueError(
+                "its memory holds the values before a pending negation; pass its resolve_neg()")
         if out.tensor.dtype.code == kDLComplex and exporter.has_lazy_sign and array.is_conj():
             raise ValueError(
                 "its memory holds the values before a pending conjugation; pass its resolve_conj()")
@@ -454,14 +403,11 @@ def path_of(array):
     if exporter.api != NULL:
         version = exporter.api.header.version
         return f"exchange API {version.major}.{version.minor}"
-    cdef Known known
-    memset(&known, 0, sizeof(known))
     if exporter.is_numpy:
         return "C interface"
     if exporter.has_interface:
         return "CUDA array interface"
-    borrow(array, False, &borrowed, &known, None)
-    forget(&known)
+    borrow(array, False, &borrowed, None)
     try:
         if borrowed.versioned == NULL:
             return "legacy capsule"

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from asgd_fast import _engines as update
-from asgd_fast._torch.state import alias, extent, floats, is_alias
+from asgd_fast import _engines
 from asgd_fast._torch.internals import increment_versions
+from asgd_fast._torch.state import extent, floats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from asgd_fast._torch.state import Entry, Group, State
+    from asgd_fast._torch.state import ParamState
 
 __all__ = ["copy_to", "exchanged"]
 
@@ -35,16 +35,16 @@ class _Pair:
         Holds the param meanwhile; None where the memory of the average does.
     """
 
-    def __init__(self, param: Tensor, entry: Entry) -> None:
-        self.param, self.entry, self.ax = param, entry, entry["ax"]
+    def __init__(self, param: Tensor, own: ParamState) -> None:
+        self.param, self.own, self.ax = param, own, own.ax
         if self.ax.shape != param.shape:
             raise ValueError(
                 f"state: 'ax' of shape {tuple(self.ax.shape)} does not match its param of shape "
                 f"{tuple(param.shape)}"
             )
-        self.memory = alias(param)
+        self.memory = param.detach()
         self.spare = self.memory.clone() if self.ax.dtype != param.dtype else None
-        self.for_engine = type(self.memory) is type(self.ax) is Tensor and update.are_fit(
+        self.for_engine = type(self.memory) is type(self.ax) is Tensor and _engines.are_fit(
             [(self.memory, self.spare, self.ax)]
         )
 
@@ -58,11 +58,11 @@ class _Pair:
         if not self.for_engine:
             self.param.detach().copy_(self.ax)
         elif self.spare is None:
-            self.entry["ax"] = self.memory
+            self.own.ax, self.own.source = None, self.memory
 
     def put_back(self) -> None:
-        if self.entry.get("ax") is self.memory:
-            self.entry["ax"] = self.ax
+        if self.own.source is self.memory:
+            self.own.ax, self.own.source = self.ax, self.param
         if not self.for_engine:
             assert self.spare is not None
             self.param.detach().copy_(self.spare)
@@ -77,36 +77,28 @@ class _Pair:
 
 
 @contextmanager
-def exchanged(state: State, groups: Sequence[Group]) -> Iterator[tuple[Tensor, ...]]:
+def exchanged(states: Sequence[ParamState]) -> Iterator[None]:
     """Hold the averages in the params for as long as the context lasts.
 
-    What is to be averaged yet stays as it is. An average in its param's dtype trades places with
-    it, and the state has the param's memory as the average; a wider one stays where it is, rounded
-    into the param, which is kept in spare memory.
+    Params whose averaging has not begun are left unchanged. An average in its param's dtype trades
+    places with it, and the state then answers with what the param's memory holds; a wider one stays
+    where it is, rounded into the param, which is kept in spare memory.
 
     Parameters
     ----------
-    state : dict of Tensor to dict
-        The optimizer's.
-    groups : list of dict
-        The optimizer's param_groups.
-
-    Yields
-    ------
-    tuple of Tensor
-        The memory of params that the state has as averages.
+    states : sequence of ParamState
 
     Raises
     ------
     ValueError
         An average has another shape than its param. Nothing is changed.
     """
-    pairs = _pairs(state, groups)
+    pairs = _pairs(states)
     try:
         _touch(pairs)
-        with update.exchanged(_for_engine(pairs)):
+        with _engines.exchanged(_for_engine(pairs)):
             _put_averages(pairs)
-            yield tuple(pair.memory for pair in pairs)
+            yield
     finally:
         try:
             _touch(pairs)
@@ -116,49 +108,40 @@ def exchanged(state: State, groups: Sequence[Group]) -> Iterator[tuple[Tensor, .
 
 
 @torch.no_grad()
-def copy_to(
-    state: State, groups: Sequence[Group], targets: Iterable[tuple[Tensor, Tensor]]
-) -> None:
-    """Copy averages, or params that are to be averaged yet.
+def copy_to(states: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy averages, or params whose averaging has not begun.
 
     Parameters
     ----------
-    state : dict of Tensor to dict
-        The optimizer's.
-    groups : list of dict
-        The optimizer's param_groups.
+    states : sequence of ParamState
     targets : iterable of (Tensor, Tensor)
         Each a param of the optimizer and where its average goes.
     """
-    averages = {param: entry["ax"] for param, entry in _begun(state, groups)}
+    averages = {own.param: own.ax if own.ax is not None else own.source for own in _begun(states)}
     for param, target in targets:
         target.copy_(averages.get(param, param))
 
 
-def _begun(state: State, groups: Iterable[Group]) -> Iterator[tuple[Tensor, Entry]]:
-    """Yield the params whose averages have begun, and have memory of their own."""
-    params = chain.from_iterable(group["params"] for group in groups)
-    stepped = [(param, state[param]) for param in params if state.get(param)]
-    mus = floats([entry["mu"] for _, entry in stepped])
-    for (param, entry), mu in zip(stepped, mus, strict=True):
-        if mu != 1 and not is_alias(entry["ax"], param):
-            yield param, entry
+def _begun(states: Sequence[ParamState]) -> list[ParamState]:
+    """Return the states of params whose averages have begun."""
+    mus = floats([own.numbers()[2] for own in states])
+    return [own for own, mu in zip(states, mus, strict=True) if mu != 1]
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _pairs(state: State, groups: Iterable[Group]) -> list[_Pair]:
+def _pairs(states: Sequence[ParamState]) -> list[_Pair]:
     """Find what is to be exchanged, and get all memory that it takes."""
-    pairs = [_Pair(param, entry) for param, entry in _begun(state, groups)]
+    pairs = [_Pair(own.param, own) for own in _begun(states) if own.ax is not None]
     others = [extent(pair.memory) for pair in pairs if not pair.for_engine]
-    share_memory = not update.are_fit(_for_engine(pairs), others)
+    share_memory = not _engines.are_fit(_for_engine(pairs), others)
     for pair in pairs:
         if share_memory or not pair.for_engine:
             pair.leave_to_torch()
     return pairs
 
 
-def _for_engine(pairs: Iterable[_Pair]) -> list[update.Exchange]:
+def _for_engine(pairs: Iterable[_Pair]) -> list[_engines.Exchange]:
     return [(pair.memory, pair.spare, pair.ax) for pair in pairs if pair.for_engine]
 
 

@@ -1,20 +1,60 @@
-"""The version counters by which autograd notices that a tensor was changed."""
+"""Every private name of torch that is used, with the versions that have it and what goes without."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
+import torch
+from torch._C import _len_torch_dispatch_stack  # 2.4 and later
+from torch._C._autograd import _profiler_enabled  # 2.4 and later
+from torch._C._functorch import peek_interpreter_stack  # 2.4 and later
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = [
+    "FOREACH_TAKES_HOST_SCALARS",
+    "check_graph_capture",
+    "has_observers",
+    "increment_versions",
+    "is_watched",
+]
 
-__all__ = ["increment_versions"]
+# As factors of tensors on a GPU; before 2.7 torch's loop over params takes them instead.
+FOREACH_TAKES_HOST_SCALARS = torch.torch_version.TorchVersion(torch.__version__) >= "2.7"
 
 
-def increment_versions(tensors: list[Tensor]) -> None:
+def has_observers(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks or a profiler are to see the step of an optimizer."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or _profiler_enabled()
+    )
+
+
+def is_watched() -> bool:
+    """Whether a mode or transform of torch is to see every operation, so that none is left out."""
+    return (
+        _len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def check_graph_capture(optimizer: Any) -> None:
+    """Refuse what torch refuses in the capture of a device graph."""
+    if hasattr(optimizer, "_accelerator_graph_capture_health_check"):  # 2.9 and later
+        optimizer._accelerator_graph_capture_health_check()
+    else:
+        optimizer._cuda_graph_capture_health_check()
+
+
+def increment_versions(tensors: list[torch.Tensor]) -> None:
     """Tell autograd that tensors have changed, so that it refuses a backward through old values."""
-    if _IN_ONE_CALL:
+    if _TAKES_LISTS:
         increment_version(tensors)
     else:
         for tensor in tensors:
@@ -29,5 +69,5 @@ def _takes_lists() -> bool:
     return True
 
 
-# Since torch 2.5.
-_IN_ONE_CALL = _takes_lists()
+# 2.5 and later.
+_TAKES_LISTS = _takes_lists()

@@ -1,13 +1,11 @@
-"""The state of a torch optimizer: made and loaded as torch has it, with the scalars packed.
+"""The state of a torch optimizer: how it is made, read by others, saved and loaded.
 
-This module knows params, their state and checkpoints; it does not know how a step is made.
+This module knows params, their states and checkpoints; it does not know how a step is made.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import contextmanager
-from itertools import chain
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,403 +13,274 @@ import torch
 from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
-from asgd_fast._torch.slots import Slot, Slots, check_group, number, same_kind
+from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, check_group, number
+from asgd_fast._torch.memory import is_ordinary
+from asgd_fast._torch.record import SCALARS, Record
+from asgd_fast.cuda.scalars import DeviceScalars
 from asgd_fast.threads import is_forked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 
+    from asgd_fast._torch.groups import Group
+
 __all__ = [
-    "OWN_HYPERPARAMETERS",
     "SCALARS",
-    "Entry",
-    "Group",
+    "ParamState",
     "State",
-    "alias",
-    "alone",
-    "copied",
-    "create",
+    "average_as_param",
     "extent",
-    "find",
     "floats",
-    "is_alias",
-    "own",
-    "put_back",
-    "release",
-    "rounds_scalars",
-    "separated",
+    "grad_as_param",
+    "load",
+    "new_average",
+    "plain",
+    "protected",
+    "record_of",
     "start",
-    "strayed",
-    "wide",
-    "widen",
+    "states_of",
+    "to_device",
+    "to_host",
+    "with_scalars",
 ]
 
-Group: TypeAlias = dict[str, Any]
-Entry: TypeAlias = dict[str, Any]  # the state of one param
-State: TypeAlias = "MutableMapping[Tensor, Entry]"
+State: TypeAlias = "MutableMapping[Tensor, Any]"
 
-SCALARS = ("step", "eta", "mu")
+# The types of device that engines are for. AMD's GPUs too go by the name of "cuda".
+DEVICES = ("cpu",) if torch.version.hip else ("cpu", "cuda")
 
-# How many params share one tensor of scalars. Plain pickle saves the whole of it with each view, so
-# it stays small; more would spare the step less than a nanosecond a param.
-BLOCK = 64
+# The dtypes that have a wider one.
+_WIDENED = {torch.float16, torch.bfloat16, torch.float32, torch.complex32, torch.complex64}
 
-# The hyperparameters that torch does not have, with the values that are its own way.
-OWN_HYPERPARAMETERS = {"lr_schedule": "torch", "average_every": 1}
+# The t0 with which the first iterate of all is the first one in the average.
+_T0_BEFORE_FIRST = -1.0
 
 
-def create(
-    state: State, groups: list[Group], *, lazy: bool, average_dtype: torch.dtype | None
-) -> None:
-    """Give state to every param that has a gradient and no state yet.
+class ParamState(Record):
+    """The state of one param, which opens as soon as somebody looks into it.
 
-    Parameters
-    ----------
-    state : dict of Tensor to dict
-        The optimizer's.
-    groups : list of dict
-        The optimizer's param_groups.
-    lazy : bool
-        Whether averages are to have no memory of their own before the first step that averages.
-    average_dtype : torch.dtype, optional
-        As for `wide`.
-
-    Raises
-    ------
-    RuntimeError
-        A gradient is sparse. Nothing is created.
-    TypeError, ValueError
-        A group has hyperparameters that `check_group` refuses. Nothing is created.
+    Before averaging begins there is no entry "ax". Who asks for it gets a copy of the param, which
+    an average equals until then.
     """
-    for group in groups:
-        check_group(group)
-    stepped = []
-    for group in groups:
-        fresh = [
-            param for param in group["params"] if param.grad is not None and not state.get(param)
-        ]
-        _refuse_capture(fresh)
-        number("weight_decay", group["weight_decay"])
-        lr = group["lr"].detach() if isinstance(group["lr"], Tensor) else group["lr"]
-        if not fresh and isinstance(lr, Tensor) and lr.is_cuda:
-            continue  # to read it would wait for the device
-        lr = number("lr", lr)
-        eta, _ = next_scalars(1, lr, group["lambd"], group["alpha"], group["t0"])
-        if lr < 0 and not isfinite(eta):
-            raise ValueError(
-                f"Invalid learning rate: {lr} (1 + lambd * lr * step must stay above 0)"
-            )
-        stepped += [(param, lr, group) for param in group["params"] if param.grad is not None]
-    if any(param.grad.is_sparse for param, _, _ in stepped):
-        raise RuntimeError("ASGD does not support sparse gradients")
-    for param, lr, group in stepped:
-        if state.get(param):
-            continue
-        # Those of a GPU's params are the host's, which knows them then without waiting; or they are
-        # packed on the device in the next moment.
-        device = "cpu" if _is_of_engine(param, group) else param.device
-        like: dict[str, Any] = {"dtype": _scalar_dtype(), "device": device}
-        state[param].update(
-            step=torch.zeros((), **like),
-            eta=torch.full((), lr, **like),
-            mu=torch.ones((), **like),
-            ax=alias(param)
-            if lazy and _may_be_lazy(param, group)
-            else torch.zeros_like(
-                param, dtype=wide(param, average_dtype), memory_format=torch.preserve_format
-            ),
-        )
-        if group.get("averaging_started") and group["t0"] != _T0_BEFORE_FIRST:
-            state[param]["t0"] = _T0_BEFORE_FIRST
+
+    __slots__ = ()
+
+    def __missing__(self, name: str) -> Any:
+        if not self.is_open:
+            return self[name]
+        if name == "ax" and self.param is not None and not self.has_average:
+            return self.param_as_average()
+        raise KeyError(name)
+
+    def param_as_average(self) -> Tensor:
+        """Return a copy of the param in the dtype of its average."""
+        return _copy_of(self.source, self.average_dtype)
+
+    def complete(self) -> dict[str, Any]:
+        """Return the entries as torch has them, an average among them, as a plain dict."""
+        contents: dict[str, Any] = self.contents()
+        if self.param is None or self.has_average or not contents:
+            return contents
+        others = {name: contents.pop(name) for name in list(contents) if name not in SCALARS}
+        return {**contents, "ax": self.param_as_average(), **others}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be copied and pickled as a plain dict."""
+        return dict, (self.contents(),)
+
+
+def _opening(name: str) -> Any:
+    """Return a method of dict that opens the state first."""
+    method = getattr(dict, name)
+
+    def opening(self: ParamState, *args: Any, **kwargs: Any) -> Any:
+        self.open()
+        return method(self, *args, **kwargs)
+
+    opening.__name__ = name
+    return opening
+
+
+for _name in (
+    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__"),
+    *("__ne__", "__or__", "__repr__", "__reversed__", "__ror__", "__setitem__", "clear", "copy"),
+    *("get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"),
+):
+    setattr(ParamState, _name, _opening(_name))
 
 
 def wide(param: Tensor, average_dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of a param's average: its own, or a wider one that was asked for.
-
-    Parameters
-    ----------
-    param : Tensor
-    average_dtype : torch.dtype, optional
-        float32 or float64, or the complex type of such numbers for a complex param.
-
-    Returns
-    -------
-    torch.dtype
-    """
+    """Return the dtype of a param's average: its own, or a wider one that was asked for."""
     if average_dtype is None or param.dtype not in _WIDENED:
         return param.dtype
     return torch.promote_types(param.dtype, average_dtype)
 
 
-def widen(state: State, average_dtype: torch.dtype | None) -> None:
-    """Put averages that have memory of their own into the dtype that was asked for.
+def record_of(
+    state: State, param: Tensor, group: Group, *, lazy: bool, average_dtype: torch.dtype | None
+) -> ParamState:
+    """Return the state of a param, new where there is none; it is not put into the optimizer's.
+
+    What somebody else has put there is taken over with its tensors. An entry that is another
+    param's too is returned as it is.
 
     Parameters
     ----------
     state : dict of Tensor to dict
         The optimizer's.
-    average_dtype : torch.dtype, optional
-        As for `wide`.
-    """
-    for param, entry in state.items():
-        ax = entry.get("ax") if isinstance(entry, dict) else None
-        if not (isinstance(param, Tensor) and isinstance(ax, Tensor)) or is_alias(ax, param):
-            continue
-        if ax.dtype == param.dtype:
-            entry["ax"] = ax.to(wide(param, average_dtype))
-
-
-def start(state: State, group: Group, *, lazy: bool, average_dtype: torch.dtype | None) -> None:
-    """Make the next iterate of each param of a group the first one in its average.
-
-    Params that have no state yet are averaged from their first iterate on.
-
-    Parameters
-    ----------
-    state : dict of Tensor to dict
-        The optimizer's.
+    param : Tensor
+        With a gradient.
     group : dict
-        One of the optimizer's param_groups.
+        The param's.
     lazy : bool
-        Whether averages are to give up their memory until then.
-    average_dtype : torch.dtype, optional
-        As for `wide`.
-    """
-    stepped = [(param, state[param]) for param in group["params"] if state.get(param)]
-    steps = floats([entry["step"] for _, entry in stepped])
-    # The next one is number step + 1, and number t0 + 2 is the first.
-    t0 = max(steps, default=0.0) - 1
-    for (param, entry), step in zip(stepped, steps, strict=True):
-        entry.pop("t0", None)
-        if step - 1 != t0:
-            entry["t0"] = step - 1
-        if isinstance(entry["mu"], Tensor):
-            with torch.no_grad(), torch.inference_mode(False):
-                entry["mu"].fill_(1)
-        else:
-            entry["mu"] = 1.0
-        if lazy and _may_give_up(param, entry, group, average_dtype):
-            entry["ax"] = alias(param)
-    group["t0"] = t0
-    group["averaging_started"] = True
-
-
-def strayed(slots: Slots | None) -> list[Slot]:
-    """Return those whose lazy average lies where the param was before it got other memory.
-
-    Parameters
-    ----------
-    slots : Slots, optional
-
-    Returns
-    -------
-    list of Slot
-    """
-    return [
-        slot
-        for slot in (chain(*slots.groups) if slots is not None else ())
-        if slot is not None
-        and slot.is_lazy
-        and slot.average is slot.state.get("ax")
-        and not is_alias(slot.average, slot.param)
-    ]
-
-
-def own(slots: Iterable[Slot], average_dtype: torch.dtype | None) -> None:
-    """Give averages memory of their own, where their params are.
-
-    Parameters
-    ----------
-    slots : iterable of Slot
-        Those whose average may be lazy.
+        Whether averages are to exist only once they begin.
     average_dtype : torch.dtype, optional
         As for `wide`.
 
     Raises
     ------
+    TypeError, ValueError
+        The group has hyperparameters of which no state can be made.
     RuntimeError
-        The memory runs out, or a CUDA graph is being captured. Nothing is changed.
+        A CUDA graph is being captured, of which making a state cannot be a part.
     """
-    lazy = [slot for slot in slots if is_alias(slot.state.get("ax"), slot.param) or slot.is_lazy]
-    _refuse_capture(slot.param for slot in lazy)
-    with torch.inference_mode(False):
-        averages = [
-            slot.state["ax"].to(slot.param.device, wide(slot.state["ax"], average_dtype), copy=True)
-            for slot in lazy
-        ]
-    for slot, average in zip(lazy, averages, strict=True):
-        slot.state["ax"] = average
+    found = state.get(param)
+    if not found:
+        return _created(param, group, lazy=lazy, average_dtype=average_dtype)
+    is_known = type(found) is ParamState and found.param is not None
+    if is_known and found.param is not param and state.get(found.param) is found:
+        return found
+    if sum(entry is found for entry in state.values()) > 1:
+        return ParamState(found)
+    return _adopted(param, found, lazy=lazy, average_dtype=average_dtype)
 
 
-def release(
-    state: State,
-    groups: list[Group],
-    loaded: Iterable[Tensor],
-    *,
-    average_dtype: torch.dtype | None,
+def _created(
+    param: Tensor, group: Group, *, lazy: bool, average_dtype: torch.dtype | None
+) -> ParamState:
+    """Return the state of a param before its first step."""
+    _refuse_capture(param)
+    lr = group["lr"].detach() if isinstance(group["lr"], Tensor) else group["lr"]
+    lr = number("lr", lr)
+    eta, _ = next_scalars(1, lr, group["lambd"], group["alpha"], group["t0"])
+    if lr < 0 and not isfinite(eta):
+        raise ValueError(f"Invalid learning rate: {lr} (1 + lambd * lr * step must stay above 0)")
+    dtype = scalar_dtype()
+    started = group.get("averaging_started") and group["t0"] != _T0_BEFORE_FIRST
+    return ParamState.__new__(ParamState).seal(
+        param,
+        (0.0, torch.tensor(lr, dtype=dtype).item(), 1.0),
+        is_double=dtype == torch.float64,
+        is_lazy=lazy and not _is_shared(param),
+        average_dtype=wide(param, average_dtype),
+        t0=_T0_BEFORE_FIRST if started else None,
+    )
+
+
+def states_of(
+    state: State, groups: Iterable[Group], *, lazy: bool, average_dtype: torch.dtype | None
+) -> list[ParamState]:
+    """Return the states that there are, made the optimizer's own where somebody else's were put in.
+
+    Parameters
+    ----------
+    state : dict of Tensor to dict
+        The optimizer's.
+    groups : iterable of dict
+        Some of its param_groups.
+    lazy : bool
+        Whether averages are to exist only once they begin.
+    average_dtype : torch.dtype, optional
+        As for `wide`.
+    """
+    states = []
+    for group in groups:
+        for param in group["params"]:
+            if not state.get(param):
+                continue
+            own = record_of(state, param, group, lazy=lazy, average_dtype=average_dtype)
+            if own.param is param:
+                state[param] = own
+            states.append(own)
+    return states
+
+
+def _adopted(
+    param: Tensor, found: Any, *, lazy: bool, average_dtype: torch.dtype | None
+) -> ParamState:
+    """Return the state of a param that was somebody else's, with the same tensors."""
+    if type(found) is not ParamState:
+        found = ParamState(found)
+    is_lazy = lazy and not _is_shared(param)
+    dtype = found.average_dtype or wide(param, average_dtype)
+    found.bind(param, is_lazy=is_lazy, average_dtype=dtype)
+    if "mu" in found and float(found["mu"]) != 1:
+        found.has_average = True
+    return found
+
+
+def load(
+    state: State, *, lazy: bool, average_dtype: torch.dtype | None
 ) -> None:
-    """Give up the memory of averages that a step has made equal to their params.
+    """Make a state that torch has loaded, or that was copied or unpickled, the optimizer's own.
+
+    Scalars and averages keep their precision, and averages get the dtype that they have in this
+    optimizer. One that has not begun is given up: the next step would overwrite it. Tensors that
+    are shared with other processes stay what they are.
 
     Parameters
     ----------
     state : dict of Tensor to dict
-        The optimizer's.
-    groups : list of dict
-        The optimizer's param_groups.
-    loaded : iterable of Tensor
-        The averages that may go; others belong to the user.
+        The optimizer's; its entries are replaced.
+    lazy : bool
+        Whether averages are to exist only once they begin.
     average_dtype : torch.dtype, optional
         As for `wide`.
     """
-    may_go = set(map(id, loaded))
-    pairs = [
-        (param, state[param])
-        for group in groups
-        for param in group["params"]
-        if param.grad is not None
-        and state.get(param)
-        and id(state[param].get("ax")) in may_go
-        and _may_give_up(param, state[param], group, average_dtype)
-    ]
-    mus = floats([entry["mu"] for _, entry in pairs])
-    for (param, entry), mu in zip(pairs, mus, strict=True):
-        if mu == 1 and torch.equal(entry["ax"], param.to(entry["ax"].dtype)):
-            entry["ax"] = alias(param)
+    for param, entry in list(state.items()):
+        if not (isinstance(param, Tensor) and isinstance(entry, dict)):
+            continue
+        entry = {name: _released(name, x, param, average_dtype) for name, x in entry.items()}
+        if not entry.keys() >= set(SCALARS):
+            state[param] = entry
+            continue
+        is_shared = any(_is_shared(x) for x in entry.values() if isinstance(x, Tensor))
+        others = entry.keys() - {*SCALARS, "ax", "t0"}
+        if is_shared or others or not is_ordinary(param):
+            state[param] = _adopted(param, entry, lazy=lazy, average_dtype=average_dtype)
+            continue
+        dtypes = [x.dtype for x in map(entry.get, SCALARS) if isinstance(x, Tensor)]
+        own = ParamState.__new__(ParamState).seal(
+            param,
+            floats([entry[name] for name in SCALARS]),
+            is_double=torch.float64 in dtypes or scalar_dtype() == torch.float64,
+            is_lazy=lazy and not _is_shared(param),
+            average_dtype=wide(param, average_dtype),
+            t0=entry.get("t0"),
+        )
+        if "ax" in entry and not (own.is_lazy and own.numbers()[2] == 1):
+            own.ax = entry["ax"]
+        elif own.numbers()[2] != 1:
+            own.has_average = True  # which is missing
+        state[param] = own
 
 
-def separated(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint whose averages are copies where they were the params' own memory.
+def protected(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint of copies, a hook before torch loads it.
 
-    A hook after torch has made the checkpoint.
-    """
-    # Some may lie where a param has been.
-    slots = chain(*optimizer._slots.groups) if optimizer._slots is not None else ()
-    known = {id(slot.average) for slot in slots if slot is not None and slot.is_lazy}
-    known.update(map(id, optimizer._exchanged or ()))
-    lazy = {
-        id(entry)
-        for param, entry in optimizer.state.items()
-        if isinstance(param, Tensor)
-        and (id(entry.get("ax")) in known or is_alias(entry.get("ax"), param))
-    }
-    state = {
-        key: {**entry, "ax": entry["ax"].clone()} if id(entry) in lazy else entry
-        for key, entry in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}
-
-
-def find(
-    state: State,
-    groups: list[Group],
-    before: Slots | None = None,
-    *,
-    average_dtype: torch.dtype | None,
-    on_device: bool = False,
-) -> Slots:
-    """Find the state of each param, and pack the scalars that are not packed yet.
-
-    Parameters
-    ----------
-    state : dict of Tensor to dict
-        The optimizer's.
-    groups : list of dict
-        The optimizer's param_groups.
-    before : Slots, optional
-        What was found before; what is unchanged stays.
-    average_dtype : torch.dtype, optional
-        As for `wide`.
-    on_device : bool
-        Whether the scalars of a GPU's params are to be in its memory, as they are in groups with
-        capturable=True.
-
-    Returns
-    -------
-    Slots
-
-    Raises
-    ------
-    RuntimeError
-        There are some to be packed while a CUDA graph is being captured. Nothing is changed.
-    """
-    known = {}
-    lazy: dict[int, Tensor] = {}
-    if before is not None:
-        before.mark_detached()
-        slots = [slot for slot in chain(*before.groups) if slot is not None]
-        known = {
-            (id(slot.param), id(slot.state)): slot
-            for group, own in zip(groups, before.groups, strict=False)
-            for slot in own
-            if slot is not None
-            and slot.is_whole()
-            and (not slot.packed or slot.on_device == _goes_on_device(slot.param, group, on_device))
-            and slot.is_on_gpu == slot.param.is_cuda
-        }
-        lazy = {id(slot.average): slot.param for slot in slots if slot.is_lazy}
-    params = set(chain.from_iterable(group["params"] for group in groups))
-    owners = Counter(id(state.get(param)) for param in params)
-    residents: dict[int, list[Tensor]] = {}
-    for param in params:
-        if address := _address(param):
-            residents.setdefault(address, []).append(param)
-    loose: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Entry]]] = {}
-    unknown = [
-        (param, state[param], group)
-        for group in groups
-        for param in group["params"]
-        if state.get(param) and (id(param), id(state[param])) not in known
-    ]
-    packable = [
-        owners[id(entry)] == 1 and _is_packable(param, entry, group)
-        for param, entry, group in unknown
-    ]
-    _refuse_capture(param for (param, _, _), goes in zip(unknown, packable, strict=True) if goes)
-    for (param, entry, group), goes in zip(unknown, packable, strict=True):
-        ax: Any = entry.get("ax")
-        owner = lazy.get(id(ax))
-        is_own = owner is param
-        at = residents.get(_address(ax), [])
-        if is_own and same_kind(ax, param):
-            entry["ax"] = alias(param)  # which may have other memory now
-        elif owner is not None or (at and not any(param is other for other in at)):
-            # Of a param that the state was taken from, or whose memory was: the step would write
-            # over a param.
-            place, like = (param.device, ax) if is_own else (ax.device, param)
-            entry["ax"] = ax.to(place, wide(like, average_dtype), copy=True)
-        if goes:
-            device = param.device if _goes_on_device(param, group, on_device) else _HOST
-            loose.setdefault((_dtype_for(entry), device), []).append((param, entry))
-        else:
-            known[id(param), id(entry)] = Slot(param, entry)
-    for (dtype, device), pairs in loose.items():
-        for start in range(0, len(pairs), BLOCK):
-            for slot in _packed(pairs[start : start + BLOCK], dtype, device):
-                known[id(slot.param), id(slot.state)] = slot
-    found = [
-        [known.get((id(param), id(state.get(param)))) for param in group["params"]]
-        for group in groups
-    ]
-    return Slots(state, found, Tensor, torch.nn.Parameter, _eta_after, _version_of, _refer, alias)
-
-
-def copied(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint whose tensors are copies, a hook before torch loads it.
-
-    Torch would share them, and cast them to the dtype of their params. Hyperparameters that a
-    checkpoint of torch does not have stay as they are.
+    Torch would share its tensors, and cast them to the dtype of their params. Hyperparameters that
+    a checkpoint of torch does not have stay as they are.
     """
     state = {}
     with torch.inference_mode(False):  # which the copies are to outlive
         for key, entry in state_dict["state"].items():
             if isinstance(entry, dict):
                 entry = {
-                    name: value.clone() if isinstance(value, Tensor) else value
-                    for name, value in entry.items()
+                    name: _Kept(x.clone())
+                    if isinstance(x, Tensor) and name in (*SCALARS, "ax")
+                    else x
+                    for name, x in entry.items()
                 }
-                for name in (*SCALARS, "ax"):
-                    if isinstance(entry.get(name), Tensor):
-                        entry[name] = _Kept(entry[name])
             state[key] = entry
     groups = state_dict["param_groups"]
     if len(groups) == len(optimizer.param_groups):
@@ -422,51 +291,152 @@ def copied(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def put_back(state: MutableMapping[Any, Any], average_dtype: torch.dtype | None) -> None:
-    """Put what `copied` kept from torch into the state that torch has loaded.
+class _Kept:
+    """A tensor of the state that torch is not to convert while it loads the rest."""
 
-    Scalars keep their dtype; averages get the one that they have in this optimizer.
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _released(name: str, value: Any, param: Tensor, average_dtype: torch.dtype | None) -> Any:
+    """Return a loaded entry where its param is, an average in the dtype that it is to have."""
+    is_kept = isinstance(value, _Kept)
+    if is_kept:
+        value = value.tensor
+    if not isinstance(value, Tensor):
+        return value
+    if name == "ax" and (param.is_floating_point() or value.dtype == param.dtype):
+        if is_kept or value.dtype == param.dtype:
+            return value.to(param.device, wide(param, average_dtype))
+    return value.to(param.device) if name == "ax" and is_kept else value
+
+
+def plain(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint in torch's form, a hook after torch has made it.
+
+    Scalars and averages that nobody has seen yet are made as tensors for it.
     """
-    for param, entry in state.items():
-        for name, value in list(entry.items()) if isinstance(entry, dict) else ():
-            if isinstance(value, _Kept):
-                as_param = name == "ax" and isinstance(param, Tensor) and param.is_floating_point()
-                entry[name] = value.on(param, wide(param, average_dtype) if as_param else None)
+    state = {
+        key: entry.complete() if isinstance(entry, ParamState) else entry
+        for key, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
 
 
-@contextmanager
-def alone() -> Iterator[None]:
-    """Let torch do without other threads in a forked process, which would wait for them forever."""
-    if not is_forked():
-        yield
-        return
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n)
+def start(states: Sequence[ParamState], group: Group) -> None:
+    """Make the next iterate of each param of a group the first one in its average.
 
-
-def rounds_scalars() -> bool:
-    """Whether eta and mu are float32: torch keeps them so unless its default dtype is float64.
-
-    Torch rounds them to a default dtype of half precision besides, which is not done here.
-    """
-    return torch.get_default_dtype() is not torch.float64
-
-
-def floats(scalars: Sequence[Any]) -> list[float]:
-    """Return numbers, or what tensors of one element have; waits once for each device.
+    Params that have no state yet are averaged from their first iterate on.
 
     Parameters
     ----------
-    scalars : sequence of float or Tensor
-
-    Returns
-    -------
-    list of float
+    states : sequence of ParamState
+        Of the group.
+    group : dict
+        One of the optimizer's param_groups.
     """
+    steps = floats([own.numbers()[0] for own in states])
+    # The next one is number step + 1, and number t0 + 2 is the first.
+    t0 = max(steps, default=0.0) - 1
+    for own, step in zip(states, steps, strict=True):
+        own.start = step - 1 if step - 1 != t0 else None
+        own.begin_anew()
+        if own.is_lazy:
+            own.ax = None
+    group["t0"] = t0
+    group["averaging_started"] = True
+
+
+def new_average(own: ParamState, *, copies: bool) -> Tensor:
+    """Return memory for the average of a param, with the param in it if `copies`."""
+    _refuse_capture(own.param)
+    if copies:
+        return own.param_as_average()
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.empty_like(
+            own.param, dtype=own.average_dtype, memory_format=torch.preserve_format
+        ).detach()
+
+
+@torch.no_grad()
+def grad_as_param(grad: Tensor, param: Tensor) -> Tensor | None:
+    """Return a gradient in its param's dtype and layout if that loses nothing, else None.
+
+    For gradients that repeat their memory torch may round in another way, so they stay with it.
+    """
+    like = torch.empty_like(param)
+    if (
+        type(grad) is not Tensor
+        or grad.layout != torch.strided
+        or grad.device != param.device
+        or grad.shape != param.shape
+        or 0 in grad.stride()
+        or grad.is_complex() != param.is_complex()
+        or torch.promote_types(grad.dtype, param.dtype) != param.dtype
+        or like.stride() != param.stride()
+    ):
+        return None
+    with _one_thread_if_forked():
+        return like.copy_(grad)
+
+
+@torch.no_grad()
+def average_as_param(ax: Any, param: Tensor) -> Tensor | None:
+    """Return an average in the layout that its param has taken on, else None."""
+    if (
+        type(ax) is not Tensor
+        or ax.layout != torch.strided
+        or ax.device != param.device
+        or ax.shape != param.shape
+        or ax.stride() == param.stride()
+        or ax.is_complex() != param.is_complex()
+        or ax.untyped_storage().nbytes() != ax.numel() * ax.itemsize  # part of something larger
+    ):
+        return None
+    with _one_thread_if_forked():
+        return torch.empty_like(param, dtype=ax.dtype).copy_(ax).detach()
+
+
+def to_host(own: ParamState) -> None:
+    """Read scalars from the GPU that had them; the host has them from now on."""
+    _refuse_capture(own.param)
+    own.move(None, tuple(floats(own.numbers())))
+
+
+def to_device(own: ParamState, device: torch.device) -> DeviceScalars:
+    """Let a GPU have the scalars from now on."""
+    _refuse_capture(own.param)
+    numbers = own.numbers()
+    is_double = any(getattr(x, "dtype", None) == torch.float64 for x in numbers)
+    dtype = torch.float64 if is_double else own.dtype
+    if not own.is_on_device:
+        numbers = floats(numbers)
+    scalars = DeviceScalars(numbers, device, dtype, floats(numbers[:1])[0])
+    own.move(scalars)
+    return scalars
+
+
+def with_scalars(own: ParamState) -> None:
+    """Replace what somebody has put in the place of the scalars by tensors of the host."""
+    if own.missing():
+        return
+    dtypes = [getattr(own[name], "dtype", None) for name in SCALARS]
+    dtype = torch.float64 if torch.float64 in dtypes else scalar_dtype()
+    for name, value in zip(SCALARS, floats(own.numbers()), strict=True):
+        own[name] = torch.tensor(value, dtype=dtype)
+
+
+def scalar_dtype() -> torch.dtype:
+    """Return torch's dtype of scalars: float32 unless its default dtype is float64.
+
+    Torch rounds them to a default dtype of half precision besides, which is not done here.
+    """
+    is_double = torch.get_default_dtype() is torch.float64
+    return torch.float64 if is_double else torch.float32
+
+
+def floats(scalars: Sequence[Any]) -> list[float]:
+    """Return numbers, or what tensors of one element have; waits once for each device."""
     values = [0.0 if isinstance(x, Tensor) and x.is_cuda else float(x) for x in scalars]
     there: dict[torch.device, list[int]] = {}
     for i, x in enumerate(scalars):
@@ -479,141 +449,9 @@ def floats(scalars: Sequence[Any]) -> list[float]:
     return values
 
 
-_HOST = torch.device("cpu")
-
-# The types of device that engines are for. AMD's GPUs too go by the name of "cuda".
-_DEVICES = ("cpu",) if torch.version.hip else ("cpu", "cuda")
-
-# The dtypes that have a wider one.
-_WIDENED = {torch.float16, torch.bfloat16, torch.float32, torch.complex32, torch.complex64}
-
-# The t0 with which the first iterate of all is the first one in the average.
-_T0_BEFORE_FIRST = -1.0
-
-
-class _Kept:
-    """A tensor of the state that torch is not to convert while it loads the rest."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def on(self, param: Any, dtype: torch.dtype | None) -> Tensor:
-        """Return it on the device of its param, if that is one of the optimizer's."""
-        if not isinstance(param, Tensor):
-            return self._tensor
-        return self._tensor.to(device=param.device, dtype=dtype)
-
-
-def _refuse_capture(params: Iterable[Tensor]) -> None:
-    """Refuse to make or move state of params on a GPU in the capture of a graph.
-
-    Each replay would do it again.
-    """
-    if any(param.is_cuda for param in params) and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "state: is made in the first step, and after hyperparameters such as capturable were "
-            "changed, which cannot be part of a CUDA graph; make a step before the capture"
-        )
-
-
-def _is_packable(param: Tensor, entry: Entry, group: Group) -> bool:
-    """Whether an engine may advance the scalars: those of an ordinary tensor."""
-    return (
-        _is_of_engine(param, group)
-        and type(entry) is dict
-        and entry.keys() >= {*SCALARS, "ax"}
-        # Shared with other processes, where the views are tensors of their own.
-        and not any(isinstance(x, Tensor) and _is_shared(x) for x in map(entry.get, SCALARS))
-    )
-
-
-def _is_of_engine(param: Tensor, group: Group) -> bool:
-    """Whether the param is an ordinary tensor of a known device, not left to torch by its group."""
-    return (
-        type(param) in (Tensor, torch.nn.Parameter)
-        and param.device.type in _DEVICES
-        and param.layout == torch.strided
-        and not (param.is_neg() or param.is_conj())
-        and not group["differentiable"]
-        and (param.is_cuda or not group["capturable"])
-    )
-
-
-def _goes_on_device(param: Tensor, group: Group, on_device: bool) -> bool:
-    return param.is_cuda and (on_device or group["capturable"])
-
-
-def _is_shared(tensor: Tensor) -> bool:
-    """Whether other processes may have the memory; torch says so of every GPU's."""
-    return tensor.device.type == "cpu" and tensor.is_shared()
-
-
-def _dtype_for(entry: Entry) -> torch.dtype:
-    """Return what the scalars are packed in: torch's scalar dtype, or double if they are that."""
-    double = any(getattr(entry[name], "dtype", None) == torch.float64 for name in SCALARS)
-    return torch.float64 if double else _scalar_dtype()
-
-
-def _packed(
-    pairs: list[tuple[Tensor, Entry]], dtype: torch.dtype, device: torch.device
-) -> Iterator[Slot]:
-    """Move the scalars of some params into one tensor, of which they become views."""
-    on_device = device.type != "cpu"
-    values = floats([entry[name] for _, entry in pairs for name in SCALARS])
-    # On a device the blocks of a launch count themselves in the last row.
-    block = torch.tensor(values + [0.0] * (3 if on_device else 0), dtype=dtype).view(-1, 3)
-    block = block.to(device)
-    for place, (param, entry) in enumerate(pairs):
-        packed = dict(zip(SCALARS, block[place].unbind(), strict=True), ax=entry["ax"])
-        others = {name: value for name, value in entry.items() if name not in packed}
-        entry.clear()
-        entry.update(packed, **others)
-        lazy_at = param.data_ptr() if is_alias(entry["ax"], param) else 0
-        yield Slot(param, entry, block, place, lazy_at, on_device, values[3 * place])
-
-
-def _may_be_lazy(param: Tensor, group: Group) -> bool:
-    """Whether an engine takes the param as it is, at least with the gradients that most have."""
-    return (
-        _is_of_engine(param, group)
-        and not group["capturable"]  # a graph's steps go on where no host sees them
-        and (param.is_floating_point() or param.is_complex())
-        and param.numel() != 0  # else there is no address to know it by
-        and not _is_shared(param)  # with processes that would not see where the average moves
-        and torch.empty_like(param, device="meta").stride() == param.stride()
-    )
-
-
-def _may_give_up(
-    param: Tensor, entry: Entry, group: Group, average_dtype: torch.dtype | None
-) -> bool:
-    """Whether an average that has memory of its own may be lazy instead, and get its dtype back."""
-    return (
-        _may_be_lazy(param, group)
-        and _is_packable(param, entry, group)
-        and type(entry["ax"]) is Tensor
-        and entry["ax"].device == param.device
-        and entry["ax"].shape == param.shape
-        and entry["ax"].dtype == wide(param, average_dtype)
-    )
-
-
-def is_alias(ax: Any, param: Tensor) -> bool:
-    """Whether an average is the memory of its param."""
-    return (
-        type(ax) is Tensor
-        and ax.device == param.device
-        and ax.device.type in _DEVICES
-        and ax.layout == param.layout == torch.strided
-        and ax.numel() != 0
-        and same_kind(ax, param)
-        and ax.data_ptr() == param.data_ptr()
-    )
-
-
 def extent(tensor: Tensor | None) -> tuple[int, int]:
     """Return where the memory of a tensor begins and ends; (0, 0) if it has no address."""
-    if tensor is None or tensor.device.type not in _DEVICES or tensor.layout != torch.strided:
+    if tensor is None or tensor.device.type not in DEVICES or tensor.layout != torch.strided:
         return 0, 0
     if tensor.numel() == 0:
         return 0, 0
@@ -625,47 +463,37 @@ def extent(tensor: Tensor | None) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.itemsize
 
 
-def _address(tensor: Any) -> int:
-    """Return where an ordinary tensor has its elements, else 0."""
-    if (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.device.type in _DEVICES
-        and tensor.layout == torch.strided
-        and tensor.numel() != 0
-    ):
-        return int(tensor.data_ptr())
-    return 0
+def _copy_of(param: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad(), _one_thread_if_forked():
+        return param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
 
 
-def alias(tensor: Tensor) -> Tensor:
-    """Return another tensor of the same memory."""
-    with torch.inference_mode(False):
-        return tensor.detach()
+@contextmanager
+def _one_thread_if_forked() -> Iterator[None]:
+    """Let torch do without other threads in a forked process, which would wait for them forever."""
+    if not is_forked():
+        yield
+        return
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n)
 
 
-def _version_of(tensor: Tensor) -> Tensor:
-    """Return a tensor without memory that shares the version counter of another."""
-    with torch.inference_mode(False):
-        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        if tensor.is_inference():  # has none
-            return empty
-        version = tensor.detach()
-        version.data = empty
-        return version
+def _refuse_capture(param: Tensor) -> None:
+    """Refuse to make or move state of a param on a GPU in the capture of a graph.
+
+    Each replay would do it again.
+    """
+    if param.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "state: is made in the first step, and after hyperparameters such as capturable were "
+            "changed, which cannot be part of a CUDA graph; make a step before the capture"
+        )
 
 
-def _refer(tensor: Tensor) -> Tensor:
-    """Return a tensor without memory of its own that has another as its gradient."""
-    holder = torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
-    holder.grad = tensor
-    return holder
-
-
-def _scalar_dtype() -> torch.dtype:
-    return torch.float32 if rounds_scalars() else torch.float64
-
-
-def _eta_after(lr: Tensor, lambd: float, alpha: float, step: float) -> float:
-    """Return eta where lr is a tensor: torch then computes it in the dtype of lr."""
-    lr = lr.detach().squeeze()
-    return float(lr / ((1 + lambd * lr * step) ** alpha))
+def _is_shared(tensor: Tensor) -> bool:
+    """Whether other processes may have the memory; torch says so of every GPU's."""
+    return tensor.device.type == "cpu" and tensor.is_shared()

@@ -1,4 +1,4 @@
-"""Launches on CUDA devices: the rows of a table become calls of the driver, one for each kind.
+"""Launches on CUDA devices: the rows of a rows become calls of the driver, one for each kind.
 
 This module knows tables, words and streams; it does not know what kernels do, nor how they are
 made. The driver is called directly: a launch by Numba takes 18 us.
@@ -175,12 +175,12 @@ class Launches:
             checked(result)
 
 
-def prepared(table: Rows, job: int, *, capturable: bool = False) -> Launches:
-    """Prepare what is to be done to the rows of a table that are on CUDA devices.
+def prepared(rows: Rows, job: int, *, capturable: bool = False) -> Launches:
+    """Prepare what is to be done to the rows of a rows that are on CUDA devices.
 
     Parameters
     ----------
-    table : Rows
+    rows : Rows
         Checked.
     job : int
         Of `_launches`.
@@ -203,17 +203,17 @@ def prepared(table: Rows, job: int, *, capturable: bool = False) -> Launches:
     # Libraries that work on other streams have the arrays as their own work leaves them, and go on
     # when the step is through; for one whose stream is not known, the host waits for that.
     others = [
-        (device_of(number), table.streams[number], found) for number, found in table.others.items()
+        (device_of(number), rows.streams[number], found) for number, found in rows.others.items()
     ]
     for device, stream, found in others:
         for other in found - {0}:
             if job == UPDATE and device.is_capturing(other):
                 raise RuntimeError(CAPTURED)
             launches.let_wait(device, stream, other)
-    for key in keys_of(table):
+    for key in keys_of(rows):
         number, param, average, on_device = launch_kind(key)
         device = device_of(number)
-        stream = table.streams[number]
+        stream = rows.streams[number]
         is_captured = job == UPDATE and device.is_capturing(stream)
         if is_captured and not (on_device and capturable):
             raise RuntimeError(CAPTURED)
@@ -221,13 +221,13 @@ def prepared(table: Rows, job: int, *, capturable: bool = False) -> Launches:
         enough = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
         addresses = (0, 0)
         if on_device:
-            addresses = _address(table.grad_scale, number), _address(table.found_inf, number)
+            addresses = _address(rows.on_device.grad_scale, number), _address(rows.on_device.found_inf, number)
         for part in _parts(job, param != average):
             start = 0
-            while start < len(table):
+            while start < len(rows):
                 words = _words()
                 start, n_blocks, n_words = pack(
-                    table, key, start, words.words[:room], part, enough, *addresses
+                    rows, key, start, words.words[:room], part, enough, *addresses
                 )
                 if n_blocks == 0:
                     _spare_words.append(words)

@@ -1,4 +1,4 @@
-"""The rows of a table as the words that the kernels of a GPU are launched with.
+"""The rows of a rows as the words that the kernels of a GPU are launched with.
 
 This module knows rows and words; it does not know how kernels are compiled or launched.
 
@@ -11,7 +11,8 @@ have the same. Each row's work is cut into chunks, one for a block of threads.
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy, memmove
 
-from asgd_fast._rows.rows cimport BFLOAT16, CPU, FLOAT16, FLOAT32, FLOAT64, OnDevice, Row, Rows
+from asgd_fast._rows.rows cimport BFLOAT16, CPU, FLOAT16, FLOAT32, FLOAT64, Row, Rows
+from asgd_fast.cuda.scalars cimport DeviceRows, OnDevice
 
 # The threads of a block.
 THREADS = 512
@@ -125,12 +126,12 @@ cdef inline int64_t _key_of(const Row *row) noexcept nogil:
     return row.device | <int64_t>row.kind << 32 | <int64_t>row.ax_size << 36 | on_device << 40
 
 
-def keys_of(Rows table):
-    """The kinds of launches that a table needs.
+def keys_of(Rows rows):
+    """The kinds of launches that a rows needs.
 
     Parameters
     ----------
-    table : Rows
+    rows : Rows
 
     Returns
     -------
@@ -140,10 +141,10 @@ def keys_of(Rows table):
     cdef Py_ssize_t i
     cdef int64_t key, last = -1
     cdef list keys = []
-    for i in range(table.n_rows):
-        if table.rows[i].device == CPU:
+    for i in range(rows.n_rows):
+        if rows.rows[i].device == CPU:
             continue
-        key = _key_of(&table.rows[i])
+        key = _key_of(&rows.rows[i])
         if key != last and key not in keys:
             keys.append(key)
         last = key
@@ -174,14 +175,14 @@ def launch_kind(int64_t key):
 
 
 def pack(
-    Rows table, int64_t key, Py_ssize_t start, uint64_t[::1] words, int job, int64_t n_blocks,
+    Rows rows, int64_t key, Py_ssize_t start, uint64_t[::1] words, int job, int64_t n_blocks,
     uint64_t grad_scale=0, uint64_t found_inf=0,
 ):
     """Lay out a launch of so many rows of a key as find room.
 
     Parameters
     ----------
-    table : Rows
+    rows : Rows
         Checked.
     key : int
         Of `keys_of`.
@@ -198,7 +199,7 @@ def pack(
     Returns
     -------
     stop : int
-        The row to go on with; the table's length after the last launch.
+        The row to go on with; the rows's length after the last launch.
     n_chunks : int
         How many blocks to launch. 0 if there is nothing to do.
     n_words : int
@@ -207,7 +208,7 @@ def pack(
     cdef bint on_device = key >> 40
     cdef int row_size = _ROW_ON_DEVICE if on_device else _ROW
     cdef int set_size = _SET_ON_DEVICE if on_device else _SET
-    cdef int power = _chunk_for(table, key, n_blocks)
+    cdef int power = _chunk_for(rows, key, n_blocks)
     cdef int64_t chunk = <int64_t>1 << power, n_chunks = 0, n_rows = 0, n_sets = 0, n
     words[_TICKET_AT] = 0
     cdef int64_t room = words.shape[0] - _HEADER, tail
@@ -216,14 +217,15 @@ def pack(
     cdef uint64_t now[_SET_ON_DEVICE]
     cdef uint64_t last[_SET_ON_DEVICE]
     cdef const Row *row
+    cdef DeviceRows on_device_rows = rows.on_device
     cdef Py_ssize_t i
-    for i in range(start, table.n_rows):
-        row = &table.rows[i]
+    for i in range(start, rows.n_rows):
+        row = &rows.rows[i]
         if row.device == CPU or _key_of(row) != key or (row.n == 0 and not on_device):
             continue
         if job == _UPDATE:
             if on_device:
-                _set_on_device(row, &table.on_device[row.on_device - 1], now)
+                _set_on_device(&on_device_rows.rows[row.on_device - 1], now)
             else:
                 _set_of(row, now)
         n = (row.n + chunk - 1) >> power
@@ -245,14 +247,14 @@ def pack(
         tail = row.n - (n - 1) * chunk if n != 0 else 0
         row_at[_PLACE_AT] = n_chunks | tail << _FIRST_BITS | (n_sets - 1) << _SET_SHIFT
         if on_device:
-            row_at[_SCALARS_AT] = <uint64_t>table.on_device[row.on_device - 1].scalars
-            words[_TICKET_AT] = <uint64_t>table.on_device[row.on_device - 1].ticket
+            row_at[_SCALARS_AT] = <uint64_t>on_device_rows.rows[row.on_device - 1].scalars
+            words[_TICKET_AT] = <uint64_t>on_device_rows.rows[row.on_device - 1].ticket
         row_at += row_size
         room -= row_size
         n_rows += 1
         n_chunks += n
     else:
-        i = table.n_rows
+        i = rows.n_rows
     memmove(row_at, &words[0] + words.shape[0] - n_sets * set_size,
             n_sets * set_size * sizeof(uint64_t))
     words[_N_ROWS_AT] = n_rows
@@ -313,13 +315,13 @@ cdef inline bint _are_same(const uint64_t *one, const uint64_t *other, int n) no
     return True
 
 
-cdef int _chunk_for(Rows table, int64_t key, int64_t n_blocks) noexcept:
+cdef int _chunk_for(Rows rows, int64_t key, int64_t n_blocks) noexcept:
     cdef int64_t size = 0
     cdef int power = SMALLEST_CHUNK
     cdef Py_ssize_t i
-    for i in range(table.n_rows):
-        if table.rows[i].device != CPU and _key_of(&table.rows[i]) == key:
-            size += table.rows[i].n
+    for i in range(rows.n_rows):
+        if rows.rows[i].device != CPU and _key_of(&rows.rows[i]) == key:
+            size += rows.rows[i].n
     while power < LARGEST_CHUNK and n_blocks << power < size:
         power += 1
     return power
@@ -336,28 +338,28 @@ cdef void _set_addresses(const Row *row, uint64_t *at, int job) noexcept:
 
 
 cdef void _set_of(const Row *row, uint64_t *now) noexcept:
-    cdef bint is_double = row.size == 8
-    now[_NEG_ETA_AT] = _bits(-row.eta, is_double)
-    now[_DECAY_AT] = _bits(row.decay, is_double)
-    now[_WEIGHT_DECAY_AT] = _bits(row.weight_decay, is_double)
-    now[_FACTOR_AT] = _bits(row.grad_scale, is_double)
-    now[_MU_AT] = _bits(row.mu, row.ax_size == 8)
-    now[_HOW_AT] = _NO_AVERAGE if row.ax == NULL else _COPY if row.mu == 1 else _AVERAGE
+    cdef bint is_double = row.kind == FLOAT64
+    now[_NEG_ETA_AT] = _bits(-row.step.eta, is_double)
+    now[_DECAY_AT] = _bits(row.step.decay, is_double)
+    now[_WEIGHT_DECAY_AT] = _bits(row.step.weight_decay, is_double)
+    now[_FACTOR_AT] = _bits(row.step.grad_scale, is_double)
+    now[_MU_AT] = _bits(row.step.mu, row.ax_size == 8)
+    now[_HOW_AT] = _NO_AVERAGE if row.ax == NULL else _COPY if row.step.mu == 1 else _AVERAGE
     # As given: the rounded one may be 0, and fma(0, p, g) is not always g.
-    if row.weight_decay != 0:
+    if row.step.weight_decay != 0:
         now[_HOW_AT] |= _HAS_WEIGHT_DECAY
 
 
-cdef void _set_on_device(const Row *row, const OnDevice *own, uint64_t *now) noexcept:
+cdef void _set_on_device(const OnDevice *own, uint64_t *now) noexcept:
     now[_LR_AT] = _bits(own.plan.lr, True)
     now[_LAMBD_AT] = _bits(own.plan.lambd, True)
     now[_ALPHA_AT] = _bits(own.plan.alpha, True)
     now[_T0_AT] = _bits(own.plan.t0, True)
     now[_EVERY_AT] = _bits(own.plan.average_every, True)
-    now[_L2_AT] = _bits(row.weight_decay, True)
-    now[_SIGN_AT] = _bits(row.grad_scale, True)
+    now[_L2_AT] = _bits(own.plan.weight_decay, True)
+    now[_SIGN_AT] = _bits(own.plan.grad_scale, True)
     now[_FLAGS_AT] = 0
-    if row.double_scalars:
+    if own.double_scalars:
         now[_FLAGS_AT] |= _SCALARS_ARE_DOUBLE
     if own.plan.current:
         now[_FLAGS_AT] |= _IS_CURRENT

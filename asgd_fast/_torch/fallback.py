@@ -1,0 +1,148 @@
+"""What no engine takes, stepped by torch's own function, with its results and its speed.
+
+This module knows params with their groups and states; it does not know why they are left to torch.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.asgd import asgd as torch_asgd
+
+from asgd_fast._schedule import next_scalars
+from asgd_fast._torch.groups import has_own_options
+from asgd_fast._torch.internals import FOREACH_TAKES_HOST_SCALARS
+from asgd_fast._torch.state import SCALARS, ParamState, new_average
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from asgd_fast._torch.groups import Group
+
+__all__ = ["Left", "check", "step"]
+
+# A param that no engine takes, between its group and its state.
+Left: TypeAlias = "tuple[Group, Tensor, ParamState]"
+
+# What torch's function takes of a group.
+_HYPERPARAMETERS = (
+    *("lr", "lambd", "alpha", "t0", "weight_decay"),
+    *("foreach", "maximize", "differentiable", "capturable"),
+)
+
+
+def check(left: Sequence[Left]) -> None:
+    """Refuse what torch's function would refuse half-way, and let averages begin.
+
+    Parameters
+    ----------
+    left : sequence of (dict, Tensor, ParamState)
+
+    Raises
+    ------
+    RuntimeError
+        A gradient is sparse.
+    KeyError, ValueError
+        A state lacks an entry, or its average has another shape than its param; or capturable goes
+        with a keyword that torch does not know.
+    """
+    if any(param.grad is not None and param.grad.is_sparse for _, param, _ in left):
+        raise RuntimeError("ASGD does not support sparse gradients")
+    for group, param, own in left:
+        if group["capturable"] and has_own_options(group):
+            raise ValueError(
+                "capturable: goes with lr_schedule='current' or average_every > 1 only for params "
+                f"that CUDA kernels take; got one on {param.device}"
+            )
+        own.open()
+        shape = tuple(param.shape)
+        if missing := sorted(own.missing()):
+            raise KeyError(f"state: {missing} missing for a param of shape {shape}")
+        got = shape if own.ax is None else tuple(own.ax.shape)
+        if not _broadcasts(shape, got):
+            raise ValueError(
+                f"state: 'ax' of shape {got} does not match its param of shape {shape}"
+            )
+    without = [own for _, _, own in left if own.ax is None]
+    for own, ax in [(own, new_average(own, copies=True)) for own in without]:
+        own.ax = ax
+
+
+def step(left: Sequence[Left], unscale: float) -> None:
+    """Update params by torch's own function.
+
+    Parameters
+    ----------
+    left : sequence of (dict, Tensor, ParamState)
+        Checked.
+    unscale : float
+        What the gradients are multiplied by first.
+    """
+    for _, together in groupby(left, key=_what_torch_takes_together):
+        groups, params, states = zip(*together, strict=True)
+        grads = [param.grad if unscale == 1 else param.grad * unscale for param in params]
+        if has_own_options(groups[0]):
+            for param, own, grad in zip(params, states, grads, strict=True):
+                _step_one(groups[0], param, own, grad)
+            continue
+        options = {name: groups[0][name] for name in _HYPERPARAMETERS}
+        options["t0"] = states[0].get("t0", options["t0"])
+        if states[0].ax.dtype != params[0].dtype or not all(map(_goes_foreach, params, states)):
+            options["foreach"] = False
+        torch_asgd(
+            list(params),
+            grads,
+            *([own[name] for own in states] for name in ("ax", "mu", "eta", "step")),
+            has_complex=any(param.is_complex() for param in params),
+            **options,
+        )
+
+
+def _what_torch_takes_together(left: Left) -> tuple[Any, ...]:
+    group, param, own = left
+    return id(group), own.ax.dtype != param.dtype, own.get("t0")
+
+
+def _goes_foreach(param: Tensor, own: ParamState) -> bool:
+    """Whether torch's foreach takes a param with its scalars where they are."""
+    return (
+        FOREACH_TAKES_HOST_SCALARS
+        or not param.is_cuda
+        or all(own[name].is_cuda for name in SCALARS)
+    )
+
+
+def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> None:
+    """Update a param by torch's own function, with scalars that torch would not compute."""
+    options = {name: group[name] for name in _HYPERPARAMETERS}
+    lr, lambd, alpha = (float(group[name]) for name in ("lr", "lambd", "alpha"))
+    step, eta, mu = (float(own[name]) for name in SCALARS)
+    t0 = float(own.get("t0", group["t0"]))
+    is_current = group["lr_schedule"] == "current"
+    every = group["average_every"]
+    if is_current:
+        eta, _ = next_scalars(step, lr, lambd, alpha, t0, every, is_current)
+        if step <= t0:
+            options["lambd"] = 0.0
+    torch_asgd(
+        [param],
+        [grad],
+        [own["ax"] if mu != 0 else torch.empty_like(param)],
+        *([torch.tensor(x, dtype=torch.float64)] for x in (mu or 1.0, eta, step)),
+        has_complex=param.is_complex(),
+        **{**options, "foreach": False},
+    )
+    eta, mu = next_scalars(step + 1, lr, lambd, alpha, t0, every, is_current)
+    for name, value in zip(SCALARS, (step + 1, eta, mu), strict=True):
+        own[name].fill_(value)
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether torch adds a tensor of one shape to one of the other, in place."""
+    try:
+        return bool(torch.broadcast_shapes(shape, to) == to)
+    except RuntimeError:
+        return False

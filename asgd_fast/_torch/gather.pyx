@@ -1,0 +1,377 @@
+"""The rows of a torch optimizer's step, gathered from its groups, its gradients and its state.
+
+This module knows groups and state as torch lays them out. It changes neither before all of the step
+is known: see `Work.begin`. What no engine can take, it lists for torch's own function.
+"""
+
+from cpython.dict cimport PyDict_Next
+from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
+from libc.math cimport NAN, isfinite, isnan
+
+import torch
+
+from asgd_fast._rows.describe cimport data_of
+from asgd_fast._rows.dlpack cimport Borrowed, give_back, stream_of
+from asgd_fast._rows.rows cimport AX, CPU, GRAD, PARAM, Mirror, Row, Rows
+from asgd_fast._schedule cimport Plan, Scalars, Step, averages, mu_of, rounded
+from asgd_fast._torch.memory cimport is_ordinary, lend
+from asgd_fast._torch.record cimport Record
+from asgd_fast.cuda.scalars cimport DeviceRows, DeviceScalars
+
+from asgd_fast._torch.groups import check_group, number
+from asgd_fast._torch.state import (
+    ParamState,
+    average_as_param,
+    extent,
+    grad_as_param,
+    new_average,
+    record_of,
+    to_device,
+    to_host,
+    with_scalars,
+)
+
+cdef object TENSOR = torch.Tensor
+
+# p.grad by its descriptor takes half the time.
+cdef object _grad = TENSOR.grad
+cdef object _kind_of_grad = type(_grad)
+cdef descrgetfunc _get_grad = (<PyTypeObject *>_kind_of_grad).tp_descr_get
+
+
+# What the rows of one group have in common.
+cdef struct Common:
+    Plan plan
+    bint capturable
+    const void *lr_on_device  # where a GPU has lr; NULL: with the host
+    int lr_device
+    bint double_lr
+
+
+cdef class Work:
+    """What one step is to do.
+
+    Attributes
+    ----------
+    rows : Rows
+        For the engines; checked.
+    left : list of (dict, Tensor, ParamState)
+        For torch's own function: params with their groups and states.
+    written : list of Tensor
+        What the engines write, as far as autograd is concerned.
+    """
+
+    cdef readonly Rows rows
+    cdef readonly list left
+    cdef readonly list written
+    cdef object _state
+    cdef dict _new           # states that come into being with the step, by ids of params
+    cdef list _averages      # the same of averages, each with its state
+    cdef list _converted     # gradients of which a copy is used
+    cdef object _lr          # of the group, as it stands there
+    cdef bint _lazy
+    cdef object _average_dtype
+    cdef bint _on_device
+    cdef bint _round_scalars
+    cdef bint _shares_state  # one entry is the state of two params
+    cdef Py_ssize_t _position  # in the state: see `_next`
+
+    def __cinit__(self, state):
+        self.rows = Rows(("params[{}]", "grads[{}]", "averages[{}]"))
+        self.left = []
+        self.written = []
+        self._state = state
+        self._new = {}
+        self._averages = []
+        self._converted = []
+
+    def begin(self):
+        """Let the states and averages come into being that begin with this step."""
+        for record, ax in self._averages:
+            if record.ax is None:
+                record.ax = ax
+            else:
+                record.ax.data = ax
+        for param, record in self._new.values():
+            self._state[param] = record
+
+    def is_all_on_device(self):
+        """Whether GPUs have the scalars of all rows."""
+        cdef Py_ssize_t i
+        for i in range(self.rows.n_rows):
+            if self.rows.rows[i].on_device == 0:
+                return False
+        return True
+
+    cdef int _add_group(self, group, double unscale, bint by_torch) except -1:
+        """Add the params of a group that have a gradient."""
+        cdef Common common
+        cdef Record record
+        check_group(group)
+        by_torch = by_torch or group["differentiable"]
+        self._read_group(group, unscale, &common)
+        params = group["params"]
+        self.rows.reserve(len(params))
+        for param in params:
+            grad = _grad_of(param)
+            record = self._next(param)
+            if grad is None:
+                continue
+            if record is None:
+                record = self._find(param, group)
+            if by_torch or not self._add(param, grad, record, &common):
+                self.left.append((group, param, record))
+        return 0
+
+    cdef int _read_group(self, group, double unscale, Common *common) except -1:
+        cdef Borrowed borrowed
+        lr = group["lr"]
+        self._lr = lr.detach() if isinstance(lr, TENSOR) else lr
+        common.lr_on_device = NULL
+        if isinstance(lr, TENSOR) and lr.is_cuda:
+            # The host reads it only where it has scalars: it would wait for the device.
+            common.plan.lr = NAN
+            if lr.is_floating_point() and lr.itemsize >= 4 and lend(self._lr, False, &borrowed):
+                give_back(&borrowed)  # the group keeps it
+                common.lr_on_device = data_of(&borrowed.tensor)
+                common.lr_device = borrowed.tensor.device.device_id
+                common.double_lr = borrowed.tensor.dtype.bits == 64
+        else:
+            common.plan.lr = number("lr", self._lr)
+        common.plan.lambd = group["lambd"]
+        common.plan.alpha = group["alpha"]
+        common.plan.t0 = group["t0"]
+        common.plan.average_every = group["average_every"]
+        common.plan.current = group["lr_schedule"] != "torch"
+        common.plan.weight_decay = number("weight_decay", group["weight_decay"])
+        common.plan.grad_scale = -unscale if group["maximize"] else unscale
+        common.capturable = group["capturable"]
+        return 0
+
+    cdef Record _next(self, param):
+        """The state of a param, if it is the next one in the optimizer's; else None.
+
+        States are made in the order of the params, so that walking along finds them. A look-up
+        takes 80 ns, as the hash of a tensor is computed in Python.
+        """
+        cdef Py_ssize_t position = self._position
+        cdef PyObject *key
+        cdef PyObject *value
+        if (
+            isinstance(self._state, dict)
+            and PyDict_Next(self._state, &position, &key, &value)
+            and key == <PyObject *>param
+        ):
+            self._position = position
+            return _fit_for(param, <object>value)
+        return None
+
+    cdef Record _find(self, param, group):
+        """The state of a param: what the optimizer has, made fit for it, or a new one."""
+        cdef Record record
+        if id(param) in self._new:
+            return self._new[id(param)][1]
+        found = self._state.get(param)
+        record = _fit_for(param, found)
+        if record is not None:
+            return record
+        record = record_of(
+            self._state, param, group, lazy=self._lazy, average_dtype=self._average_dtype)
+        if record.param is not param:
+            self._shares_state = True
+        elif record is not found:
+            self._new[id(param)] = param, record
+        return record
+
+    cdef bint _add(self, param, grad, Record record, Common *common) except -1:
+        """Add the row of a param. False if no engine can take it."""
+        cdef Rows rows = self.rows
+        cdef Row *row = rows.begin()
+        cdef Mirror mirror
+        cdef bint begins
+        if not (
+            self._lend(PARAM, param)
+            and (self._lend(GRAD, grad) or self._lend_copy(grad, param))
+            and (row.device != CPU or not common.capturable)
+            and not (record.is_open and record.missing())
+        ):
+            rows.abandon()
+            return False
+        if row.device != CPU:
+            if row.device != rows.device:  # all of torch's work on one stream of each GPU
+                rows.note_stream(stream_of(param, row.device))
+        if row.device != CPU and (self._on_device or common.capturable):
+            if common.lr_on_device != NULL and common.lr_device != row.device:
+                rows.abandon()
+                return False
+            begins = self._leave_to_device(row, param, record, common)
+        else:
+            if not self._schedule(row, record, common, &mirror):
+                rows.abandon()
+                return False
+            begins = averages(row.step)
+        ax = record.average()
+        if ax is None and (begins or common.capturable or not record.is_lazy):
+            # The step copies the param into it, or has to find there what it was before.
+            ax = new_average(record, copies=row.step == NULL or row.step.mu != 1)
+            self._averages.append((record, ax))
+        if ax is not None and (row.step == NULL or row.step.mu != 0):
+            if not self._lend(AX, ax):
+                ax = average_as_param(ax, param)
+                if ax is None or not self._lend(AX, ax):
+                    rows.abandon()
+                    return False
+                self._averages.append((record, ax))
+            self.written.append(ax)
+        self.written.append(param)
+        rows.kept.append(grad)
+        rows.kept.append(record)
+        if record.is_open and row.step != NULL:
+            rows.mirror(&mirror)
+        rows.commit()
+        return True
+
+    cdef bint _lend(self, int role, tensor) except -1:
+        """Put a tensor into the row, if it is fit for it."""
+        return (
+            is_ordinary(tensor)
+            and lend(tensor, role != GRAD, &self.rows.arrays[role])
+            and self.rows.settle(role) is None
+        )
+
+    cdef bint _lend_copy(self, grad, param) except -1:
+        """Put a gradient of another dtype or layout into the row, converted to the param's."""
+        copy = grad_as_param(grad, param)
+        if copy is None or not self._lend(GRAD, copy):
+            return False
+        self._converted.append(grad)
+        self.rows.kept.append(copy)
+        return True
+
+    cdef bint _schedule(
+        self, Row *row, Record record, Common *common, Mirror *mirror,
+    ) except -1:
+        """Compute the step of a row whose scalars are with the host. False if they are unfit."""
+        cdef Plan plan
+        cdef Step *step
+        if record.on_device is not None:
+            to_host(record)
+        if record.is_open and not record.read(mirror):
+            with_scalars(record)
+            if not record.read(mirror):
+                return False
+        if isnan(common.plan.lr):
+            common.plan.lr = number("lr", self._lr)
+        plan = common.plan
+        if not isnan(record.t0):
+            plan.t0 = record.t0
+        plan.float_step = not record.is_double
+        plan.float_next = self._round_scalars or not record.is_double
+        step = self.rows.step_for(&record.now, &plan)
+        if isinstance(self._lr, TENSOR) and not plan.current:
+            step.next.eta = _eta_after(self._lr, plan.lambd, plan.alpha, step.next.step)
+            if not record.is_double:
+                step.next.eta = rounded(step.next.eta)
+        elif plan.lr < 0 and not isfinite(step.next.eta):
+            raise ValueError(
+                f"Invalid learning rate: {self._lr} (1 + lambd * lr * step must stay above 0)")
+        row.step = step
+        row.scalars = &record.now
+        return True
+
+    cdef bint _leave_to_device(self, Row *row, param, Record record, Common *common) except -1:
+        """Let the GPU advance the scalars of a row; whether the step may make an iterate."""
+        cdef DeviceScalars scalars = record.scalars_on(row.device)
+        cdef Plan plan = common.plan
+        cdef double steps
+        if scalars is None:
+            scalars = to_device(record, param.device)
+        if not isnan(record.t0):
+            plan.t0 = record.t0
+        if self.rows.on_device is None:
+            self.rows.on_device = DeviceRows()
+        steps = scalars.steps
+        row.step = NULL
+        row.on_device = scalars.fill(
+            self.rows.on_device, &plan, common.lr_on_device, common.double_lr)
+        return mu_of(steps, &plan) != 1 or mu_of(steps + 1, &plan) != 1
+
+    cdef int _check_memory(self, groups) except -1:
+        """Leave everything to torch where memory is shared: its order of operations shows then."""
+        if not self._shares_state and self.rows.is_disjoint():
+            outside = list(self._converted)
+            for _, param, record in self.left:
+                outside += [param, param.grad, record.ax]
+            if not any([self.rows.touches(*extent(tensor)) for tensor in outside]):
+                return 0
+        self.rows.clear()
+        self.written.clear()
+        self._averages.clear()
+        self.left = [
+            (group, param, self._find(param, group))
+            for group in groups for param in group["params"] if param.grad is not None]
+        return 0
+
+
+def gather(
+    state, groups, *, double unscale, bint on_device, bint by_torch, bint lazy, average_dtype,
+):
+    """Find out what a step has to do; nothing is changed.
+
+    Parameters
+    ----------
+    state : dict of Tensor to dict
+        The optimizer's.
+    groups : list of dict
+        The optimizer's param_groups.
+    unscale : float
+        What the gradients are multiplied by first.
+    on_device : bool
+        Whether scalars of params on a GPU are to be there, as in groups with capturable=True.
+    by_torch : bool
+        Leave everything to torch's own function.
+    lazy : bool
+        Whether averages are to exist only once they begin.
+    average_dtype : torch.dtype, optional
+        As for `wide`.
+
+    Returns
+    -------
+    Work
+
+    Raises
+    ------
+    TypeError, ValueError
+        A group was changed to what `check_group` refuses, or its lr to something so negative that
+        eta has no value.
+    RuntimeError
+        Scalars would have to be made or moved while a CUDA graph is being captured.
+    """
+    cdef Work work = Work(state)
+    work._on_device = on_device
+    work._lazy = lazy
+    work._average_dtype = average_dtype
+    work._round_scalars = torch.get_default_dtype() is not torch.float64
+    for group in groups:
+        work._add_group(group, unscale, by_torch)
+    work._check_memory(groups)
+    return work
+
+
+cdef inline Record _fit_for(param, found):
+    """What was found in the state, if a step can use it as it is; else None."""
+    if type(found) is ParamState and (<Record>found).param is param and not (<Record>found).is_empty():
+        return found
+    return None
+
+
+cdef inline object _grad_of(param):
+    if is_ordinary(param):
+        return _get_grad(_grad, param, type(param))
+    return param.grad
+
+
+cdef double _eta_after(lr, double lambd, double alpha, double step) except? -1:
+    """eta where lr is a tensor: torch then computes it in the dtype of lr."""
+    lr = lr.squeeze()
+    return float(lr / ((1 + lambd * lr * step) ** alpha))

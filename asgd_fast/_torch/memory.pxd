@@ -1,0 +1,6 @@
+# The memory of torch's own tensors.
+
+from asgd_fast._rows.dlpack cimport Borrowed
+
+cpdef bint is_ordinary(object tensor)
+cdef bint lend(object tensor, bint writing, Borrowed *out) except -1

@@ -1,0 +1,23 @@
+# The state of one param.
+
+from asgd_fast._rows.rows cimport Mirror
+from asgd_fast._schedule cimport Scalars
+from asgd_fast.cuda.scalars cimport DeviceScalars
+
+cdef class Record(dict):
+    cdef Scalars now                 # while it is sealed; else as they were read last
+    cdef double t0                   # of this param alone; nan: that of the group holds
+    cdef readonly object param
+    cdef public object source        # whose copy answers for the average while there is none
+    cdef object _ax                  # while it is sealed
+    cdef DeviceScalars on_device     # has the scalars instead, where a GPU does
+    cdef readonly object average_dtype
+    cdef readonly bint is_open
+    cdef bint is_double              # whether the scalars are float64
+    cdef readonly bint is_lazy       # whether there is no average before it begins
+    cdef public bint has_average
+
+    cdef bint is_empty(self) noexcept
+    cdef object average(self)
+    cdef int read(self, Mirror *mirror) except -1
+    cdef DeviceScalars scalars_on(self, int device)

@@ -1,0 +1,255 @@
+"""The state of one param, sealed until somebody looks at it.
+
+A sealed record keeps step, eta and mu as numbers, which the engine may read and write without
+asking, since nobody else knows them. An open one has them as tensors, which somebody may hold,
+replace or move: they are asked for in each step. This module knows no groups and no steps.
+"""
+
+from cpython.dict cimport PyDict_Size
+from libc.math cimport NAN, isnan
+
+import torch
+
+from asgd_fast._rows.describe cimport data_of, n_elements
+from asgd_fast._rows.dlpack cimport Borrowed, give_back, kDLCPU, kDLFloat
+from asgd_fast._rows.rows cimport Mirror
+from asgd_fast._torch.memory cimport is_ordinary, lend
+from asgd_fast.cuda.scalars cimport DeviceScalars
+
+SCALARS = ("step", "eta", "mu")
+
+cdef tuple _NAMES = SCALARS
+
+
+cdef class Record(dict):
+    """The state of one param.
+
+    Made of a mapping it is an ordinary dict, open and of no param.
+
+    Attributes
+    ----------
+    param : Tensor or None
+    source : Tensor
+        What an average equals that has not begun: the param, or where its memory was.
+    average_dtype : torch.dtype
+        Of its average.
+    is_open : bool
+        Whether somebody may have its tensors.
+    is_lazy : bool
+        Whether there is no average before it begins.
+    has_average : bool
+        Whether an average was made, which the record then must hold.
+    """
+
+    def __init__(self, *args, **kwargs):
+        dict.__init__(self, *args, **kwargs)
+        self.is_open = True
+        self.t0 = NAN
+
+    def seal(self, param, scalars, *, bint is_double, bint is_lazy, average_dtype, t0=None):
+        """Become the sealed state of a param, which has no average yet.
+
+        Parameters
+        ----------
+        param : Tensor
+        scalars : tuple of float
+            step, eta and mu.
+        is_double : bool
+            Whether the scalars are float64 rather than float32.
+        is_lazy : bool
+        average_dtype : torch.dtype
+        t0 : float, optional
+            Of this param alone.
+        """
+        self.bind(param, is_lazy=is_lazy, average_dtype=average_dtype)
+        self.is_open = False
+        self.is_double = is_double
+        self.now.step, self.now.eta, self.now.mu = scalars
+        self.t0 = NAN if t0 is None else t0
+        return self
+
+    def bind(self, param, *, bint is_lazy, average_dtype):
+        """Become the state of a param, as it stands."""
+        self.param = self.source = param
+        self.is_lazy = is_lazy
+        self.average_dtype = average_dtype
+        self.has_average = dict.__contains__(self, "ax")
+        return self
+
+    def open(self):
+        """Put the tensors into the dict, for somebody to look at."""
+        if self.is_open:
+            return
+        contents = self.contents()
+        self.is_open = True
+        dict.update(self, contents)
+        self._ax = None
+
+    def contents(self):
+        """The entries as a plain dict, of tensors of its own where the record is sealed.
+
+        Returns
+        -------
+        dict
+            Without "ax" where there is no average yet.
+        """
+        if self.is_open:
+            return {name: dict.__getitem__(self, name) for name in dict.__iter__(self)}
+        if self.on_device is not None:
+            scalars = self.on_device.views()
+        else:
+            scalars = [torch.tensor(value, dtype=self.dtype) for value in self.numbers()]
+        contents = dict(zip(_NAMES, scalars, strict=True))
+        if self._ax is not None:
+            contents["ax"] = self._ax
+        if not isnan(self.t0):
+            contents["t0"] = self.t0
+        return contents
+
+    @property
+    def dtype(self):
+        """The dtype of the scalars."""
+        return torch.float64 if self.is_double else torch.float32
+
+    def numbers(self):
+        """step, eta and mu as they stand in the record: numbers, or tensors that have them."""
+        if self.is_open:
+            return tuple([dict.__getitem__(self, name) for name in _NAMES])
+        if self.on_device is not None:
+            return tuple(self.on_device.views())
+        return self.now.step, self.now.eta, self.now.mu
+
+    cdef bint is_empty(self) noexcept:
+        """Whether there is nothing in it, so that the state is to be made anew."""
+        return self.is_open and PyDict_Size(self) == 0
+
+    def missing(self):
+        """The names of the entries that a step needs and that are not there."""
+        names = [*_NAMES, "ax"] if self.has_average else _NAMES
+        return [name for name in names if not dict.__contains__(self, name)]
+
+    cdef object average(self):
+        """The average; None if there is none."""
+        return dict.get(self, "ax") if self.is_open else self._ax
+
+    @property
+    def ax(self):
+        """The average, or None: to set it says whether there is one."""
+        return self.average()
+
+    @ax.setter
+    def ax(self, ax):
+        self.has_average = ax is not None
+        if not self.is_open:
+            self._ax = ax
+        elif ax is not None:
+            dict.__setitem__(self, "ax", ax)
+        elif dict.__contains__(self, "ax"):
+            dict.__delitem__(self, "ax")
+
+    @property
+    def start(self):
+        """The t0 of this param alone; None where that of the group holds."""
+        return self.own_t0()
+
+    @start.setter
+    def start(self, t0):
+        self.t0 = NAN if t0 is None else t0
+        if self.is_open:
+            if t0 is not None:
+                dict.__setitem__(self, "t0", t0)
+            elif dict.__contains__(self, "t0"):
+                dict.__delitem__(self, "t0")
+
+    def own_t0(self):
+        if self.is_open:
+            return dict.get(self, "t0")
+        return None if isnan(self.t0) else self.t0
+
+    def begin_anew(self):
+        """Set mu to 1, so that the next step's iterate is copied."""
+        if self.is_open:
+            mu = dict.get(self, "mu")
+            if not isinstance(mu, torch.Tensor):
+                dict.__setitem__(self, "mu", 1.0)
+                return
+        elif self.on_device is None:
+            self.now.mu = 1
+            return
+        else:
+            mu = self.on_device.views()[2]
+        with torch.no_grad(), torch.inference_mode(False):
+            mu.fill_(1)
+
+    cdef int read(self, Mirror *mirror) except -1:
+        """Read the scalars of an open record, and note where they are to be written.
+
+        False if they are not three tensors of one float on the host.
+        """
+        cdef Borrowed borrowed
+        cdef double values[3]
+        cdef int i
+        for i in range(3):
+            tensor = dict.get(self, _NAMES[i])
+            if not is_ordinary(tensor) or not lend(tensor, True, &borrowed):
+                return False
+            give_back(&borrowed)  # the record keeps the tensor
+            if (
+                borrowed.tensor.device.device_type != kDLCPU
+                or borrowed.tensor.dtype.code != kDLFloat
+                or borrowed.tensor.dtype.bits < 32
+                or n_elements(&borrowed.tensor) != 1
+            ):
+                return False
+            if borrowed.tensor.data == NULL:
+                raise RuntimeError("state: the memory of step, eta and mu was taken away")
+            mirror.to[i] = data_of(&borrowed.tensor)
+            mirror.is_double[i] = borrowed.tensor.dtype.bits == 64
+            values[i] = (
+                (<double *>mirror.to[i])[0] if mirror.is_double[i] else (<float *>mirror.to[i])[0])
+        self.now.step, self.now.eta, self.now.mu = values[0], values[1], values[2]
+        self.is_double = mirror.is_double[0] or mirror.is_double[1] or mirror.is_double[2]
+        mirror.scalars = &self.now
+        own = dict.get(self, "t0")
+        self.t0 = NAN if own is None else own
+        return True
+
+    cdef DeviceScalars scalars_on(self, int device):
+        """The scalars in the memory of a GPU; None if they are not there, or were replaced."""
+        own = self.on_device
+        if own is None or own.device != device:
+            return None
+        if self.is_open and not own.has([dict.get(self, name) for name in _NAMES]):
+            return None
+        if self.is_open:
+            t0 = dict.get(self, "t0")
+            self.t0 = NAN if t0 is None else t0
+        return own
+
+    def move(self, DeviceScalars on_device, numbers=None):
+        """Let a GPU have the scalars from now on, or the host.
+
+        Parameters
+        ----------
+        on_device : DeviceScalars or None
+        numbers : tuple of float, optional
+            What the host then has.
+        """
+        self.on_device = on_device
+        if on_device is None:
+            self.now.step, self.now.eta, self.now.mu = numbers
+        if self.is_open:
+            tensors = on_device.views() if on_device is not None else [
+                torch.tensor(value, dtype=self.dtype) for value in numbers]
+            for name, tensor in zip(_NAMES, tensors, strict=True):
+                dict.__setitem__(self, name, tensor)
+
+    @property
+    def is_on_device(self):
+        """Whether a GPU has the scalars."""
+        return self.on_device is not None
+
+    @property
+    def steps_at_most(self):
+        """How many steps have been made at most, where a GPU may have skipped some."""
+        return self.on_device.steps if self.on_device is not None else self.now.step
