@@ -342,6 +342,7 @@ class ASGD(torch.optim.ASGD):
 
     def __setstate__(self, state_: dict[str, Any]) -> None:
         """Take over the state of a checkpoint, a copy or another process."""
+        state.release(state_.get("state", {}))
         super().__setstate__(state_)  # type: ignore[no-untyped-call]
         state.load(self.state, lazy=self.lazy_average, average_dtype=self.average_dtype)
         self._make_checkpoints_plain()

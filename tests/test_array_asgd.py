@@ -122,7 +122,8 @@ def test_one_array_alone_and_mixed_dtypes():
 )
 def test_averages_have_the_layout_of_their_params(make):
     param = make()
-    optimizer = ArrayASGD(param)
+    optimizer = ArrayASGD(param, t0=-1)  # averages from the first step on
+    optimizer.step(param * 1)
     (ax,) = optimizer.averages
     assert type(ax) is type(param)
     assert ax.shape == param.shape
@@ -131,8 +132,10 @@ def test_averages_have_the_layout_of_their_params(make):
         assert ax.untyped_storage().nbytes() == param.numel() * param.itemsize
     else:
         assert ax.strides == param.strides
-    optimizer.step(param * 1)
     assert (ax == param).all()
+    optimizer.step(param * 1)
+    assert (optimizer.averages[0] == ax).all()
+    assert not (ax == param).all()
 
 
 def test_the_list_of_averages_is_the_callers_own():
@@ -311,7 +314,8 @@ def test_a_refused_step_changes_nothing(grads, error, message, started):
 
 
 def test_a_grad_that_is_an_average_is_refused_under_both_names():
-    optimizer = ArrayASGD([np.ones(3), np.ones(3)])
+    optimizer = ArrayASGD([np.ones(3), np.ones(3)], t0=-1)  # averages from the first step on
+    optimizer.step([np.ones(3), np.ones(3)])
     with pytest.raises(ValueError, match=r"^averages\[0\]: shares memory with grads\[0\]"):
         optimizer.step([optimizer.averages[0], np.ones(3)])
 

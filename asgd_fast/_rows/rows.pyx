@@ -193,18 +193,17 @@ cdef class Rows:
         params : list of array
             float16, bfloat16, float32, float64, complex64 or complex128, dense, writable, in the
             memory of the CPU or of a CUDA device.
-        grads : list of (array or None), optional
-            Of the shape, dtype, device and memory layout of their params; may be read-only. A param
-            whose grad is None gets no row. Without the list the rows are of params alone, and only
-            good for checking them.
-        axs : list of (array or None), optional
-            The averages, like their params, or in a wider dtype: float32 or float64. None: it has
-            not begun. Without the list none is kept.
+        grads : list of array, optional
+            Of the shape, dtype, device and memory layout of their params; may be read-only.
+            Without the list the rows are of params alone, and only good for checking them.
+        axs : list of array, optional
+            The averages, like their params, or in a wider dtype: float32 or float64. Without the
+            list none is kept.
         eta, mu : float
             For all rows, where there are no scalars.
         scalars : float64 array of shape (len(params), 3), optional
             The step, eta and mu of each param, which the engine advances with the step. The eta of
-            step 0 is not read: it is lr. The average of a param whose mu is 0 is left as it is.
+            step 0 is not read: it is lr.
         lr, lambd, alpha, t0, average_every, current, weight_decay
             The hyperparameters: see `next_scalars`.
         starts : float64 array of shape (len(params),), optional
@@ -214,7 +213,9 @@ cdef class Rows:
         first : int
             The number of params before these, for messages.
         new_average : callable, optional
-            Makes the average of the i-th param that begins with this step.
+            Makes the average of the i-th param that begins with this step. With it, a param whose
+            grad is None gets no row, an average that is None has not begun, and one whose mu is 0
+            is left as it is.
 
         Raises
         ------
@@ -226,6 +227,7 @@ cdef class Rows:
             The memory of a param or an average may not be written.
         """
         cdef Py_ssize_t i, n = len(params)
+        cdef bint partial = new_average is not None
         cdef Row *row
         cdef Scalars now = Scalars(0, eta, mu)
         cdef Plan plan = Plan(
@@ -237,7 +239,7 @@ cdef class Rows:
         self.kept.append((params, grads, axs, scalars))
         try:
             for i in range(n):
-                if grads is not None and grads[i] is None:
+                if partial and grads[i] is None:
                     continue
                 self._indices.append(first + i)
                 row = self.begin()
@@ -252,9 +254,9 @@ cdef class Rows:
                     plan.t0 = t0 if starts is None or isnan(starts[i]) else starts[i]
                 row.step = self.step_for(&now, &plan)
                 ax = None if axs is None else axs[i]
-                if ax is None and new_average is not None and averages(row.step):
+                if partial and ax is None and averages(row.step):
                     ax = new_average(first + i)
-                if ax is not None and (scalars is None or row.step.mu != 0):
+                if axs is not None and not partial or ax is not None and row.step.mu != 0:
                     self._take(AX, ax)
                 self.commit()
         except BaseException:

@@ -226,8 +226,10 @@ cdef class Work:
         self.written.append(param)
         rows.kept.append(grad)
         rows.kept.append(record)
-        if record.is_open and row.step != NULL:
-            rows.mirror(&mirror)
+        if record.is_open:
+            self.written += record.numbers()
+            if row.step != NULL:
+                rows.mirror(&mirror)
         rows.commit()
         return True
 

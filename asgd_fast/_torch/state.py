@@ -37,6 +37,7 @@ __all__ = [
     "plain",
     "protected",
     "record_of",
+    "release",
     "start",
     "states_of",
     "to_device",
@@ -167,7 +168,7 @@ def _created(
         raise ValueError(f"Invalid learning rate: {lr} (1 + lambd * lr * step must stay above 0)")
     dtype = scalar_dtype()
     started = group.get("averaging_started") and group["t0"] != _T0_BEFORE_FIRST
-    return ParamState.__new__(ParamState).seal(
+    own = ParamState.__new__(ParamState).seal(
         param,
         (0.0, torch.tensor(lr, dtype=dtype).item(), 1.0),
         is_double=dtype == torch.float64,
@@ -175,6 +176,10 @@ def _created(
         average_dtype=wide(param, average_dtype),
         t0=_T0_BEFORE_FIRST if started else None,
     )
+    if not is_ordinary(param) or param.device.type not in DEVICES or group["differentiable"]:
+        for name in SCALARS:  # which torch's own function is to find where it makes them
+            own[name] = own[name].to(param.device)
+    return own
 
 
 def states_of(
@@ -240,7 +245,9 @@ def load(
     for param, entry in list(state.items()):
         if not (isinstance(param, Tensor) and isinstance(entry, dict)):
             continue
-        entry = {name: _released(name, x, param, average_dtype) for name, x in entry.items()}
+        ax = entry.get("ax")
+        if isinstance(ax, Tensor) and (param.is_floating_point() or ax.dtype == param.dtype):
+            entry = {**entry, "ax": ax.to(wide(param, average_dtype))}
         if not entry.keys() >= set(SCALARS):
             state[param] = entry
             continue
@@ -298,17 +305,13 @@ class _Kept:
         self.tensor = tensor
 
 
-def _released(name: str, value: Any, param: Tensor, average_dtype: torch.dtype | None) -> Any:
-    """Return a loaded entry where its param is, an average in the dtype that it is to have."""
-    is_kept = isinstance(value, _Kept)
-    if is_kept:
-        value = value.tensor
-    if not isinstance(value, Tensor):
-        return value
-    if name == "ax" and (param.is_floating_point() or value.dtype == param.dtype):
-        if is_kept or value.dtype == param.dtype:
-            return value.to(param.device, wide(param, average_dtype))
-    return value.to(param.device) if name == "ax" and is_kept else value
+def release(state: State) -> None:
+    """Put what `protected` kept from torch into the state that torch has loaded."""
+    for param, entry in state.items():
+        for name, value in entry.items() if isinstance(entry, dict) else ():
+            if isinstance(value, _Kept):
+                place = param.device if isinstance(param, Tensor) else value.tensor.device
+                entry[name] = value.tensor.to(place)
 
 
 def plain(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
