@@ -211,17 +211,18 @@ cdef inline void _mean_of_unit(const Halves *how, const float *p, mean *ax) noex
     cdef mean unit[UNIT]
     cdef mean mu = <mean>how.mu
     cdef int i
+    # Stores are loops: memcpy moves 16 bytes at a time, and a load of a wider vector waits for it.
+    # They are loops of their own: for all that a compiler knows, p might be where ax is.
     if how.averages:
         for i in range(UNIT):
             unit[i] = _mean(ax[i], <mean>p[i], mu)
-        # In loops, as memcpy moves 16 bytes at a time, for which wider vectors wait; and in two, as
-        # p might be where ax is, for all that a compiler knows.
         for i in range(UNIT):
             ax[i] = unit[i]
     elif how.copies:
         for i in range(UNIT):
             unit[i] = <mean>p[i]
-        memcpy(ax, unit, sizeof(unit))
+        for i in range(UNIT):
+            ax[i] = unit[i]
 
 
 cdef inline void _narrow_halves(
