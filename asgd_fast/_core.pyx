@@ -71,16 +71,8 @@ cdef extern from *:
     #else
       #define asgd_fast_add(counter, n) __atomic_fetch_add(counter, n, __ATOMIC_RELAXED)
     #endif
-
-    #if defined(__SSE2__) || defined(_M_X64)
-      #include <emmintrin.h>
-      #define asgd_fast_fence() _mm_sfence()
-    #else
-      #define asgd_fast_fence() ((void)0)
-    #endif
     """
     int64_t _add "asgd_fast_add"(int64_t *counter, int64_t n) noexcept nogil
-    void _fence "asgd_fast_fence"() noexcept nogil
 
 BUILD = {
     "compiler": _compiler.decode(),
@@ -109,20 +101,6 @@ cdef ThreadNumber _thread_number = NULL
 
 cdef Loops *_loops = NULL
 cdef str _level = ""
-
-
-def _last_cache():
-    """The size of the last cache in bytes; 32 MiB where the system does not tell."""
-    # Not by sysconf, which on some virtual machines tells the sum of many.
-    try:
-        with open("/sys/devices/system/cpu/cpu0/cache/index3/size", encoding="ascii") as file:
-            return int(file.read().strip().removesuffix("K")) << 10
-    except (OSError, ValueError):
-        return 1 << 25
-
-
-# Above it, streaming is faster; below, two threads lose a quarter by it (docs/performance.md).
-cdef int64_t _streams_above = _last_cache()
 
 
 def simd_levels():
@@ -195,27 +173,6 @@ def use_runtime(uintptr_t fork, uintptr_t thread_number):
     _thread_number = <ThreadNumber>thread_number
 
 
-def use_streaming(int64_t size):
-    """Write averages past the caches in steps that touch more than so many bytes.
-
-    The bits are the same.
-
-    Parameters
-    ----------
-    size : int
-        In bytes. By default that of the last cache.
-
-    Returns
-    -------
-    int
-        What it was before.
-    """
-    global _streams_above
-    before = _streams_above
-    _streams_above = size
-    return before
-
-
 cdef struct Work
 
 # Does what is to be done to elements [start, stop) of a row.
@@ -229,7 +186,6 @@ cdef struct Work:
     Py_ssize_t n_rows
     int64_t size          # in bytes of params, each as whole cache lines
     const Loops *loops
-    bint streams
     fenv_t environment    # how the caller's thread rounds and whether it flushes subnormal numbers
     int n_shares          # one for each thread
     int64_t share         # in bytes
@@ -304,7 +260,6 @@ cdef void _run(Rows rows, Job job, unsigned int n_threads) noexcept nogil:
     work.n_rows = rows.n_rows
     work.size = rows.work
     work.loops = _loops
-    work.streams = 3 * rows.work > _streams_above
     if n_threads > 1 and _fork != NULL:
         _share_out(&work, min(n_threads, <unsigned int>MOST_THREADS))
         fegetenv(&work.environment)
@@ -314,13 +269,13 @@ cdef void _run(Rows rows, Job job, unsigned int n_threads) noexcept nogil:
 
 
 cdef void _update(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
-    work.loops.update[row.kind][row.ax_size](row, start, stop, work.streams)
+    work.loops.update[row.kind][row.ax_size](row, start, stop)
 
 
 cdef void _assign(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
     cdef int64_t size = size_of(row.kind)
     if row.ax_size != size:
-        work.loops.narrow[row.kind][row.ax_size](row, start, stop, False)
+        work.loops.narrow[row.kind][row.ax_size](row, start, stop)
     else:
         memcpy(
             <char *>row.param + start * size, <char *>row.ax + start * size, (stop - start) * size)
@@ -416,8 +371,6 @@ cdef void _do_part(const Work *work, int64_t start, int64_t stop) noexcept nogil
                 work, row, max(start - row.offset, <int64_t>0) // size,
                 min((stop - row.offset) // size, row.n))
         i += 1
-    if work.streams:
-        _fence()
 
 
 cdef Py_ssize_t _row_at(const Work *work, int64_t offset) noexcept nogil:

@@ -9,15 +9,10 @@ make each update last, for profilers that take samples.
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asgd_fast import _core, asgd_
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from asgd_fast import asgd_
 
 # Enough for what a call costs apart from its elements not to show.
 N_ELEMENTS = 1 << 16
@@ -33,31 +28,17 @@ def loops(times: int) -> None:
         for average, own, mu in (
             ("no average", None, 1.0),
             ("copy", ax, 1.0),
-            ("copy past the caches", ax, 1.0),
             ("averaging", ax, 0.1),
             ("wide averages", wide, 0.1),
         ):
             if average == "wide averages" and dtype == "float64":
                 continue
-            if "past" in average and not hasattr(_core, "use_streaming"):
-                continue  # in older commits
             try:
-                with past_the_caches() if "past" in average else nullcontext():
-                    for _ in range(times):
-                        asgd_(param, grad, own, eta=0.01, mu=mu)
+                for _ in range(times):
+                    asgd_(param, grad, own, eta=0.01, mu=mu)
             except ValueError:
                 continue  # older commits do not take all dtypes
             print(f"{dtype}, {average}", N_ELEMENTS, sep="\t")
-
-
-@contextmanager
-def past_the_caches() -> Iterator[None]:
-    """Let averages that are only written bypass the caches, as those of large steps do."""
-    before = _core.use_streaming(0)
-    try:
-        yield
-    finally:
-        _core.use_streaming(before)
 
 
 def rows(times: int) -> None:

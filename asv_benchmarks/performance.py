@@ -3,7 +3,7 @@
     OMP_PROC_BIND=true python asv_benchmarks/performance.py [section ...] [--save docs]
 
 Bound threads stay apart; else some virtual machines let two of them share a processor. Sections:
-large, halves, averages, small, arrays, scaling, streaming, threads; all by default.
+large, halves, averages, small, arrays, scaling, threads; all by default.
 
 The contenders are timed in turn in one process, every round each of them once, and the medians over
 the rounds are printed, as tables in Markdown; ratios are the medians of those of each round.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from measure import Times, from_memory, in_turn, ratio, typical
+from measure import LAST_CACHE, Times, from_memory, in_turn, ratio, typical
 from models import resnet50
 from plain import FLAGS, PlainLoops
 
@@ -38,16 +38,12 @@ OURS = "asgd_fast"
 PLAIN = "plain loop"
 
 # For each phase: the options that bring an optimizer into it, the bytes that it moves for each
-# float32 element, and the plain loop of that traffic where arrays fit the caches, and else.
-PHASES: dict[str, tuple[dict[str, Any], int, str, str]] = {
-    "averaging": ({"t0": 0}, 20, "averaging", "averaging"),
-    "copy": ({"lazy_average": False}, 16, "copying", "streaming"),
-    "lazy": ({}, 12, "stepping", "stepping"),
+# float32 element, and the plain loop of that traffic.
+PHASES: dict[str, tuple[dict[str, Any], int, str]] = {
+    "averaging": ({"t0": 0}, 20, "averaging"),
+    "copy": ({"lazy_average": False}, 16, "copying"),
+    "lazy": ({}, 12, "stepping"),
 }
-
-# Past this many bytes in all three arrays the average is streamed.
-CACHE = _core.use_streaming(0)
-_core.use_streaming(CACHE)
 
 
 def params_of(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -123,10 +119,9 @@ def large(plain: PlainLoops) -> dict[str, Any]:
     """One float32 tensor, in each phase."""
     results = {}
     for n in (10**6, 10**7, 10**8):
-        for phase, (options, width, cached, streamed) in PHASES.items():
+        for phase, (options, width, floor) in PHASES.items():
             (p,) = params_of(n)
             assert p.grad is not None
-            floor = cached if 12 * n <= CACHE else streamed
             # All on the same memory, as some of it is faster than other.
             ax = torch.zeros(n)
             contenders = {
@@ -141,7 +136,7 @@ def large(plain: PlainLoops) -> dict[str, Any]:
                     torch.optim.SGD([p], lr=0.01, fused=True)
                 )
             # What the caches hold is found there, and then the memory does not matter.
-            measure = in_turn if 12 * n <= CACHE else from_memory
+            measure = in_turn if 12 * n <= LAST_CACHE else from_memory
             times = measure(contenders, max(15, min(60, 4 * 10**8 // n)))
             table(
                 f"{n:,} float32, {phase}, {width} bytes an element",
@@ -157,7 +152,7 @@ def halves(plain: PlainLoops) -> dict[str, Any]:
     results = {}
     n = 10**7
     for dtype in (torch.bfloat16, torch.float16):
-        for phase, (options, width, _, floor) in PHASES.items():
+        for phase, (options, width, floor) in PHASES.items():
             (p,) = params_of(n, dtype=dtype)
             assert p.grad is not None
             ax = torch.zeros_like(p).detach()
@@ -358,36 +353,6 @@ def scaling(plain: PlainLoops) -> dict[str, Any]:
     return results
 
 
-def streaming(_: PlainLoops) -> dict[str, Any]:
-    """Averages that are only written: past the caches, or through them."""
-    results = {}
-    rows: list[list[object]] = []
-    for n in (10**5, 10**6, 2 * 10**6, 3 * 10**6, 10**7, 10**8):
-        (p,) = params_of(n)
-        step = stepped(ASGD([p], lazy_average=False))
-
-        def streamed(above: int, step: Callable[[], object] = step) -> None:
-            before = _core.use_streaming(above)
-            step()
-            _core.use_streaming(before)
-
-        times = from_memory(
-            {"streamed": partial(streamed, 0), "cached": partial(streamed, 1 << 60)},
-            max(9, min(60, 4 * 10**8 // n)),
-        )
-        results[str(n)] = times
-        rows.append(
-            [
-                f"{n:,}",
-                *(f"{typical(times, name) / 1e3:.1f}" for name in times),
-                f"{ratio(times, 'cached', 'streamed'):.2f}",
-            ]
-        )
-    title = f"Copy phase, streamed and not (by default above {CACHE / 12e6:.1f} M elements)"
-    table(title, ["float32 elements", "streamed, us", "cached, us", "ratio"], rows)
-    return results
-
-
 def threads(_: PlainLoops) -> dict[str, Any]:
     """When a second thread is worth its start, with the others awake."""
     results = {}
@@ -429,7 +394,7 @@ def threads(_: PlainLoops) -> dict[str, Any]:
 
 SECTIONS = {
     section.__name__: section
-    for section in (large, halves, averages, small, arrays, scaling, streaming, threads)
+    for section in (large, halves, averages, small, arrays, scaling, threads)
 }
 
 
@@ -492,7 +457,7 @@ def main() -> None:
         "processor": _processor(),
         "cores": torch.multiprocessing.cpu_count(),
         "threads": torch.get_num_threads(),
-        "last cache": f"{CACHE / 2**20:.0f} MiB",
+        "last cache": f"{LAST_CACHE / 2**20:.0f} MiB",
         "simd": facts["cpu"]["simd"],
         "compiler": facts["build"]["compiler"],
         "python": platform.python_version(),

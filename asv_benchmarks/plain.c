@@ -4,9 +4,6 @@
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 #define FOR_ALL(n) _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < (n); i++)
 
@@ -64,27 +61,4 @@ void swapping_float(float *restrict p, const float *restrict g, float *restrict 
         p[i] = a[i];
         a[i] = x;
     }
-}
-
-/* The copy past the caches, of whole cache lines: a must begin with one. */
-void streaming_float(float *restrict p, const float *restrict g, float *restrict a, int64_t n) {
-#if defined(__AVX512F__)
-    const __m512 c = _mm512_set1_ps(0.999f), d = _mm512_set1_ps(0.01f);
-    FOR_ALL(n / 16) {
-        __m512 x = _mm512_fmsub_ps(
-            c, _mm512_loadu_ps(p + 16 * i), _mm512_mul_ps(d, _mm512_loadu_ps(g + 16 * i)));
-        _mm512_storeu_ps(p + 16 * i, x);
-        _mm512_stream_ps(a + 16 * i, x);
-    }
-#elif defined(__AVX2__) && defined(__FMA__)
-    const __m256 c = _mm256_set1_ps(0.999f), d = _mm256_set1_ps(0.01f);
-    FOR_ALL(n / 8) {
-        __m256 x = _mm256_fmsub_ps(
-            c, _mm256_loadu_ps(p + 8 * i), _mm256_mul_ps(d, _mm256_loadu_ps(g + 8 * i)));
-        _mm256_storeu_ps(p + 8 * i, x);
-        _mm256_stream_ps(a + 8 * i, x);
-    }
-#else
-    copying_float(p, g, a, n);
-#endif
 }

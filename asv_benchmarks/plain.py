@@ -21,7 +21,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 
 
 class PlainLoops:
-    """The loops, by name: averaging, copying, streaming, stepping, wide, swapping.
+    """The loops, by name: averaging, copying, stepping, wide, swapping.
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CLONE = ROOT / ".asv" / "clone"
 CORE = CLONE / "asgd_fast" / "_core.pyx"
 
-LOOP = "    work.loops.update[row.kind][row.ax_size](row, start, stop, work.streams)\n"
+LOOP = "    work.loops.update[row.kind][row.ax_size](row, start, stop)\n"
 A_FIFTH_MORE = LOOP.replace(" stop,", " start + (stop - start) // 5,")
 
 VERDICT = re.compile(r"^(instructions|times): (.+)$", re.MULTILINE)

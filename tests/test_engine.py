@@ -19,13 +19,6 @@ AVERAGES = {"none": None, "copied": 1.0, "averaged": 0.3}
 SCALARS = {"eta": 0.25, "lambd": 0.5, "weight_decay": 0.125}
 
 
-@pytest.fixture(params=[0, 1 << 60], ids=["streamed", "cached"])
-def streaming(request):
-    before = _core.use_streaming(request.param)
-    yield
-    _core.use_streaming(before)
-
-
 @pytest.fixture
 def runtime():
     """An OpenMP runtime, so that the engine does use threads."""
@@ -62,7 +55,7 @@ def update(params, grads, axs, mu, n_threads):
 
 @pytest.mark.parametrize("mu", AVERAGES.values(), ids=AVERAGES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_level_size_and_alignment(simd_level, streaming, dtype, mu):
+def test_every_level_size_and_alignment(simd_level, dtype, mu):
     generator = torch.Generator().manual_seed(0)
     for n, shifts in product(SIZES, ((0, 0, 0), (1, 2, 3), (5, 0, 31))):
         arrays = [shifted(generator, n, dtype, shift) for shift in shifts]
@@ -93,7 +86,7 @@ def mixture(generator):
 @pytest.mark.heavy
 @pytest.mark.parametrize("mu", AVERAGES.values(), ids=AVERAGES)
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
-def test_any_number_of_threads(runtime, streaming, n_threads, mu):
+def test_any_number_of_threads(runtime, n_threads, mu):
     params, grads, axs = mixture(torch.Generator().manual_seed(0))
     wanted = [
         expected(p, g, None if mu is None else ax, mu)
@@ -159,8 +152,8 @@ def test_several_python_threads_at_once(runtime):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_large_array_is_streamed_by_all_threads(dtype):
-    """Large enough that the defaults choose threads and streaming."""
+def test_a_large_array_is_shared_by_all_threads(dtype):
+    """Large enough that the defaults choose several threads."""
     p, g, ax = (torch.randn(1 << 24, dtype=torch.float32).to(dtype) for _ in range(3))
     wanted, _ = expected(p, g, ax, 1.0)
     asgd_(p, g, ax, mu=1.0, **SCALARS)

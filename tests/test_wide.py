@@ -44,13 +44,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[0, 1 << 60], ids=["streamed", "cached"])
-def streaming(request):
-    before = _core.use_streaming(request.param)
-    yield
-    _core.use_streaming(before)
-
-
 @pytest.fixture
 def two_threads():
     before = get_num_threads()
@@ -224,7 +217,7 @@ SCALARS = {"eta": 0.25, "lambd": 0.5, "weight_decay": 0.125}
 
 @pytest.mark.parametrize("mu", [1.0, 0.3])
 @wider
-def test_every_size_and_alignment_of_the_engine(simd_level, streaming, dtype, asked, wide, mu):
+def test_every_size_and_alignment_of_the_engine(simd_level, dtype, asked, wide, mu):
     for n, shifts in product(SIZES, ((0, 0, 0), (1, 2, 3), (5, 0, 31))):
         arrays = [
             within(n, shift, kind, i)
@@ -242,7 +235,7 @@ def test_every_size_and_alignment_of_the_engine(simd_level, streaming, dtype, as
 @pytest.mark.heavy
 @pytest.mark.parametrize("mu", [1.0, 0.3])
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 7])
-def test_any_number_of_threads(streaming, n_threads, mu):
+def test_any_number_of_threads(n_threads, mu):
     """Chunks end anywhere in params, and twice or four times as far in averages."""
     assert threads.openmp_runtime() != "not found"
     rows = []
@@ -266,7 +259,7 @@ def test_any_number_of_threads(streaming, n_threads, mu):
 
 @pytest.mark.heavy
 @wider
-def test_large_params_with_two_threads(two_threads, streaming, dtype, asked, wide):
+def test_large_params_with_two_threads(two_threads, dtype, asked, wide):
     """So large that the step uses both, and the chunks of a share are several."""
     n = (5 << 20) // dtype.itemsize + 13
     p = nn.Parameter(torch.randn(n, dtype=torch.float32).to(dtype))

@@ -4,10 +4,8 @@ from libc.stdint cimport int64_t
 
 from asgd_fast._rows.rows cimport N_KINDS, Row
 
-# Works on elements [start, stop) of one row. An average that is only written may be streamed,
-# stored past the caches, to be fenced by the caller.
-ctypedef void (*Loop)(
-    const Row *row, int64_t start, int64_t stop, bint streams) noexcept nogil
+# Works on elements [start, stop) of one row.
+ctypedef void (*Loop)(const Row *row, int64_t start, int64_t stop) noexcept nogil
 
 cdef enum:
     LARGEST_NUMBER = 8  # bytes

@@ -6,7 +6,7 @@
 
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport fma, fmaf
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
 from asgd_fast._cpu.loops cimport Loops
@@ -30,7 +30,6 @@ ctypedef fused mean:  # the numbers of an average
     double
 
 cdef extern from "simd.h":
-    void _stream "asgd_fast_stream"(void *to, const void *unit, int size) noexcept nogil
     ctypedef struct float16 "asgd_float16":
         pass
     ctypedef struct bfloat16 "asgd_bfloat16":
@@ -102,42 +101,9 @@ cdef inline void _update(
 
 cdef inline void _update_reals(
     const Row *row, real *param, const real *grad, mean *ax, int64_t start, int64_t stop,
-    bint streams,
 ) noexcept nogil:
     param, grad, ax = param + start, grad + start, NULL if ax == NULL else ax + start
-    if streams and ax != NULL and row.step.mu == 1:
-        _update_streaming(row, param, grad, ax, stop - start)
-    else:
-        _update(row, param, grad, ax, stop - start)
-
-
-cdef inline void _update_streaming(
-    const Row *shared, real *param, const real *grad, mean *ax, int64_t n,
-) noexcept nogil:
-    """Update n elements where ax gets the param itself, by stores that bypass the caches."""
-    # A copy, which what is stored in between cannot change: its scalars stay in registers.
-    cdef Row own = shared[0]
-    cdef const Row *row = &own
-    cdef real unit[UNIT]
-    cdef mean averages[UNIT]
-    cdef int64_t _i, head = min(n, _until_aligned(ax, sizeof(mean)))
-    cdef int k
-    _update(row, param, grad, ax, head)
-    param, grad, ax, n = param + head, grad + head, ax + head, n - head
-    for _i in range(n // UNIT):
-        memcpy(unit, param, sizeof(unit))
-        _update(row, unit, grad, <mean *>NULL, UNIT)
-        memcpy(param, unit, sizeof(unit))
-        for k in range(UNIT):
-            averages[k] = <mean>unit[k]
-        _stream(ax, averages, sizeof(averages))
-        param, grad, ax = param + UNIT, grad + UNIT, ax + UNIT
-    _update(row, param, grad, ax, n % UNIT)
-
-
-cdef inline int64_t _until_aligned(const void *address, int size) noexcept nogil:
-    """How many elements come before a unit of them could be streamed."""
-    return (0 - <uintptr_t>address) % (UNIT * size) // size
+    _update(row, param, grad, ax, stop - start)
 
 
 cdef inline void _narrow_reals(
@@ -160,14 +126,13 @@ cdef struct Halves:
     bint has_weight_decay
     bint averages
     bint copies
-    bint streams
     int ax_size
 
 
 cdef inline void _update_halves(
-    const Row *row, half *param, const half *grad, int64_t start, int64_t stop, bint streams,
+    const Row *row, half *param, const half *grad, int64_t start, int64_t stop,
 ) noexcept nogil:
-    cdef int64_t _i, head, n = stop - start
+    cdef int64_t _i, n = stop - start
     cdef Halves how
     cdef int64_t ax_size = row.ax_size
     cdef char *ax = NULL if row.ax == NULL else <char *>row.ax + start * ax_size
@@ -180,18 +145,11 @@ cdef inline void _update_halves(
     how.has_weight_decay = row.step.weight_decay != 0
     how.averages = ax != NULL and row.step.mu != 1
     how.copies = ax != NULL and row.step.mu == 1
-    how.streams = False
     how.ax_size = row.ax_size
-    if streams and how.copies:
-        head = min(n, _until_aligned(ax, row.ax_size))
-        _update_part(&how, param, grad, ax, head)
-        param, grad, ax, n = param + head, grad + head, ax + head * ax_size, n - head
-        how.streams = True
     for _i in range(n // UNIT):
         _update_unit(&how, param, grad, ax)
         param, grad = param + UNIT, grad + UNIT
         ax = NULL if ax == NULL else ax + UNIT * ax_size
-    how.streams = False
     _update_part(&how, param, grad, ax, n % UNIT)
 
 
@@ -245,8 +203,6 @@ cdef inline void _update_unit(
         for i in range(UNIT):
             a[i] = _mean(a[i], p[i], <float>how.mu)
         _narrow(a, <half *>ax)
-    elif how.streams:
-        _stream(ax, halves, sizeof(halves))
     elif how.copies:
         memcpy(ax, halves, sizeof(halves))
 
@@ -255,20 +211,18 @@ cdef inline void _mean_of_unit(const Halves *how, const float *p, mean *ax) noex
     cdef mean unit[UNIT]
     cdef mean mu = <mean>how.mu
     cdef int i
+    # Stores are loops: memcpy moves 16 bytes at a time, and a load of a wider vector waits for it.
+    # They are loops of their own: for all that a compiler knows, p might be where ax is.
     if how.averages:
         for i in range(UNIT):
             unit[i] = _mean(ax[i], <mean>p[i], mu)
-        # In loops, as memcpy moves 16 bytes at a time, for which wider vectors wait; and in two, as
-        # p might be where ax is, for all that a compiler knows.
         for i in range(UNIT):
             ax[i] = unit[i]
     elif how.copies:
         for i in range(UNIT):
             unit[i] = <mean>p[i]
-        if how.streams:
-            _stream(ax, unit, sizeof(unit))
-        else:
-            memcpy(ax, unit, sizeof(unit))
+        for i in range(UNIT):
+            ax[i] = unit[i]
 
 
 cdef inline void _narrow_halves(
@@ -302,51 +256,38 @@ cdef inline void _narrow(const float *unit, half *halves) noexcept nogil:
         _narrow_bfloat16(unit, halves)
 
 
-cdef void _update_float32(const Row *row, int64_t start, int64_t stop, bint streams) noexcept nogil:
-    _update_reals(
-        row, <float *>row.param, <const float *>row.grad, <float *>row.ax, start, stop, streams)
+cdef void _update_float32(const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    _update_reals(row, <float *>row.param, <const float *>row.grad, <float *>row.ax, start, stop)
 
 
-cdef void _update_float32_wide(
-    const Row *row, int64_t start, int64_t stop, bint streams,
-) noexcept nogil:
-    _update_reals(
-        row, <float *>row.param, <const float *>row.grad, <double *>row.ax, start, stop, streams)
+cdef void _update_float32_wide(const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    _update_reals(row, <float *>row.param, <const float *>row.grad, <double *>row.ax, start, stop)
 
 
-cdef void _update_float64(const Row *row, int64_t start, int64_t stop, bint streams) noexcept nogil:
-    _update_reals(
-        row, <double *>row.param, <const double *>row.grad, <double *>row.ax, start, stop, streams)
+cdef void _update_float64(const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    _update_reals(row, <double *>row.param, <const double *>row.grad, <double *>row.ax, start, stop)
 
 
-cdef void _update_float16(const Row *row, int64_t start, int64_t stop, bint streams) noexcept nogil:
-    _update_halves(row, <float16 *>row.param, <const float16 *>row.grad, start, stop, streams)
+cdef void _update_float16(const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    _update_halves(row, <float16 *>row.param, <const float16 *>row.grad, start, stop)
 
 
-cdef void _update_bfloat16(
-    const Row *row, int64_t start, int64_t stop, bint streams,
-) noexcept nogil:
-    _update_halves(row, <bfloat16 *>row.param, <const bfloat16 *>row.grad, start, stop, streams)
+cdef void _update_bfloat16(const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    _update_halves(row, <bfloat16 *>row.param, <const bfloat16 *>row.grad, start, stop)
 
 
-cdef void _narrow_to_float32(
-    const Row *row, int64_t start, int64_t stop, bint _streams,
-) noexcept nogil:
+cdef void _narrow_to_float32(const Row *row, int64_t start, int64_t stop) noexcept nogil:
     _narrow_reals(row, <float *>row.param, <const double *>row.ax, start, stop)
 
 
-cdef void _narrow_to_float16(
-    const Row *row, int64_t start, int64_t stop, bint _streams,
-) noexcept nogil:
+cdef void _narrow_to_float16(const Row *row, int64_t start, int64_t stop) noexcept nogil:
     if row.ax_size == sizeof(float):
         _narrow_halves(row, <float16 *>row.param, <const float *>row.ax, start, stop)
     else:
         _narrow_halves(row, <float16 *>row.param, <const double *>row.ax, start, stop)
 
 
-cdef void _narrow_to_bfloat16(
-    const Row *row, int64_t start, int64_t stop, bint _streams,
-) noexcept nogil:
+cdef void _narrow_to_bfloat16(const Row *row, int64_t start, int64_t stop) noexcept nogil:
     if row.ax_size == sizeof(float):
         _narrow_halves(row, <bfloat16 *>row.param, <const float *>row.ax, start, stop)
     else:

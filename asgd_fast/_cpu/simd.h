@@ -1,6 +1,6 @@
-/* What compilers do not make of plain loops: stores that bypass the caches, and the conversions of
-   half types. Everything here moves a unit of 16 elements, which at each SIMD level are whole
-   vectors, so that a loop over units keeps them in registers; at each level with the same bits. */
+/* What compilers do not make of plain loops: the conversions of half types. Everything here moves a
+   unit of 16 elements, which at each SIMD level are whole vectors, so that a loop over units keeps
+   them in registers; at each level with the same bits. */
 
 #ifndef ASGD_FAST_SIMD_H
 #define ASGD_FAST_SIMD_H
@@ -26,29 +26,6 @@
 /* Types of their own, so that neither is taken for the other. */
 typedef struct { uint16_t bits; } asgd_float16;
 typedef struct { uint16_t bits; } asgd_bfloat16;
-
-/* Copies `size` bytes, 32, 64 or 128 of them, to a multiple of as many, past the caches. */
-static inline void asgd_fast_stream(void *to, const void *from, int size) {
-#if ASGD_FAST_LEVEL == 512
-    for (int i = 0; i + 64 <= size; i += 64)
-        _mm512_stream_si512(
-            (__m512i *)((char *)to + i), _mm512_loadu_si512((const char *)from + i));
-    if (size == 32)
-        _mm256_stream_si256((__m256i *)to, _mm256_loadu_si256((const __m256i *)from));
-#elif ASGD_FAST_LEVEL == 256
-    for (int i = 0; i < size; i += 32)
-        _mm256_stream_si256(
-            (__m256i *)((char *)to + i),
-            _mm256_loadu_si256((const __m256i *)((const char *)from + i)));
-#elif ASGD_FAST_LEVEL == 128
-    for (int i = 0; i < size; i += 16)
-        _mm_stream_si128(
-            (__m128i *)((char *)to + i),
-            _mm_loadu_si128((const __m128i *)((const char *)from + i)));
-#else
-    memcpy(to, from, size);
-#endif
-}
 
 static inline float asgd_fast_float(uint32_t bits) {
     float value;

@@ -99,7 +99,7 @@ class Loop:
     unit = "instructions per element"
     params = (
         ("float32", "float64", "float16"),
-        ("no average", "copy", "copy past the caches", "averaging", "wide averages"),
+        ("no average", "copy", "averaging", "wide averages"),
     )
     param_names = ("dtype", "average")
     skip_params = (("float64", "wide averages"),)  # nothing is wider
