@@ -57,8 +57,8 @@ bench-smoke: $(VENV)/test $(VENV)/bench
 	$(BIN)/asv check -E existing:same
 	ASGD_FAST_HAS_ALL=1 $(BIN)/asv run -E existing:same --quick --dry-run --show-stderr --bench '^(?!.*(0000000|161 of))'
 
-# Whether HEAD is slower than its parent; other commits in CHECK.
-bench-check: $(VENV)/bench
+# Fails if HEAD takes more instructions than its parent; CHECK="base head" names other commits.
+bench-check: $(VENV)/bin/python
 	$(BIN)/python asv_benchmarks/gate.py $(CHECK)
 
 # What the machine called MACHINE has no results of yet, on the commits of history.txt.

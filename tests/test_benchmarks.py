@@ -10,7 +10,6 @@ import html
 import http.server
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -23,6 +22,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import asgd_fast
+from asgd_fast import _core
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "asv_benchmarks"
@@ -40,9 +42,15 @@ def gate():
         yield import_module("gate")
 
 
-def test_both_configurations_name_the_same_things(gate):
-    own = gate.configuration(BENCHMARKS / "asv.conf.json")
-    root = gate.configuration(ROOT / "asv.conf.json")
+def configuration_of(folder):
+    """The configuration of asv in a folder: JSON with whole lines of comment."""
+    text = (folder / "asv.conf.json").read_text()
+    return json.loads(re.sub(r"^ *//.*$", "", text, flags=re.MULTILINE))
+
+
+def test_both_configurations_name_the_same_things():
+    own = configuration_of(BENCHMARKS)
+    root = configuration_of(ROOT)
     for configuration, folder in ((own, BENCHMARKS), (root, ROOT)):
         for name in ("repo", "benchmark_dir", "env_dir", "results_dir", "html_dir"):
             configuration[name] = os.path.normpath(folder / configuration[name])
@@ -51,141 +59,167 @@ def test_both_configurations_name_the_same_things(gate):
     assert own == root
 
 
-NAN = math.nan
-SAID_SLOWER = "SOME BENCHMARKS HAVE CHANGED SIGNIFICANTLY.\nPERFORMANCE DECREASED."
-
-
-@pytest.mark.parametrize(
-    ("status", "output", "measured", "verdict"),
-    [
-        pytest.param(0, "NOT SIGNIFICANTLY CHANGED", {"x": (1.0, 1.0)}, "SAME", id="same"),
-        pytest.param(1, SAID_SLOWER, {"x": (1.0, 1.2)}, "SLOWER", id="slower"),
-        pytest.param(0, "", {}, "UNKNOWN", id="no benchmark"),
-        pytest.param(0, "", {"x": (NAN, NAN)}, "UNKNOWN", id="all skipped"),
-        pytest.param(0, "", {"x": (1.0, NAN), "y": (1.0, 1.0)}, "UNKNOWN", id="one lost"),
-        pytest.param(0, "", {"x": (NAN, 1.0), "y": (1.0, 1.0)}, "SAME", id="one new"),
-        pytest.param(1, "Build failed", {"x": (1.0, 1.0)}, "UNKNOWN", id="asv failed"),
-        pytest.param(2, "", {"x": (1.0, 1.0)}, "UNKNOWN", id="a benchmark failed"),
-        pytest.param(0, "", {"x": (1.0, 1.0, 0.11)}, "UNKNOWN", id="uncertain"),
-        pytest.param(
-            0, "", {"x": (1.0, 1.0, 0.11), "y": (1.0, 1.0, 0.09)}, "SAME", id="one uncertain"
-        ),
-        pytest.param(1, SAID_SLOWER, {"x": (1.0, 1.5, 0.2)}, "SLOWER", id="uncertain and slower"),
-    ],
+NEEDS_VALGRIND = pytest.mark.skipif(
+    shutil.which("valgrind") is None, reason="valgrind is not installed"
 )
-def test_gate_tells_slower_from_not_measured(gate, status, output, measured, verdict):
-    measured = {name: gate.Figures(*figures) for name, figures in measured.items()}
-    assert gate.verdict(status, output, measured, 1.1) == getattr(gate, verdict)
+
+# Packs the package as it stands, so that a build takes no compiler and nothing from an index.
+BACKEND = """
+from pathlib import Path
+from zipfile import ZipFile
+
+METADATA = "Metadata-Version: 2.1\\nName: asgd_fast\\nVersion: 1\\n"
+WHEEL = "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
+
+def build_wheel(folder, config_settings=None, metadata_directory=None):
+    with ZipFile(Path(folder, "asgd_fast-1-py3-none-any.whl"), "w") as wheel:
+        for path in Path("asgd_fast").rglob("*.*"):
+            wheel.write(path)
+        for name, text in (("METADATA", METADATA), ("WHEEL", WHEEL), ("RECORD", "")):
+            wheel.writestr(f"asgd_fast-1.dist-info/{name}", text)
+    return Path(wheel.filename).name
+"""
 
 
-def table_of(*rows):
-    """What asv prints of slower and of faster benchmarks."""
-    return "\n".join(f"| {mark} | 10.1±0.2μs | 12.3±1μs |  1.22 | {name} |" for mark, name in rows)
+def git(folder, *arguments):
+    name = ("-c", "user.name=tests", "-c", "user.email=tests@localhost")
+    subprocess.run(["git", *name, *arguments], cwd=folder, check=True)
 
 
-@pytest.mark.parametrize(
-    ("again", "error", "n_cases", "verdict"),
-    [
-        pytest.param(SAID_SLOWER, 0.0, 3, "SLOWER", id="slower again"),
-        pytest.param("same", 0.0, 3, "SAME", id="not again"),
-        pytest.param("same", 0.2, 3, "SAME", id="not again, as far as can be said"),
-        pytest.param("same", 0.2, 1, "UNKNOWN", id="nothing can be said of most cases"),
-    ],
-)
-def test_gate_measures_again_what_was_slower(
-    gate, monkeypatch, tmp_path, again, error, n_cases, verdict
-):
-    name = "arrays.Sizes.time_asgd(100000, 'copy')"
-    first = table_of(("+", name), ("-", "arrays.Other.time_x(1)")) + "\n" + SAID_SLOWER
-    asked = []
-
-    def figures(*_):
-        if len(asked) == 1:
-            return {str(i): gate.Figures(1.0, 1.2) for i in range(n_cases)}
-        return {"0": gate.Figures(1.0, 1.2, error)}
-
-    def asv(stage, benchmarks, base, head):
-        asked.append(benchmarks)
-        output = first if len(asked) == 1 else again
-        return int(SAID_SLOWER in output), output
-
-    monkeypatch.setattr(gate, "FOLDER", tmp_path / "gate")
-    monkeypatch.setattr(gate, "_asv", asv)
-    monkeypatch.setattr(gate, "figures", figures)
-    times = gate.STAGES[1]
-    assert gate.check(times, "base", "head") == getattr(gate, verdict)
-    assert asked[0] == times.benchmarks
-    (pattern,) = asked[1]
-    assert re.search(pattern, name)
-    assert not re.search(pattern, "arrays.Sizes.time_asgd(1000000, 'copy')")
+def hide(package, function):
+    """Give a compiled function another name, as if the commit did not have it."""
+    for path in package.rglob("*.so"):
+        name = rb"(?<=\d)" + function.encode() + rb"(?=\0)"
+        path.write_bytes(re.sub(name, b"_" * len(function), path.read_bytes()))
 
 
-@pytest.mark.parametrize(
-    ("error", "verdict"), [pytest.param(0.0, "SAME", id="quiet then"), (0.2, "UNKNOWN")]
-)
-def test_gate_measures_all_again_where_most_is_uncertain(
-    gate, monkeypatch, tmp_path, error, verdict
-):
-    errors = [0.2, error]
-    asked = []
-
-    def asv(stage, benchmarks, base, head):
-        asked.append(benchmarks)
-        return 0, "same"
-
-    monkeypatch.setattr(gate, "FOLDER", tmp_path / "gate")
-    monkeypatch.setattr(gate, "_asv", asv)
-    monkeypatch.setattr(
-        gate, "figures", lambda *_: {"x": gate.Figures(1.0, 1.0, errors[len(asked) - 1])}
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A repository of this build of the package; each tag is a commit with one more change."""
+    root = tmp_path_factory.mktemp("repository")
+    package = root / "asgd_fast"
+    shutil.copytree(
+        Path(asgd_fast.__file__).parent,
+        package,
+        ignore=shutil.ignore_patterns("*.c", "*.h", "*.p[xy][xdi]", "*.pxi", "__pycache__"),
     )
-    times = gate.STAGES[1]
-    assert gate.check(times, "base", "head") == getattr(gate, verdict)
-    assert asked == [times.benchmarks] * 2
+    (root / "backend.py").write_text(BACKEND)
+    (root / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
+
+    def commit(tag):
+        git(root, "add", "--all")
+        git(root, "commit", "--quiet", "--allow-empty", "--message", tag)
+        git(root, "tag", tag)
+
+    git(root, "init", "--quiet")
+    commit("base")
+    commit("identical")
+    hide(package, "extend")
+    commit("no-rows")
+    with (package / "__init__.py").open("a") as init:
+        init.write("from asgd_fast import _core\n_core.use_simd_level('baseline')\n")
+    commit("slower-loops")
+    hide(package, "update")
+    commit("neither")
+    commit("neither-again")
+    (root / "backend.py").write_text("1 / 0")
+    commit("no-build")
+    return root
 
 
-def test_gate_measures_once_what_failed(gate, monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(gate, "FOLDER", tmp_path / "gate")
-    monkeypatch.setattr(gate, "_asv", lambda *_: asked.append(1) or (2, "failed"))
-    monkeypatch.setattr(gate, "figures", lambda *_: {"x": gate.Figures(1.0, 1.0)})
-    assert gate.check(gate.STAGES[1], "base", "head") == gate.UNKNOWN
-    assert len(asked) == 1
+@pytest.fixture
+def check(gate, repository, monkeypatch, capsys):
+    """Return a function that runs the gate, and returns its exit status and what it printed."""
+
+    def run(*commits):
+        monkeypatch.setattr(gate, "ROOT", repository)
+        monkeypatch.setattr(sys, "argv", ["gate.py", *commits])
+        return gate.main(), capsys.readouterr().out
+
+    return run
 
 
-def test_gate_can_say_nothing_where_it_cannot_read_what_was_slower(gate, monkeypatch, tmp_path):
-    monkeypatch.setattr(gate, "FOLDER", tmp_path / "gate")
-    monkeypatch.setattr(gate, "_asv", lambda *_: (1, SAID_SLOWER))
-    monkeypatch.setattr(gate, "figures", lambda *_: {"x": gate.Figures(1.0, 1.2)})
-    assert gate.check(gate.STAGES[1], "base", "head") == gate.UNKNOWN
+@NEEDS_VALGRIND
+def test_gate_passes_a_commit_of_the_same_code(check):
+    status, output = check("base", "identical")
+    assert status == 0
+    ratios = dict(re.findall(r"^((?:loops|rows): .+?)  +\S+ +\S+ +(\S+)$", output, re.MULTILINE))
+    assert {"loops: float32, averaging", "rows: averaging, again"} <= ratios.keys()
+    assert all(0.999 <= float(ratio) <= 1.001 for ratio in ratios.values())
+    assert f"0 of {len(ratios)} cases" in output
 
 
-@pytest.mark.parametrize("commits", [("no-such-commit", "HEAD"), ("HEAD", "HEAD")], ids=str)
-def test_gate_can_say_nothing_of_no_commit_and_of_one(gate, monkeypatch, commits):
-    monkeypatch.setattr(gate, "check", lambda *_: pytest.fail("measured"))
-    monkeypatch.setattr(sys, "argv", ["gate.py", *commits])
-    assert gate.main() == gate.UNKNOWN
+@NEEDS_VALGRIND
+@pytest.mark.skipif("avx2" not in _core.simd_levels(), reason="all loops are equally slow")
+def test_gate_fails_slower_loops(check):
+    status, output = check("no-rows", "slower-loops")
+    assert status == 1
+    ((before, after, ratio),) = re.findall(
+        r"^loops: float32, averaging +(\S+) +(\S+) +(\S+)  SLOWER$", output, re.MULTILINE
+    )
+    assert float(ratio) == pytest.approx(float(after) / float(before), abs=0.1)
+    assert "rows:" not in output
 
 
-def test_gate_reads_what_asv_writes(gate, tmp_path):
-    folder = tmp_path / "machine"
-    folder.mkdir()
-    columns = '["result", "params", "stats_q_25", "stats_q_75"]'
-    for commit, figures, low, high in (
-        ("a" * 40, "[1.5, NaN, 2]", "[1.2, NaN, 2]", "[1.8, NaN, 2]"),
-        ("b" * 40, "[1.75, null, 2]", "[1.7, null, null]", "[1.8, null, null]"),
-    ):
-        (folder / f"{commit[:8]}-environment.json").write_text(
-            f'{{"commit_hash": "{commit}", "result_columns": {columns}, "results": {{'
-            f'"x.X.time_x": [{figures}, [["1", "2", "3"]], {low}, {high}], '
-            f'"x.X.track_x": [{figures}, [["1", "2", "3"]]], "y.time_y": [null, []]}}}}'
+@NEEDS_VALGRIND
+@pytest.mark.parametrize(
+    ("commits", "reason"),
+    [
+        pytest.param(("base", "base"), "base and base are the same commit", id="one commit"),
+        pytest.param(("base", "missing"), "git rev-parse .*missing", id="no commit"),
+        pytest.param(("neither", "no-build"), "commit .* could not be built", id="no build"),
+        pytest.param(("neither", "neither-again"), "no case in common", id="no case"),
+    ],
+)
+def test_gate_says_why_nothing_was_measured(check, commits, reason):
+    status, output = check(*commits)
+    assert status == 2
+    assert re.search(f"^Nothing was measured: .*{reason}", output, re.MULTILINE)
+
+
+def test_gate_measures_nothing_without_valgrind(check, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert check("base", "identical") == (2, "Nothing was measured: valgrind is not installed\n")
+
+
+def test_gate_does_not_take_its_own_failure_for_a_slower_commit(check, gate, monkeypatch):
+    monkeypatch.setattr(gate, "measure", lambda *_: [{"x": 1.0}, {"x": None}])
+    assert check("base", "identical")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "status"),
+    [
+        pytest.param({"x": 100.0}, {"x": 101.9}, 0, id="more, within the limit"),
+        pytest.param({"x": 100.0}, {"x": 102.1}, 1, id="more"),
+        pytest.param({"x": 100.0}, {"x": 50.0}, 0, id="fewer"),
+        pytest.param({"x": 100.0, "y": 1.0}, {"x": 50.0, "y": 1.1}, 1, id="fewer, and more"),
+        pytest.param({"x": 1.0, "old": 1.0}, {"x": 1.0}, 0, id="one case lost"),
+        pytest.param({"x": 1.0}, {"x": 1.0, "new": 9.0}, 0, id="one case new"),
+    ],
+)
+def test_gate_fails_from_two_percent_on(check, gate, monkeypatch, before, after, status):
+    monkeypatch.setattr(gate, "measure", lambda *_: [before, after])
+    found, output = check("base", "identical")
+    assert found == status
+    assert ("SLOWER" in output) == bool(status)
+    for name in before.keys() ^ after.keys():
+        assert re.search(
+            rf"^Cases of the (first|second) commit alone: {name}$", output, re.MULTILINE
         )
-    found = gate.figures(tmp_path, "a" * 40, "b" * 40)
-    assert found.pop("x.X.time_x #0") == (1.5, 1.75, pytest.approx(0.2))
-    assert found.pop("x.X.time_x #2") == (2, 2, math.inf)
-    assert found.pop("x.X.track_x #0") == (1.5, 1.75, 0.0)
-    assert found.pop("x.X.track_x #2") == (2, 2, 0.0)
-    assert set(found) == {"x.X.time_x #1", "x.X.track_x #1", "y.time_y #0"}
-    assert all(math.isnan(x) for each in found.values() for x in (each.base, each.head))
+
+
+@NEEDS_VALGRIND
+def test_a_call_that_callgrind_does_not_see_is_an_error(gate, repository, tmp_path):
+    """The counts would be those of another call, or of nothing."""
+    git(repository, "checkout", "--quiet", "base")
+    shutil.copytree(repository / "asgd_fast", tmp_path / "asgd_fast")
+    with (tmp_path / "asgd_fast" / "__init__.py").open("a") as init:
+        init.write("def asgd_(*_, **__): pass\n")
+    with pytest.raises(RuntimeError, match="did not see every call"):
+        gate.callgrind.count(tmp_path, "rows")
 
 
 @pytest.mark.skipif(find_spec("asv_runner") is None, reason="asv is not installed")
@@ -248,7 +282,7 @@ def published(gate, tmp_path_factory):
         kept = folder / "results" / path.relative_to(RESULTS)
         kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, kept)
-    configuration = gate.configuration(BENCHMARKS / "asv.conf.json")
+    configuration = configuration_of(BENCHMARKS)
     configuration.update(repo=str(ROOT), results_dir="results", html_dir="html", plugins=[])
     (folder / "asv.conf.json").write_text(json.dumps(configuration))
     subprocess.run(
@@ -316,7 +350,7 @@ def test_compare_takes_this_machines_results(gate, published, tmp_path):
     shutil.copy(RESULTS / "benchmarks.json", results)
     for path in ours.glob("*.json"):
         path.write_text(path.read_text().replace(theirs.name, ours.name))
-    configuration = gate.configuration(BENCHMARKS / "asv.conf.json")
+    configuration = configuration_of(BENCHMARKS)
     configuration.update(repo=str(ROOT), results_dir=str(results))
     (tmp_path / "asv.conf.json").write_text(json.dumps(configuration))
     shutil.copy(BENCHMARKS / "asv_machine.py", tmp_path)
