@@ -3,8 +3,8 @@
 First the tests that need a GPU are run, unless told otherwise; if they fail, the page and the exit
 status say so. Then each case is timed: its contenders in turn, steps between two events of the
 device, after a warm-up; the host's time is that of a call which does not wait. With --save,
-gpu.json and gpu.md there have the figures, with the card and all versions, from the first case on:
-a run that is cut short leaves what it has.
+gpu.json and gpu_figures.md there have the figures, with the card and all versions, from the first
+case on: a run that is cut short leaves what it has.
 """
 
 from __future__ import annotations
@@ -203,9 +203,9 @@ def report(results: dict[str, Any]) -> str:
 
 
 def save(results: dict[str, Any], folder: Path) -> None:
-    """Write the figures that there are to gpu.json and gpu.md."""
+    """Write the figures that there are to gpu.json and gpu_figures.md."""
     (folder / "gpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "gpu.md").write_text(report(results))
+    (folder / "gpu_figures.md").write_text(report(results))
 
 
 def machine() -> dict[str, str]:
@@ -264,7 +264,7 @@ def _name(dtype: torch.dtype) -> str:
 def main() -> int:
     """Check, measure, and print or save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--save", type=Path, help="a folder for gpu.json and gpu.md")
+    parser.add_argument("--save", type=Path, help="a folder for gpu.json and gpu_figures.md")
     parser.add_argument("--no-tests", action="store_true", help="measure only")
     parser.add_argument(
         "cases", nargs="?", default="", help="a regular expression: 'float32, lazy'"
