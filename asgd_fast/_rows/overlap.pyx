@@ -1,21 +1,22 @@
 """Finding arrays that share memory, before a step writes any of them. This module knows only rows."""
 
 from libc.stdint cimport int64_t, uintptr_t
-from libc.stdlib cimport free, malloc
 
-from asgd_fast._rows.rows cimport AX, GRAD, PARAM, Row, size_of
+from asgd_fast._rows.rows cimport AX, GRAD, PARAM, Row, Span, size_of
 
 
-cdef bint find_overlap(const Row *rows, Py_ssize_t n_rows, Span *late, Span *early) except -1:
-    """Whether an array that is written shares memory with another; the two, the later one first."""
+cdef bint find_overlap(
+    const Row *rows, Py_ssize_t n_rows, Span *room, Span *late, Span *early,
+) noexcept:
+    """Whether an array that is written shares memory with another; the two, the later one first.
+
+    There is room for six spans a row.
+    """
     cdef Py_ssize_t n = 0, i
     cdef int role
     cdef int64_t size
     cdef const Row *row
     cdef const void *address
-    cdef Span *spans = <Span *>malloc(max(<Py_ssize_t>1, 6 * n_rows) * sizeof(Span))
-    if spans == NULL:
-        raise MemoryError
     # Each role by itself: libraries often hand out memory in order, which spares the sort.
     for role in range(3):
         for i in range(n_rows):
@@ -23,12 +24,9 @@ cdef bint find_overlap(const Row *rows, Py_ssize_t n_rows, Span *late, Span *ear
             address = row.param if role == PARAM else row.grad if role == GRAD else row.ax
             size = row.n * (row.ax_size if role == AX else size_of(row.kind))
             if size != 0 and address != NULL:
-                spans[n] = Span(<uintptr_t>address, <uintptr_t>address + size, i, role)
+                room[n] = Span(<uintptr_t>address, <uintptr_t>address + size, i, role)
                 n += 1
-    try:
-        return _sweep(_sorted(spans, spans + 3 * n_rows, n), n, late, early)
-    finally:
-        free(spans)
+    return _sweep(_sorted(room, room + 3 * n_rows, n), n, late, early)
 
 
 cdef bint _sweep(const Span *spans, Py_ssize_t n, Span *late, Span *early) noexcept:

@@ -49,11 +49,23 @@ cdef struct Mirror:
     void *to[3]
     bint is_double[3]
 
+cdef struct Span:  # the memory of one array of a row
+    uintptr_t start
+    uintptr_t stop
+    int row
+    int role
+
+cdef struct Room:  # of the rows, their steps and their spans
+    void *memory
+    size_t size
+
 cdef class Rows:
     cdef Row *rows
     cdef Py_ssize_t n_rows
     cdef Py_ssize_t _capacity
-    cdef Step *_steps               # room for one for each row
+    cdef Room _room
+    cdef Span *_spans               # for the check
+    cdef Step *_steps               # at most one for each row
     cdef Py_ssize_t _n_steps
     cdef Scalars _now               # of the last step
     cdef Plan _plan                 # likewise

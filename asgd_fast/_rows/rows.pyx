@@ -6,7 +6,8 @@ This module knows what makes arrays fit for one in-place pass. It does not know 
 
 from libc.math cimport isnan
 from libc.stdint cimport int64_t, uintptr_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy
 
 from asgd_fast._rows.describe cimport (
     data_of,
@@ -39,7 +40,7 @@ from asgd_fast._rows.dlpack cimport (
     kDLFloat,
     kDLROCMHost,
 )
-from asgd_fast._rows.overlap cimport Span, find_overlap
+from asgd_fast._rows.overlap cimport find_overlap
 from asgd_fast._schedule cimport Plan, Scalars, Step, averages, fill, same_plan, same_scalars
 
 
@@ -119,6 +120,34 @@ def whereabouts_of(array):
         give_back(&borrowed)
 
 
+# What a row takes with its step and its spans, each twice for the sort: see `find_overlap`.
+cdef enum:
+    ROOM = sizeof(Row) + sizeof(Step) + 6 * sizeof(Span)
+
+# The largest room that was given back, for the next step. Without it the system takes the pages of
+# large rooms back and clears others, which is a fifth of a step of 1,000 small tensors.
+cdef Room _spare
+
+
+cdef Room _take_room(size_t size) except *:
+    global _spare
+    cdef Room room = _spare
+    if room.size >= size:
+        _spare.memory, _spare.size = NULL, 0
+        return room
+    room.memory, room.size = malloc(size), size
+    if room.memory == NULL:
+        raise MemoryError
+    return room
+
+
+cdef void _give_room(Room room) noexcept:
+    global _spare
+    if room.size > _spare.size:
+        room, _spare = _spare, room
+    free(room.memory)
+
+
 cdef class Rows:
     """The rows of one step, each a param with its grad and, unless none is kept, its average.
 
@@ -146,8 +175,7 @@ cdef class Rows:
         self._give_back(0)
         free(self._lent)
         free(self.mirrors)
-        free(self._steps)
-        free(self.rows)
+        _give_room(self._room)
 
     def __len__(self):
         return self.n_rows
@@ -272,7 +300,7 @@ cdef class Rows:
             Two arrays share memory and at least one of them is written, or a param is listed twice.
         """
         cdef Span late, early
-        if not find_overlap(self.rows, self.n_rows, &late, &early):
+        if not find_overlap(self.rows, self.n_rows, self._spans, &late, &early):
             return
         one, other = self.name(late.role, late.row), self.name(early.role, early.row)
         self.clear()
@@ -284,7 +312,7 @@ cdef class Rows:
     def is_disjoint(self):
         """Whether nothing which is written shares memory with anything else in the rows."""
         cdef Span late, early
-        return not find_overlap(self.rows, self.n_rows, &late, &early)
+        return not find_overlap(self.rows, self.n_rows, self._spans, &late, &early)
 
     def touches(self, uintptr_t start, uintptr_t stop):
         """Whether an array of the rows has any of the bytes from `start` up to `stop`.
@@ -315,22 +343,25 @@ cdef class Rows:
     cdef int reserve(self, Py_ssize_t more) except -1:
         """Make room for rows that are to come."""
         cdef Py_ssize_t needed = max(self.n_rows, self._n_steps) + more, i
-        cdef Step *steps
+        cdef Room room
         cdef Row *rows
+        cdef Step *steps
         if needed <= self._capacity:
             return 0
-        needed = max(needed, 2 * self._capacity)
-        rows = <Row *>realloc(self.rows, needed * sizeof(Row))
-        if rows == NULL:
-            raise MemoryError
-        self.rows = rows
-        steps = <Step *>realloc(self._steps, needed * sizeof(Step))
-        if steps == NULL:
-            raise MemoryError
+        room = _take_room(max(needed, 2 * self._capacity) * ROOM)
+        needed = room.size // ROOM
+        rows = <Row *>room.memory
+        steps = <Step *>(rows + needed)
+        if self.n_rows != 0:
+            memcpy(rows, self.rows, self.n_rows * sizeof(Row))
+        if self._n_steps != 0:
+            memcpy(steps, self._steps, self._n_steps * sizeof(Step))
         for i in range(self.n_rows):
             if rows[i].step != NULL:  # NULL: a GPU has the scalars
                 rows[i].step = steps + (rows[i].step - self._steps)
-        self._steps = steps
+        _give_room(self._room)
+        self._room = room
+        self.rows, self._steps, self._spans = rows, steps, <Span *>(steps + needed)
         self._capacity = needed
         return 0
 
