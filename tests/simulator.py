@@ -18,10 +18,10 @@ import torch
 from numba import config, cuda
 
 from asgd_fast import Schedule, asgd_
-from asgd_fast.cuda import launches as layout
-from asgd_fast.cuda.launches import UPDATE, keys_of, pack
 from asgd_fast._rows.rows import Rows
 from asgd_fast.cuda import build, kernels
+from asgd_fast.cuda import launches as layout
+from asgd_fast.cuda.launches import UPDATE, keys_of, pack
 
 # Of a block: so few that it is quick to simulate.
 THREADS = 8
@@ -182,7 +182,7 @@ def check_update(dtype, average, offsets, mu, weight_decay):
         assert all(np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
-def check_scalars_on_device():
+def check_device_scalars():
     """The last block advances the scalars that all others have read, unless a step is skipped."""
     schedule = Schedule(lr=0.1, lambd=0.25, alpha=0.5, t0=2)
     rng = np.random.default_rng(0)
@@ -265,7 +265,7 @@ def main():
         ):
             check_update(dtype, average, offsets, mu, weight_decay)
             n += 1
-    check_scalars_on_device()
+    check_device_scalars()
     for bits in ("bits16", "bits32", "bits64"):
         check_exchange(bits)
     print(f"{n + 4} launches simulated")
