@@ -19,6 +19,8 @@ import pytest
 import torch
 
 from asgd_fast import ArrayASGD, asgd_
+from asgd_fast._rows.rows import Rows
+from asgd_fast.cuda import build, intrinsics, kernels
 from asgd_fast.cuda.launches import (
     AVERAGE,
     CHUNK_AT,
@@ -43,8 +45,6 @@ from asgd_fast.cuda.launches import (
     run,
     set_words,
 )
-from asgd_fast._rows.rows import Rows
-from asgd_fast.cuda import build, intrinsics, kernels
 
 SETTINGS = {
     "plain": {"eta": 0.1, "lambd": 0.0},

@@ -20,6 +20,7 @@ from twins import NAMES
 from asgd_fast import ASGD
 from asgd_fast._torch import fallback
 from asgd_fast.cuda import device as device_module
+from asgd_fast.cuda.launches import HEADER
 
 
 @pytest.fixture
@@ -36,16 +37,21 @@ OPTIONS = {
 SCALARS = {"host": {}, "device": {"capturable": True}}
 
 
+@pytest.mark.parametrize("looks", [False, True], ids=["sealed", "looked at"])
 @pytest.mark.parametrize("where", SCALARS.values(), ids=SCALARS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
-def test_a_run_has_torchs_bits(gpu, dtype, options, where):
+def test_a_run_has_torchs_bits(gpu, dtype, options, where, looks):
     params = params_of((5, 3), (1000,), (), (2, 3, 4, 4), (0, 3), dtype=dtype)
     params[3].data = params[3].data.to(memory_format=torch.channels_last)
     params[0].data = params[0].data.t()
     twins = Twins(params, lr=0.1, **options, **where)
-    twins.run(12, skip=lambda k: {k % 5} if k > 2 else ())
-    assert {launch.kind.on_device for launch in gpu.launches} == {bool(where)}
+    for k in range(12):
+        twins.step({k % 5} if k > 2 else ())
+        twins.check()
+        if looks:
+            twins.look()
+    assert {launch.kind.device_scalars for launch in gpu.launches} == {bool(where)}
     assert twins.waits == 0
 
 
@@ -130,22 +136,30 @@ def test_scalars_are_the_hosts_until_the_device_must_have_them(gpu):
         assert {state[name].device for name in NAMES} == {torch.device("cuda", 0)}
 
 
-def test_a_lazy_average_is_its_params_memory(gpu):
+def test_a_lazy_average_does_not_exist_before_it_begins(gpu):
     twins = Twins(params_of((50,)), t0=4)
-    (param,) = twins.params
     for k in range(1, 9):
         twins.run(1)
-        is_lazy = twins.ours.state[param]["ax"].data_ptr() == param.data_ptr()
-        assert is_lazy == (k < 6)  # whose iterate is the first of the average
-        row = gpu.launches[-1].words[8:]
-        assert (row[2] == 0) == is_lazy
+        average = int(gpu.launches[-1].words[HEADER + 2])
+        assert (average == 0) == (k < 6)  # whose iterate is the first of the average
+    assert twins.ours.state[twins.params[0]]["ax"].data_ptr() == average
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
+def test_an_average_that_has_not_begun_is_answered_with_a_copy(gpu, capturable):
+    twins = Twins(params_of((50,)), capturable=capturable, t0=5)
+    (param,) = twins.params
+    twins.run(2)
+    twins.ours.state[param]["ax"].zero_()
+    twins.run(8)
 
 
 @pytest.mark.parametrize("options", [{"lazy_average": False}, {"capturable": True}], ids=str)
 def test_an_average_that_is_not_lazy(gpu, options):
     twins = Twins(params_of((50,)), **options)
     twins.run(2)
-    assert twins.ours.state[twins.params[0]]["ax"].data_ptr() != twins.params[0].data_ptr()
+    average = int(gpu.launches[-1].words[HEADER + 2])
+    assert twins.ours.state[twins.params[0]]["ax"].data_ptr() == average
 
 
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
@@ -284,7 +298,7 @@ def test_capturable_may_be_switched_on_and_off(gpu):
     for capturable in (False, True, False):
         twins.ours.param_groups[0]["capturable"] = capturable
         twins.run(3)
-        assert gpu.launches[-1].kind.on_device == capturable
+        assert gpu.launches[-1].kind.device_scalars == capturable
 
 
 def test_averaged_parameters(gpu):
@@ -438,7 +452,7 @@ def test_another_kind_of_gpu_goes_to_torch(gpu, monkeypatch):
     """Of AMD's devices, which torch calls cuda too, no engine knows."""
     from asgd_fast._torch import state as _state
 
-    monkeypatch.setattr(_state, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(_state, "DEVICES", ("cpu",))
     twins = Twins(params_of((5, 3)), t0=2)
     twins.ours.param_groups[0]["foreach"] = False
     twins.run(5)
