@@ -157,13 +157,13 @@ def check_update(dtype, average, offsets, mu, weight_decay):
             here[k].append(_random(rng, n, kind, 0))
             there[k].append(_random(rng, n, kind, offsets[k]))
             there[k][-1][:] = here[k][-1]
-    table = Rows(("", "", ""))
+    rows = Rows(("", "", ""))
     settings = {"eta": 0.1, "mu": mu, "weight_decay": weight_decay, "grad_scale": 0.7}
     arrays = [[_array(x, dtype if k < 2 else average) for x in there[k]] for k in range(3)]
-    table.extend(*arrays, lambd=0.5, **settings)
-    (key,) = keys_of(table)
+    rows.extend(*arrays, lambd=0.5, **settings)
+    (key,) = keys_of(rows)
     words = np.zeros(512, np.uint64)
-    stop, n_blocks, _ = pack(table, key, 0, words, UPDATE, 99)
+    stop, n_blocks, _ = pack(rows, key, 0, words, UPDATE, 99)
     assert (stop, n_blocks) == (4, 5)
     vectors.clear()
     _launch(build.Kind("update", dtype, average, False, 512), words, n_blocks)
@@ -241,11 +241,11 @@ def check_exchange(bits):
     before = one.copy(), other.copy()
     floats = [fake_gpu.Array(x.view(f"f{x.itemsize}")) for x in (one, other)]
     for job, expected in ((layout.SWAP, (1, 0)), (layout.ASSIGN, (0, 0))):
-        table = Rows(("", "", ""))
-        table.extend(floats[:1], None, floats[1:])
-        (key,) = keys_of(table)
+        rows = Rows(("", "", ""))
+        rows.extend(floats[:1], None, floats[1:])
+        (key,) = keys_of(rows)
         words = np.zeros(512, np.uint64)
-        _, n_blocks, _ = pack(table, key, 0, words, job, 99)
+        _, n_blocks, _ = pack(rows, key, 0, words, job, 99)
         _launch(build.Kind("exchange", bits, bits, False, 512), words, n_blocks)
         assert np.array_equal(one, before[expected[0]])
         assert np.array_equal(other, before[expected[1]])

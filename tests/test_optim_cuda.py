@@ -6,7 +6,6 @@ torch.optim.ASGD(foreach=False) on the CPU is the oracle, whose bits the device'
 from __future__ import annotations
 
 import copy
-import re
 import sys
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ from torch.optim.asgd import asgd as torch_asgd
 from twins import NAMES
 
 from asgd_fast import ASGD
-from asgd_fast._torch import fallback
+from asgd_fast._torch import fallback, state
 from asgd_fast.cuda import device as device_module
 from asgd_fast.cuda.launches import HEADER
 
@@ -126,14 +125,12 @@ def test_own_options_are_those_of_the_cpu(gpu, capturable):
 def test_scalars_are_the_hosts_until_the_device_must_have_them(gpu):
     twins = Twins(params_of((5,), (6,)))
     twins.run(2)
-    for state in twins.ours.state.values():
-        assert [state[name].device.type for name in ("step", "eta", "mu", "ax")] == ["cpu"] * 3 + [
-            "cuda"
-        ]
+    for entry in twins.ours.state.values():
+        assert [entry[name].device.type for name in NAMES] == ["cpu"] * 3 + ["cuda"]
     twins = Twins(params_of((5,), (6,)), capturable=True)
     twins.run(2)
-    for state in twins.ours.state.values():
-        assert {state[name].device for name in NAMES} == {torch.device("cuda", 0)}
+    for entry in twins.ours.state.values():
+        assert {entry[name].device for name in NAMES} == {torch.device("cuda", 0)}
 
 
 def test_a_lazy_average_does_not_exist_before_it_begins(gpu):
@@ -172,10 +169,10 @@ def test_a_checkpoint_goes_between_devices(gpu, devices, capturable):
     start, goal = devices
     twins = Twins(params_of((5, 3), (7,)), devices=(start,), **options)
     twins.run(5)
-    state = copy.deepcopy(_moved(twins.ours.state_dict(), "cpu"))
+    checkpoint = copy.deepcopy(_moved(twins.ours.state_dict(), "cpu"))
     twins.params = [on(p, goal) for p in twins.params]
     twins.ours = ASGD(twins.params, **options)
-    twins.ours.load_state_dict(state)
+    twins.ours.load_state_dict(checkpoint)
     twins.ours.param_groups[0]["capturable"] = capturable and goal != "cpu"
     twins.run(5)
     for param, entry in twins.ours.state.items():
@@ -185,11 +182,11 @@ def test_a_checkpoint_goes_between_devices(gpu, devices, capturable):
 
 def _moved(state_dict, device):
     """What torch.load(map_location=device) makes of a checkpoint."""
-    state = {
+    entries = {
         i: {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in entry.items()}
         for i, entry in state_dict["state"].items()
     }
-    return {**state_dict, "state": state}
+    return {**state_dict, "state": entries}
 
 
 def test_a_checkpoint_goes_to_torch_on_the_device(gpu):
@@ -215,11 +212,8 @@ def test_moving_a_model_while_it_trains(gpu):
         for p in twins.params:
             p.data = p.data.to(device)
             p.grad = None
-        state = twins.ours.state.get(twins.params[0])
-        if state and device != "cpu":
-            state["ax"] = state["ax"].to(device)
-        elif state:
-            state["ax"] = state["ax"].cpu()
+        if entry := twins.ours.state.get(twins.params[0]):
+            entry["ax"] = entry["ax"].to(device)
         twins.run(3)
 
 
@@ -448,13 +442,36 @@ def test_autograd_is_told(gpu):
     assert twins.params[0]._version == before + 1
 
 
-def test_another_kind_of_gpu_goes_to_torch(gpu, monkeypatch):
+def test_a_state_for_another_kind_of_gpu_is_made_as_torch_makes_it(gpu, monkeypatch):
     """Of AMD's devices, which torch calls cuda too, no engine knows."""
-    from asgd_fast._torch import state as _state
-
-    monkeypatch.setattr(_state, "DEVICES", ("cpu",))
-    twins = Twins(params_of((5, 3)), t0=2)
-    twins.ours.param_groups[0]["foreach"] = False
-    twins.run(5)
+    monkeypatch.setattr(state, "DEVICES", ("cpu",))
+    twins = Twins(params_of((5, 3)), t0=2, foreach=False)
+    for _ in range(5):
+        twins.theirs_params[0].grad = torch.randn(1).expand(5, 3)
+        twins.params[0].grad = twins.theirs_params[0].grad[:1, :1].cuda().expand(5, 3)
+        twins.ours.step()
+        twins.theirs.step()
+        twins.check()
     assert gpu.launches == []
-    assert re.match("cuda", str(twins.ours.state[twins.params[0]]["eta"].device))
+    assert {twins.ours.state[twins.params[0]][name].device.type for name in NAMES} == {"cuda"}
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
+def test_torchs_function_finds_scalars_where_it_looks(gpu, capturable):
+    """A gradient that repeats its memory is left to it."""
+    twins = Twins(params_of((5,), (3,)), t0=1, capturable=capturable, foreach=False)
+    for _ in range(4):
+        twins.theirs_params[0].grad = torch.randn(1).expand(5)
+        twins.theirs_params[1].grad = torch.randn(3)
+        twins.params[0].grad = twins.theirs_params[0].grad[:1].cuda().expand(5)
+        twins.params[1].grad = twins.theirs_params[1].grad.cuda()
+        twins.ours.step()
+        twins.theirs.step()
+        twins.check()
+    assert len(gpu.launches) == 4
+    twins.ours.start_averaging()
+    for group in twins.theirs.param_groups:
+        group["t0"] = 3
+    for entry in twins.theirs.state.values():
+        entry["mu"].fill_(1)
+    twins.run(4)

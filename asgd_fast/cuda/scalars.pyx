@@ -104,8 +104,7 @@ cdef class DeviceScalars:
         cdef uintptr_t address = <uintptr_t>self._address
         cdef int size = 8 if self.is_double else 4
         return all([
-            getattr(tensor, "is_cuda", False) and tensor.dtype == self._block.dtype
-            and tensor.data_ptr() == address + i * size
+            getattr(tensor, "is_cuda", False) and tensor.data_ptr() == address + i * size
             for i, tensor in enumerate(tensors)])
 
     cdef int fill(
