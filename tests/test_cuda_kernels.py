@@ -30,7 +30,8 @@ needs_compiler = pytest.mark.skipif(
 
 def _run(*command, **environment):
     """Run Python as a process of its own, which must not fail."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE), **environment}
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
     result = subprocess.run(
         [sys.executable, "-W", "error", *command],
         env=environment,
