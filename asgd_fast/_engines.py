@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from asgd_fast import _core
-from asgd_fast.cuda.launches import ASSIGN, COPY_GRAD, PUT_AVERAGE, PUT_BACK, UPDATE
 from asgd_fast._rows.rows import Rows, dtype_of, is_array, whereabouts_of
+from asgd_fast.cuda.launches import ASSIGN, COPY_GRAD, PUT_AVERAGE, PUT_BACK, UPDATE
 from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ __all__ = [
     "copy",
     "exchanged",
     "from_host",
-    "is_on_device",
-    "on_devices",
-    "run_on_devices",
+    "is_on_gpu",
+    "launches_for",
+    "run_on_gpus",
     "template",
     "to_host",
     "update",
@@ -96,11 +96,11 @@ def update(rows: Rows) -> None:
         Two arrays share memory, and one of them is written. Nothing is changed.
     """
     rows.check_overlap()
-    run_on_devices(rows, UPDATE)
+    run_on_gpus(rows, UPDATE)
     _core.update(rows, threads_for(rows))
 
 
-def on_devices(rows: Rows, job: int = UPDATE, *, capturable: bool = False) -> Launches | None:
+def launches_for(rows: Rows, job: int = UPDATE, *, capturable: bool = False) -> Launches | None:
     """Prepare what is to be done to rows in the memory of CUDA devices.
 
     Parameters
@@ -141,7 +141,7 @@ def _prepared() -> Callable[..., Launches]:
     return prepared
 
 
-def run_on_devices(rows: Rows, job: int) -> None:
+def run_on_gpus(rows: Rows, job: int) -> None:
     """Do to rows in the memory of CUDA devices what is to be done there.
 
     Parameters
@@ -154,9 +154,9 @@ def run_on_devices(rows: Rows, job: int) -> None:
     Raises
     ------
     ImportError, RuntimeError
-        As `on_devices`; or the device has failed.
+        As `launches_for`; or the device has failed.
     """
-    launches = on_devices(rows, job)
+    launches = launches_for(rows, job)
     if launches is not None:
         launches.run()
 
@@ -175,7 +175,7 @@ def copy(rows: Rows) -> None:
         Two arrays share memory, and one of them is written. Nothing is changed.
     """
     rows.check_overlap()
-    run_on_devices(rows, COPY_GRAD)
+    run_on_gpus(rows, COPY_GRAD)
     _core.copy(rows)
 
 
@@ -193,7 +193,7 @@ def assign(rows: Rows) -> None:
         Two arrays share memory, and one of them is written. Nothing is changed.
     """
     rows.check_overlap()
-    run_on_devices(rows, ASSIGN)
+    run_on_gpus(rows, ASSIGN)
     _core.assign(rows, threads_for(rows))
 
 
@@ -229,7 +229,7 @@ def to_host(array: Any) -> npt.NDArray[Any]:
     return np.lib.stride_tricks.as_strided(host, shape, in_bytes)
 
 
-def is_on_device(array: Any) -> bool:
+def is_on_gpu(array: Any) -> bool:
     """Whether an array is in the memory of a CUDA device.
 
     Parameters
@@ -297,7 +297,7 @@ def exchanged(arrays: Sequence[Exchange]) -> Iterator[None]:
 
 def _exchange(arrays: Sequence[Exchange], is_done: bytearray) -> None:
     rows = _listed(arrays)
-    launches = on_devices(rows, PUT_BACK if is_done[0] else PUT_AVERAGE)
+    launches = launches_for(rows, PUT_BACK if is_done[0] else PUT_AVERAGE)
     others = None if launches is None else launches.make
     results = _core.exchange(rows, is_done, threads_for(rows), others)
     if launches is not None:

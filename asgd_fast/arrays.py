@@ -22,7 +22,7 @@ from asgd_fast._engines import (
     copy,
     exchanged,
     from_host,
-    is_on_device,
+    is_on_gpu,
     template,
     to_host,
     update,
@@ -609,7 +609,7 @@ class ArrayASGD:
                 continue
             source = expected[f"ax.{i}"]
             source[...] = state[f"ax.{i}"]  # which may come in another order of the axes
-            if is_on_device(average):
+            if is_on_gpu(average):
                 from_host(average, source)
             else:
                 rows.extend([average], [source], first=i)

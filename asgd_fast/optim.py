@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from asgd_fast import _core
-from asgd_fast._engines import on_devices
+from asgd_fast._engines import launches_for
 from asgd_fast._torch import averages, fallback, state
 from asgd_fast._torch.gather import Work, gather
 from asgd_fast._torch.groups import check_group
@@ -183,7 +183,7 @@ class ASGD(torch.optim.ASGD):
     _step_supports_amp_scaling = True
 
     # Whether the scalars of a GPU's params are in its memory, because a scaler makes steps there.
-    _on_device = False
+    _scalars_on_device = False
 
     # Whether the averages stand in the params.
     _is_exchanged = False
@@ -291,9 +291,9 @@ class ASGD(torch.optim.ASGD):
         scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         if isinstance(found_inf, Tensor) and found_inf.is_cuda:
             # From now on the device has the scalars, as it alone knows whether it made a step.
-            self._on_device = True
+            self._scalars_on_device = True
             work = self._gather(1.0)
-            if work.is_all_on_device() and not work.left:
+            if work.has_all_scalars_on_device() and not work.left:
                 if work.rows:
                     work.rows.on_device.scale(work.rows.streams, found_inf, scale)
                 self._run(work, 1.0)
@@ -309,7 +309,7 @@ class ASGD(torch.optim.ASGD):
             self.state,
             self.param_groups,
             unscale=unscale,
-            on_device=self._on_device,
+            scalars_on_device=self._scalars_on_device,
             by_torch=is_watched(),
             lazy=self.lazy_average,
             average_dtype=self.average_dtype,
@@ -323,7 +323,7 @@ class ASGD(torch.optim.ASGD):
             fallback.check(work.left)
         if work.rows.has_gpu_rows:
             capturable = all(group["capturable"] for group in self.param_groups)
-            launches = on_devices(work.rows, capturable=capturable)
+            launches = launches_for(work.rows, capturable=capturable)
         n_threads = threads_for(work.rows)
         work.begin()
         if work.left:
@@ -337,14 +337,19 @@ class ASGD(torch.optim.ASGD):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or another process needs."""
         self._refuse_exchanged("copying the optimizer")
-        own = ("lazy_average", "average_dtype", "_own_defaults", "_on_device")
+        own = ("lazy_average", "average_dtype", "_own_defaults", "_scalars_on_device")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state_: dict[str, Any]) -> None:
         """Take over the state of a checkpoint, a copy or another process."""
         state.release(state_.get("state", {}))
         super().__setstate__(state_)  # type: ignore[no-untyped-call]
-        state.load(self.state, lazy=self.lazy_average, average_dtype=self.average_dtype)
+        state.load(
+            self.state,
+            self.param_groups,
+            lazy=self.lazy_average,
+            average_dtype=self.average_dtype,
+        )
         self._make_checkpoints_plain()
 
     def state_dict(self) -> dict[str, Any]:

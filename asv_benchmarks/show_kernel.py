@@ -27,13 +27,15 @@ def main() -> None:
     parser.add_argument("--param", default="float32", help="its dtype")
     parser.add_argument("--average", help="its dtype (default: that of the param)")
     parser.add_argument("--cc", default="9.0", help="the GPU's compute capability")
-    parser.add_argument("--on-device", action="store_true", help="with scalars in GPU memory")
+    parser.add_argument("--device-scalars", action="store_true", help="with scalars in GPU memory")
     parser.add_argument("--words", type=int, default=512, help="the room of a launch")
     arguments = parser.parse_args()
 
     major, minor = map(int, arguments.cc.split("."))
     average = arguments.average or arguments.param
-    kind = Kind(arguments.job, arguments.param, average, arguments.on_device, arguments.words)
+    kind = Kind(
+        arguments.job, arguments.param, average, arguments.device_scalars, arguments.words
+    )
     ptx = ptx_of(kind, (major, minor))
     if arguments.what == "ptx":
         print(ptx)

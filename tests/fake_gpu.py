@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import exporters
 import numpy as np
 
-from asgd_fast.cuda.launches import THREADS
 from asgd_fast.cuda import build, device, intrinsics, kernels, launch, memory
+from asgd_fast.cuda.launches import THREADS
 
 SUCCESS = SimpleNamespace(name="CUDA_SUCCESS", value=0)
 REFUSED = SimpleNamespace(name="CUDA_ERROR_LAUNCH_FAILED", value=719)

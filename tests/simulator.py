@@ -18,10 +18,10 @@ import torch
 from numba import config, cuda
 
 from asgd_fast import Schedule, asgd_
-from asgd_fast.cuda import launches as layout
-from asgd_fast.cuda.launches import UPDATE, keys_of, pack
 from asgd_fast._rows.rows import Rows
 from asgd_fast.cuda import build, kernels
+from asgd_fast.cuda import launches as layout
+from asgd_fast.cuda.launches import UPDATE, keys_of, pack
 
 # Of a block: so few that it is quick to simulate.
 THREADS = 8
@@ -157,13 +157,13 @@ def check_update(dtype, average, offsets, mu, weight_decay):
             here[k].append(_random(rng, n, kind, 0))
             there[k].append(_random(rng, n, kind, offsets[k]))
             there[k][-1][:] = here[k][-1]
-    table = Rows(("", "", ""))
+    rows = Rows(("", "", ""))
     settings = {"eta": 0.1, "mu": mu, "weight_decay": weight_decay, "grad_scale": 0.7}
     arrays = [[_array(x, dtype if k < 2 else average) for x in there[k]] for k in range(3)]
-    table.extend(*arrays, lambd=0.5, **settings)
-    (key,) = keys_of(table)
+    rows.extend(*arrays, lambd=0.5, **settings)
+    (key,) = keys_of(rows)
     words = np.zeros(512, np.uint64)
-    stop, n_blocks, _ = pack(table, key, 0, words, UPDATE, 99)
+    stop, n_blocks, _ = pack(rows, key, 0, words, UPDATE, 99)
     assert (stop, n_blocks) == (4, 5)
     vectors.clear()
     _launch(build.Kind("update", dtype, average, False, 512), words, n_blocks)
@@ -182,7 +182,7 @@ def check_update(dtype, average, offsets, mu, weight_decay):
         assert all(np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
-def check_scalars_on_device():
+def check_device_scalars():
     """The last block advances the scalars that all others have read, unless a step is skipped."""
     schedule = Schedule(lr=0.1, lambd=0.25, alpha=0.5, t0=2)
     rng = np.random.default_rng(0)
@@ -241,11 +241,11 @@ def check_exchange(bits):
     before = one.copy(), other.copy()
     floats = [fake_gpu.Array(x.view(f"f{x.itemsize}")) for x in (one, other)]
     for job, expected in ((layout.SWAP, (1, 0)), (layout.ASSIGN, (0, 0))):
-        table = Rows(("", "", ""))
-        table.extend(floats[:1], None, floats[1:])
-        (key,) = keys_of(table)
+        rows = Rows(("", "", ""))
+        rows.extend(floats[:1], None, floats[1:])
+        (key,) = keys_of(rows)
         words = np.zeros(512, np.uint64)
-        _, n_blocks, _ = pack(table, key, 0, words, job, 99)
+        _, n_blocks, _ = pack(rows, key, 0, words, job, 99)
         _launch(build.Kind("exchange", bits, bits, False, 512), words, n_blocks)
         assert np.array_equal(one, before[expected[0]])
         assert np.array_equal(other, before[expected[1]])
@@ -265,7 +265,7 @@ def main():
         ):
             check_update(dtype, average, offsets, mu, weight_decay)
             n += 1
-    check_scalars_on_device()
+    check_device_scalars()
     for bits in ("bits16", "bits32", "bits64"):
         check_exchange(bits)
     print(f"{n + 4} launches simulated")

@@ -19,6 +19,8 @@ import pytest
 import torch
 
 from asgd_fast import ArrayASGD, asgd_
+from asgd_fast._rows.rows import Rows
+from asgd_fast.cuda import build, intrinsics, kernels
 from asgd_fast.cuda.launches import (
     AVERAGE,
     CHUNK_AT,
@@ -43,8 +45,6 @@ from asgd_fast.cuda.launches import (
     run,
     set_words,
 )
-from asgd_fast._rows.rows import Rows
-from asgd_fast.cuda import build, intrinsics, kernels
 
 SETTINGS = {
     "plain": {"eta": 0.1, "lambd": 0.0},
@@ -271,11 +271,11 @@ def test_more_than_two_to_the_33_elements(gpu):
     places = (0, 1 << 31, 1 << 32, n - 1)
     for i in places:
         arrays[1][i] = 1
-    table = Rows(("p", "g", "a"))
-    table.extend(*([Described(gpu, x)] for x in arrays), eta=0.5, mu=1.0, lambd=0.0)
-    (key,) = keys_of(table)
+    rows = Rows(("p", "g", "a"))
+    rows.extend(*([Described(gpu, x)] for x in arrays), eta=0.5, mu=1.0, lambd=0.0)
+    (key,) = keys_of(rows)
     words = np.zeros(512, np.uint64)
-    _, n_blocks, _ = pack(table, key, 0, words, UPDATE, 4224)
+    _, n_blocks, _ = pack(rows, key, 0, words, UPDATE, 4224)
     kind = build.Kind("update", "float32", "float32", False, 0)
     do_chunk = kernels.jobs_of(kind, intrinsics.make("cpu")).do_chunk
     for i in places:

@@ -30,7 +30,8 @@ needs_compiler = pytest.mark.skipif(
 
 def _run(*command, **environment):
     """Run Python as a process of its own, which must not fail."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE), **environment}
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
     result = subprocess.run(
         [sys.executable, "-W", "error", *command],
         env=environment,
@@ -60,9 +61,9 @@ COMPILED = [
     *((kind, (9, 0)) for kind in KINDS),
     *((FLOAT32, cc) for cc in [(7, 5), (8, 0), (8, 9), (10, 0), (12, 0)]),
     *(
-        (Kind("update", *pair, on_device, 512), cc)
+        (Kind("update", *pair, device_scalars, 512), cc)
         for cc in [(7, 5), (12, 0)]
-        for *pair, on_device in [
+        for *pair, device_scalars in [
             ("float32", "float32", True),
             ("bfloat16", "float32", True),
             ("bfloat16", "float64", False),
@@ -95,7 +96,7 @@ def test_a_compiled_kernel_is_what_it_should_be(kind, compute_capability):
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", report)
     assert set(spills) == {("0", "0", "0")}  # of the kernel, and of what it calls
     (registers,) = map(int, re.findall(r"Used (\d+) registers", report))
-    is_light = kind.param == kind.average in ("float32", "float64") and not kind.on_device
+    is_light = kind.param == kind.average in ("float32", "float64") and not kind.device_scalars
     assert registers <= (40 if is_light else 64) or (
         compute_capability == (7, 5)  # has threads for two blocks at most
     )
@@ -105,7 +106,7 @@ def test_a_compiled_kernel_is_what_it_should_be(kind, compute_capability):
     assert size == 8 * kind.n_words
 
     # Each operation rounds where it stands; the power in eta is the library's.
-    if not kind.on_device:
+    if not kind.device_scalars:
         assert not re.search(r"\b(add|sub|mul|fma)\.f(32|64)|\.(ftz|sat|approx)\b|call", ptx)
     else:
         # Who draws the last ticket has read what the others have read, and is known to its block.
@@ -117,7 +118,7 @@ def test_a_compiled_kernel_is_what_it_should_be(kind, compute_capability):
     if kind.job == "update":
         assert {"mul.rn", "fma.rn", "add.rn"} <= set(re.findall(r"\b\w+\.rn", ptx))
 
-    is_double = "float64" in kind or kind.on_device
+    is_double = "float64" in kind or kind.device_scalars
     assert is_double or ".f64" not in ptx
 
 
@@ -213,7 +214,7 @@ def test_kernels_differ_by_kind_and_device(compiled):
     build.stored(FLOAT32, (9, 0))
     build.stored(FLOAT32, (8, 0))
     build.stored(FLOAT32._replace(n_words=1536), (9, 0))
-    build.stored(FLOAT32._replace(on_device=True), (9, 0))
+    build.stored(FLOAT32._replace(device_scalars=True), (9, 0))
     assert len(compiled) == 4
 
 

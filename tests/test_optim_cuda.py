@@ -6,7 +6,6 @@ torch.optim.ASGD(foreach=False) on the CPU is the oracle, whose bits the device'
 from __future__ import annotations
 
 import copy
-import re
 import sys
 from types import SimpleNamespace
 
@@ -18,8 +17,9 @@ from torch.optim.asgd import asgd as torch_asgd
 from twins import NAMES
 
 from asgd_fast import ASGD
-from asgd_fast._torch import fallback
+from asgd_fast._torch import fallback, state
 from asgd_fast.cuda import device as device_module
+from asgd_fast.cuda.launches import HEADER
 
 
 @pytest.fixture
@@ -36,16 +36,21 @@ OPTIONS = {
 SCALARS = {"host": {}, "device": {"capturable": True}}
 
 
+@pytest.mark.parametrize("looks", [False, True], ids=["sealed", "looked at"])
 @pytest.mark.parametrize("where", SCALARS.values(), ids=SCALARS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
-def test_a_run_has_torchs_bits(gpu, dtype, options, where):
+def test_a_run_has_torchs_bits(gpu, dtype, options, where, looks):
     params = params_of((5, 3), (1000,), (), (2, 3, 4, 4), (0, 3), dtype=dtype)
     params[3].data = params[3].data.to(memory_format=torch.channels_last)
     params[0].data = params[0].data.t()
     twins = Twins(params, lr=0.1, **options, **where)
-    twins.run(12, skip=lambda k: {k % 5} if k > 2 else ())
-    assert {launch.kind.on_device for launch in gpu.launches} == {bool(where)}
+    for k in range(12):
+        twins.step({k % 5} if k > 2 else ())
+        twins.check()
+        if looks:
+            twins.look()
+    assert {launch.kind.device_scalars for launch in gpu.launches} == {bool(where)}
     assert twins.waits == 0
 
 
@@ -120,32 +125,38 @@ def test_own_options_are_those_of_the_cpu(gpu, capturable):
 def test_scalars_are_the_hosts_until_the_device_must_have_them(gpu):
     twins = Twins(params_of((5,), (6,)))
     twins.run(2)
-    for state in twins.ours.state.values():
-        assert [state[name].device.type for name in ("step", "eta", "mu", "ax")] == ["cpu"] * 3 + [
-            "cuda"
-        ]
+    for entry in twins.ours.state.values():
+        assert [entry[name].device.type for name in NAMES] == ["cpu"] * 3 + ["cuda"]
     twins = Twins(params_of((5,), (6,)), capturable=True)
     twins.run(2)
-    for state in twins.ours.state.values():
-        assert {state[name].device for name in NAMES} == {torch.device("cuda", 0)}
+    for entry in twins.ours.state.values():
+        assert {entry[name].device for name in NAMES} == {torch.device("cuda", 0)}
 
 
-def test_a_lazy_average_is_its_params_memory(gpu):
+def test_a_lazy_average_does_not_exist_before_it_begins(gpu):
     twins = Twins(params_of((50,)), t0=4)
-    (param,) = twins.params
     for k in range(1, 9):
         twins.run(1)
-        is_lazy = twins.ours.state[param]["ax"].data_ptr() == param.data_ptr()
-        assert is_lazy == (k < 6)  # whose iterate is the first of the average
-        row = gpu.launches[-1].words[8:]
-        assert (row[2] == 0) == is_lazy
+        average = int(gpu.launches[-1].words[HEADER + 2])
+        assert (average == 0) == (k < 6)  # whose iterate is the first of the average
+    assert twins.ours.state[twins.params[0]]["ax"].data_ptr() == average
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
+def test_an_average_that_has_not_begun_is_answered_with_a_copy(gpu, capturable):
+    twins = Twins(params_of((50,)), capturable=capturable, t0=5)
+    (param,) = twins.params
+    twins.run(2)
+    twins.ours.state[param]["ax"].zero_()
+    twins.run(8)
 
 
 @pytest.mark.parametrize("options", [{"lazy_average": False}, {"capturable": True}], ids=str)
 def test_an_average_that_is_not_lazy(gpu, options):
     twins = Twins(params_of((50,)), **options)
     twins.run(2)
-    assert twins.ours.state[twins.params[0]]["ax"].data_ptr() != twins.params[0].data_ptr()
+    average = int(gpu.launches[-1].words[HEADER + 2])
+    assert twins.ours.state[twins.params[0]]["ax"].data_ptr() == average
 
 
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
@@ -158,10 +169,10 @@ def test_a_checkpoint_goes_between_devices(gpu, devices, capturable):
     start, goal = devices
     twins = Twins(params_of((5, 3), (7,)), devices=(start,), **options)
     twins.run(5)
-    state = copy.deepcopy(_moved(twins.ours.state_dict(), "cpu"))
+    checkpoint = copy.deepcopy(_moved(twins.ours.state_dict(), "cpu"))
     twins.params = [on(p, goal) for p in twins.params]
     twins.ours = ASGD(twins.params, **options)
-    twins.ours.load_state_dict(state)
+    twins.ours.load_state_dict(checkpoint)
     twins.ours.param_groups[0]["capturable"] = capturable and goal != "cpu"
     twins.run(5)
     for param, entry in twins.ours.state.items():
@@ -171,11 +182,11 @@ def test_a_checkpoint_goes_between_devices(gpu, devices, capturable):
 
 def _moved(state_dict, device):
     """What torch.load(map_location=device) makes of a checkpoint."""
-    state = {
+    entries = {
         i: {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in entry.items()}
         for i, entry in state_dict["state"].items()
     }
-    return {**state_dict, "state": state}
+    return {**state_dict, "state": entries}
 
 
 def test_a_checkpoint_goes_to_torch_on_the_device(gpu):
@@ -201,11 +212,8 @@ def test_moving_a_model_while_it_trains(gpu):
         for p in twins.params:
             p.data = p.data.to(device)
             p.grad = None
-        state = twins.ours.state.get(twins.params[0])
-        if state and device != "cpu":
-            state["ax"] = state["ax"].to(device)
-        elif state:
-            state["ax"] = state["ax"].cpu()
+        if entry := twins.ours.state.get(twins.params[0]):
+            entry["ax"] = entry["ax"].to(device)
         twins.run(3)
 
 
@@ -284,7 +292,7 @@ def test_capturable_may_be_switched_on_and_off(gpu):
     for capturable in (False, True, False):
         twins.ours.param_groups[0]["capturable"] = capturable
         twins.run(3)
-        assert gpu.launches[-1].kind.on_device == capturable
+        assert gpu.launches[-1].kind.device_scalars == capturable
 
 
 def test_averaged_parameters(gpu):
@@ -434,13 +442,37 @@ def test_autograd_is_told(gpu):
     assert twins.params[0]._version == before + 1
 
 
-def test_another_kind_of_gpu_goes_to_torch(gpu, monkeypatch):
+def test_a_state_for_another_kind_of_gpu_is_made_as_torch_makes_it(gpu, monkeypatch):
     """Of AMD's devices, which torch calls cuda too, no engine knows."""
-    from asgd_fast._torch import state as _state
-
-    monkeypatch.setattr(_state, "_DEVICES", ("cpu",))
-    twins = Twins(params_of((5, 3)), t0=2)
-    twins.ours.param_groups[0]["foreach"] = False
-    twins.run(5)
+    monkeypatch.setattr(state, "DEVICES", ("cpu",))
+    twins = Twins(params_of((5, 3)), t0=2, foreach=False)
+    for _ in range(5):
+        twins.theirs_params[0].grad = torch.randn(1).expand(5, 3)
+        twins.params[0].grad = twins.theirs_params[0].grad[:1, :1].cuda().expand(5, 3)
+        twins.ours.step()
+        twins.theirs.step()
+        twins.check()
     assert gpu.launches == []
-    assert re.match("cuda", str(twins.ours.state[twins.params[0]]["eta"].device))
+    assert {twins.ours.state[twins.params[0]][name].device.type for name in NAMES} == {"cuda"}
+
+
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
+def test_torchs_function_finds_scalars_where_it_looks(gpu, capturable):
+    """A gradient that repeats its memory is left to it."""
+    options = {"lambd": 0.0, "foreach": False}  # in whose eta there is no power to be rounded
+    twins = Twins(params_of((5,), (3,)), t0=1, capturable=capturable, **options)
+    for _ in range(4):
+        twins.theirs_params[0].grad = torch.randn(1).expand(5)
+        twins.theirs_params[1].grad = torch.randn(3)
+        twins.params[0].grad = twins.theirs_params[0].grad[:1].cuda().expand(5)
+        twins.params[1].grad = twins.theirs_params[1].grad.cuda()
+        twins.ours.step()
+        twins.theirs.step()
+        twins.check()
+    assert len(gpu.launches) == 4
+    twins.ours.start_averaging()
+    for group in twins.theirs.param_groups:
+        group["t0"] = 3
+    for entry in twins.theirs.state.values():
+        entry["mu"].fill_(1)
+    twins.run(4)

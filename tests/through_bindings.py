@@ -17,10 +17,10 @@ import fake_gpu
 import numpy as np
 
 from asgd_fast import asgd_
-from asgd_fast.cuda.launches import UPDATE
+from asgd_fast._engines import run_on_gpus
 from asgd_fast._rows.rows import Rows
 from asgd_fast.cuda import build
-from asgd_fast._engines import run_on_devices
+from asgd_fast.cuda.launches import UPDATE
 
 KIND = build.Kind("update", "float32", "float32", False, 512)
 
@@ -42,11 +42,11 @@ def time_launches(n):
     nothing = ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p)
     stub.stub_set_launch.argtypes = [ctypes.c_void_p]
     stub.stub_set_launch(nothing)
-    table = Rows(("params[{}]", "grads[{}]", "axs[{}]"))
+    rows = Rows(("params[{}]", "grads[{}]", "axs[{}]"))
     arrays = [[fake_gpu.Array(np.zeros(64, np.float32)) for _ in range(n)] for _ in range(3)]
-    table.extend(*arrays, eta=0.1, mu=0.5)
-    table.check_overlap()
-    times = repeat(lambda: run_on_devices(table, UPDATE), number=1000, repeat=15)
+    rows.extend(*arrays, eta=0.1, mu=0.5)
+    rows.check_overlap()
+    times = repeat(lambda: run_on_gpus(rows, UPDATE), number=1000, repeat=15)
     print(f"{n} arrays: {median(times) * 1e3:.1f} us", flush=True)
     os._exit(0)
 

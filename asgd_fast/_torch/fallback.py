@@ -15,7 +15,7 @@ from torch.optim.asgd import asgd as torch_asgd
 from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.groups import has_own_options
 from asgd_fast._torch.internals import FOREACH_TAKES_HOST_SCALARS
-from asgd_fast._torch.state import SCALARS, ParamState, new_average
+from asgd_fast._torch.state import SCALARS, ParamState, new_average, to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +61,8 @@ def check(left: Sequence[Left]) -> None:
         shape = tuple(param.shape)
         if missing := sorted(own.missing()):
             raise KeyError(f"state: {missing} missing for a param of shape {shape}")
+        if group["capturable"] and param.is_cuda and not own["step"].is_cuda:
+            to_device(own, param.device)  # where torch then takes it
         got = shape if own.ax is None else tuple(own.ax.shape)
         if not _broadcasts(shape, got):
             raise ValueError(

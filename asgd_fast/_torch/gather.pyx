@@ -71,7 +71,7 @@ cdef class Work:
     cdef object _lr          # of the group, as it stands there
     cdef bint _lazy
     cdef object _average_dtype
-    cdef bint _on_device
+    cdef bint _scalars_on_device
     cdef bint _round_scalars
     cdef bint _shares_state  # one entry is the state of two params
     cdef Py_ssize_t _position  # in the state: see `_next`
@@ -94,8 +94,10 @@ cdef class Work:
                 record.ax.data = ax
         for param, record in self._new.values():
             self._state[param] = record
+        if self.rows.on_device is not None:
+            self.rows.on_device.count()
 
-    def is_all_on_device(self):
+    def has_all_scalars_on_device(self):
         """Whether GPUs have the scalars of all rows."""
         cdef Py_ssize_t i
         for i in range(self.rows.n_rows):
@@ -200,7 +202,7 @@ cdef class Work:
         if row.device != CPU:
             if row.device != rows.device:  # all of torch's work on one stream of each GPU
                 rows.note_stream(stream_of(param, row.device))
-        if row.device != CPU and (self._on_device or common.capturable):
+        if row.device != CPU and (self._scalars_on_device or common.capturable):
             if common.lr_on_device != NULL and common.lr_device != row.device:
                 rows.abandon()
                 return False
@@ -256,7 +258,7 @@ cdef class Work:
         """Compute the step of a row whose scalars are with the host. False if they are unfit."""
         cdef Plan plan
         cdef Step *step
-        if record.on_device is not None:
+        if record.device_scalars is not None:
             to_host(record)
         if record.is_open and not record.read(mirror):
             with_scalars(record)
@@ -288,6 +290,8 @@ cdef class Work:
         cdef double steps
         if scalars is None:
             scalars = to_device(record, param.device)
+        if isnan(plan.lr) and common.lr_on_device == NULL:
+            plan.lr = number("lr", self._lr)
         if not isnan(record.t0):
             plan.t0 = record.t0
         if self.rows.on_device is None:
@@ -316,7 +320,7 @@ cdef class Work:
 
 
 def gather(
-    state, groups, *, double unscale, bint on_device, bint by_torch, bint lazy, average_dtype,
+    state, groups, *, double unscale, bint scalars_on_device, bint by_torch, bint lazy, average_dtype,
 ):
     """Find out what a step has to do; nothing is changed.
 
@@ -328,7 +332,7 @@ def gather(
         The optimizer's param_groups.
     unscale : float
         What the gradients are multiplied by first.
-    on_device : bool
+    scalars_on_device : bool
         Whether scalars of params on a GPU are to be there, as in groups with capturable=True.
     by_torch : bool
         Leave everything to torch's own function.
@@ -350,7 +354,7 @@ def gather(
         Scalars would have to be made or moved while a CUDA graph is being captured.
     """
     cdef Work work = Work(state)
-    work._on_device = on_device
+    work._scalars_on_device = scalars_on_device
     work._lazy = lazy
     work._average_dtype = average_dtype
     work._round_scalars = torch.get_default_dtype() is not torch.float64

@@ -10,7 +10,7 @@ cdef class Record(dict):
     cdef readonly object param
     cdef public object source        # whose copy answers for the average while there is none
     cdef object _ax                  # while it is sealed
-    cdef DeviceScalars on_device     # has the scalars instead, where a GPU does
+    cdef DeviceScalars device_scalars  # has the scalars instead, where a GPU does
     cdef readonly object average_dtype
     cdef readonly bint is_open
     cdef bint is_double              # whether the scalars are float64

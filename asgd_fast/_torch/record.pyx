@@ -95,8 +95,8 @@ cdef class Record(dict):
         """
         if self.is_open:
             return {name: dict.__getitem__(self, name) for name in dict.__iter__(self)}
-        if self.on_device is not None:
-            scalars = self.on_device.views()
+        if self.device_scalars is not None:
+            scalars = self.device_scalars.views()
         else:
             scalars = [torch.tensor(value, dtype=self.dtype) for value in self.numbers()]
         contents = dict(zip(_NAMES, scalars, strict=True))
@@ -115,8 +115,8 @@ cdef class Record(dict):
         """step, eta and mu as they stand in the record: numbers, or tensors that have them."""
         if self.is_open:
             return tuple([dict.__getitem__(self, name) for name in _NAMES])
-        if self.on_device is not None:
-            return tuple(self.on_device.views())
+        if self.device_scalars is not None:
+            return tuple(self.device_scalars.views())
         return self.now.step, self.now.eta, self.now.mu
 
     cdef bint is_empty(self) noexcept:
@@ -166,18 +166,20 @@ cdef class Record(dict):
             return dict.get(self, "t0")
         return None if isnan(self.t0) else self.t0
 
-    def begin_anew(self):
-        """Set mu to 1, so that the next step's iterate is copied."""
+    def begin_anew(self, double step):
+        """Set mu to 1 after so many steps, so that the next step's iterate is copied."""
+        if self.device_scalars is not None:
+            self.device_scalars.steps = step
         if self.is_open:
             mu = dict.get(self, "mu")
             if not isinstance(mu, torch.Tensor):
                 dict.__setitem__(self, "mu", 1.0)
                 return
-        elif self.on_device is None:
+        elif self.device_scalars is None:
             self.now.mu = 1
             return
         else:
-            mu = self.on_device.views()[2]
+            mu = self.device_scalars.views()[2]
         with torch.no_grad(), torch.inference_mode(False):
             mu.fill_(1)
 
@@ -216,7 +218,7 @@ cdef class Record(dict):
 
     cdef DeviceScalars scalars_on(self, int device):
         """The scalars in the memory of a GPU; None if they are not there, or were replaced."""
-        own = self.on_device
+        own = self.device_scalars
         if own is None or own.device != device:
             return None
         if self.is_open and not own.has([dict.get(self, name) for name in _NAMES]):
@@ -226,30 +228,20 @@ cdef class Record(dict):
             self.t0 = NAN if t0 is None else t0
         return own
 
-    def move(self, DeviceScalars on_device, numbers=None):
+    def move(self, DeviceScalars device_scalars, numbers=None):
         """Let a GPU have the scalars from now on, or the host.
 
         Parameters
         ----------
-        on_device : DeviceScalars or None
+        device_scalars : DeviceScalars or None
         numbers : tuple of float, optional
             What the host then has.
         """
-        self.on_device = on_device
-        if on_device is None:
+        self.device_scalars = device_scalars
+        if device_scalars is None:
             self.now.step, self.now.eta, self.now.mu = numbers
         if self.is_open:
-            tensors = on_device.views() if on_device is not None else [
+            tensors = device_scalars.views() if device_scalars is not None else [
                 torch.tensor(value, dtype=self.dtype) for value in numbers]
             for name, tensor in zip(_NAMES, tensors, strict=True):
                 dict.__setitem__(self, name, tensor)
-
-    @property
-    def is_on_device(self):
-        """Whether a GPU has the scalars."""
-        return self.on_device is not None
-
-    @property
-    def steps_at_most(self):
-        """How many steps have been made at most, where a GPU may have skipped some."""
-        return self.on_device.steps if self.on_device is not None else self.now.step

@@ -225,7 +225,7 @@ def _adopted(
 
 
 def load(
-    state: State, *, lazy: bool, average_dtype: torch.dtype | None
+    state: State, groups: Iterable[Group], *, lazy: bool, average_dtype: torch.dtype | None
 ) -> None:
     """Make a state that torch has loaded, or that was copied or unpickled, the optimizer's own.
 
@@ -237,14 +237,19 @@ def load(
     ----------
     state : dict of Tensor to dict
         The optimizer's; its entries are replaced.
+    groups : iterable of dict
+        The optimizer's param_groups. With capturable=True a GPU gets the scalars of its params, and
+        all averages stay: the next step may be captured.
     lazy : bool
         Whether averages are to exist only once they begin.
     average_dtype : torch.dtype, optional
         As for `wide`.
     """
+    capturable = {id(p) for group in groups if group.get("capturable") for p in group["params"]}
     for param, entry in list(state.items()):
         if not (isinstance(param, Tensor) and isinstance(entry, dict)):
             continue
+        is_capturable = id(param) in capturable and param.is_cuda
         ax = entry.get("ax")
         if isinstance(ax, Tensor) and (param.is_floating_point() or ax.dtype == param.dtype):
             entry = {**entry, "ax": ax.to(wide(param, average_dtype))}
@@ -265,10 +270,12 @@ def load(
             average_dtype=wide(param, average_dtype),
             t0=entry.get("t0"),
         )
-        if "ax" in entry and not (own.is_lazy and own.numbers()[2] == 1):
+        if "ax" in entry and (is_capturable or not own.is_lazy or own.numbers()[2] != 1):
             own.ax = entry["ax"]
         elif own.numbers()[2] != 1:
             own.has_average = True  # which is missing
+        if is_capturable:
+            to_device(own, param.device)
         state[param] = own
 
 
@@ -343,8 +350,8 @@ def start(states: Sequence[ParamState], group: Group) -> None:
     t0 = max(steps, default=0.0) - 1
     for own, step in zip(states, steps, strict=True):
         own.start = step - 1 if step - 1 != t0 else None
-        own.begin_anew()
-        if own.is_lazy:
+        own.begin_anew(step)
+        if own.is_lazy and not group["capturable"]:  # a captured graph writes the average
             own.ax = None
     group["t0"] = t0
     group["averaging_started"] = True
@@ -412,9 +419,7 @@ def to_device(own: ParamState, device: torch.device) -> DeviceScalars:
     numbers = own.numbers()
     is_double = any(getattr(x, "dtype", None) == torch.float64 for x in numbers)
     dtype = torch.float64 if is_double else own.dtype
-    if not own.is_on_device:
-        numbers = floats(numbers)
-    scalars = DeviceScalars(numbers, device, dtype, floats(numbers[:1])[0])
+    scalars = DeviceScalars(floats(numbers), device, dtype)
     own.move(scalars)
     return scalars
 

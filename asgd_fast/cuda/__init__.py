@@ -1,4 +1,4 @@
-"""The GPU engine: Numba kernels that update the rows of a table in the memory of CUDA devices.
+"""The GPU engine: Numba kernels that update the rows of a step in the memory of CUDA devices.
 
 It is imported when the first array of such a device comes.
 """

@@ -51,7 +51,7 @@ class Kind(NamedTuple):
     param, average : str
         Their dtypes: "float16", "bfloat16", "float32" or "float64"; to exchange them "bits16",
         "bits32" or "bits64" twice.
-    on_device : bool
+    device_scalars : bool
         Whether step, eta and mu of each row are in the GPU's memory, where the update advances
         them; else their values come with the launch.
     n_words : int
@@ -61,7 +61,7 @@ class Kind(NamedTuple):
     job: str
     param: str
     average: str
-    on_device: bool
+    device_scalars: bool
     n_words: int
 
 
@@ -164,7 +164,7 @@ def ptx_of(kind: Kind, compute_capability: tuple[int, int]) -> str:
             "Numba simulates GPUs, as NUMBA_ENABLE_CUDASIM asks, and compiles nothing"
         )
     is_half = kind.param in ("float16", "bfloat16")
-    takes_many = is_half or kind.on_device or kind.param != kind.average
+    takes_many = is_half or kind.device_scalars or kind.param != kind.average
     try:
         ptx, _ = cuda.compile(
             kernel(kind, make("cuda", compute_capability)),

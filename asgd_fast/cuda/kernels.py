@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numba import cuda, types
 
+from asgd_fast.cuda.intrinsics import ACCESS, SIZES
 from asgd_fast.cuda.launches import (
     ALPHA_AT,
     AVERAGE,
@@ -58,7 +59,6 @@ from asgd_fast.cuda.launches import (
     row_words,
     set_words,
 )
-from asgd_fast.cuda.intrinsics import ACCESS, SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,8 +101,8 @@ def jobs_of(kind: Kind, ops: SimpleNamespace) -> Jobs:
         return Jobs(_exchange(kind, ops), None)
     if kind.job == "assign":
         return Jobs(_assign(kind, ops), None)
-    if kind.on_device:
-        return Jobs(_update(kind, ops, _scalars_on_device(kind, ops)), _advance(kind, ops))
+    if kind.device_scalars:
+        return Jobs(_update(kind, ops, _scalars_in_memory(kind, ops)), _advance(kind, ops))
     return Jobs(_update(kind, ops, _scalars_of_set(kind, ops)), None)
 
 
@@ -302,7 +302,7 @@ def _find(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     """Make what finds the chunk of a block: where its row is, addresses, length, and scalars."""
     word = ops.word
     size, ax_size = SIZES[kind.param], SIZES[kind.average]
-    row_size, set_at = row_words(kind.on_device), _set_at(kind, ops)
+    row_size, set_at = row_words(kind.device_scalars), _set_at(kind, ops)
     first_mask, tail_mask = (1 << FIRST_BITS) - 1, (1 << TAIL_BITS) - 1
 
     @ops.function
@@ -338,7 +338,7 @@ def _find(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
 
 def _set_at(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     """Make what finds the scalars of a row."""
-    word, set_size = ops.word, set_words(kind.on_device)
+    word, set_size = ops.word, set_words(kind.device_scalars)
 
     @ops.function
     def set_at(words, row):
@@ -364,7 +364,7 @@ def _walk(
     stride = THREADS * lanes
     # Two accesses at once keep more of the memory busy, where the registers have room: eight
     # doubles fill them alone, and scalars on the device take some.
-    room = ACCESS if kind.on_device else 2 * ACCESS
+    room = ACCESS if kind.device_scalars else 2 * ACCESS
     parts = 2 if lanes * ax_size <= room else 1
     many, once, singly = unit(lanes, parts), unit(lanes, 1), unit(1, 1)
     ahead = (parts - 1) * stride
@@ -424,7 +424,7 @@ def _scalars_of_set(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     return scalars_of
 
 
-def _scalars_on_device(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
+def _scalars_in_memory(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     """Make what computes scalars from those in the GPU's memory, as the host does for others."""
     word, double, read_float = ops.word, ops.real["float64"], ops.read_real["float32"]
     sub, mul = ops.sub, ops.mul

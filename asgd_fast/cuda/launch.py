@@ -1,6 +1,6 @@
-"""Launches on CUDA devices: the rows of a rows become calls of the driver, one for each kind.
+"""Launches on CUDA devices: the rows of a step become calls of the driver, one for each kind.
 
-This module knows tables, words and streams; it does not know what kernels do, nor how they are
+This module knows rows, words and streams; it does not know what kernels do, nor how they are
 made. The driver is called directly: a launch by Numba takes 18 us.
 """
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from asgd_fast.cuda.build import Kind
+from asgd_fast.cuda.device import checked, device_of, driver
 from asgd_fast.cuda.launches import (
     ASSIGN,
     COPY_GRAD,
@@ -26,8 +28,6 @@ from asgd_fast.cuda.launches import (
     pack,
     run,
 )
-from asgd_fast.cuda.build import Kind
-from asgd_fast.cuda.device import checked, device_of, driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -176,7 +176,7 @@ class Launches:
 
 
 def prepared(rows: Rows, job: int, *, capturable: bool = False) -> Launches:
-    """Prepare what is to be done to the rows of a rows that are on CUDA devices.
+    """Prepare what is to be done to those rows of a step that are on CUDA devices.
 
     Parameters
     ----------
@@ -211,17 +211,18 @@ def prepared(rows: Rows, job: int, *, capturable: bool = False) -> Launches:
                 raise RuntimeError(CAPTURED)
             launches.let_wait(device, stream, other)
     for key in keys_of(rows):
-        number, param, average, on_device = launch_kind(key)
+        number, param, average, device_scalars = launch_kind(key)
         device = device_of(number)
         stream = rows.streams[number]
         is_captured = job == UPDATE and device.is_capturing(stream)
-        if is_captured and not (on_device and capturable):
+        if is_captured and not (device_scalars and capturable):
             raise RuntimeError(CAPTURED)
         room = SIZES[-1] if device.driver_version >= LARGE_SINCE else SIZES[0]
         enough = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
         addresses = (0, 0)
-        if on_device:
-            addresses = _address(rows.on_device.grad_scale, number), _address(rows.on_device.found_inf, number)
+        if device_scalars:
+            own = rows.on_device
+            addresses = _address(own.grad_scale, number), _address(own.found_inf, number)
         for part in _parts(job, param != average):
             start = 0
             while start < len(rows):
@@ -233,10 +234,10 @@ def prepared(rows: Rows, job: int, *, capturable: bool = False) -> Launches:
                     _spare_words.append(words)
                     continue
                 sizes = SIZES[bisect_left(SIZES, n_words) :]
-                kind = _kind(part, param, average, on_device, sizes[0])
+                kind = _kind(part, param, average, device_scalars, sizes[0])
                 if is_captured and not device.has(kind):
                     # Rather a larger one that is there than one that is loaded in a capture.
-                    larger = (_kind(part, param, average, on_device, size) for size in sizes)
+                    larger = (_kind(part, param, average, device_scalars, size) for size in sizes)
                     kind = next(filter(device.has, larger), kind)
                 launches.add(device, kind, n_blocks, stream, words)
     for device, stream, found in others:
@@ -264,9 +265,9 @@ def _parts(job: int, is_wide: bool) -> tuple[int, ...]:
 
 
 @cache
-def _kind(job: int, param: str, average: str, on_device: bool, n_words: int) -> Kind:
+def _kind(job: int, param: str, average: str, device_scalars: bool, n_words: int) -> Kind:
     if job == UPDATE:
-        return Kind("update", param, average, on_device, n_words)
+        return Kind("update", param, average, device_scalars, n_words)
     if job == ASSIGN and param != average:
         return Kind("assign", param, average, False, n_words)
     bits = {"float16": "bits16", "bfloat16": "bits16", "float32": "bits32", "float64": "bits64"}

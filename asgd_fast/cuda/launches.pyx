@@ -1,4 +1,4 @@
-"""The rows of a rows as the words that the kernels of a GPU are launched with.
+"""The rows of a step as the words that the kernels of a GPU are launched with.
 
 This module knows rows and words; it does not know how kernels are compiled or launched.
 
@@ -12,7 +12,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy, memmove
 
 from asgd_fast._rows.rows cimport BFLOAT16, CPU, FLOAT16, FLOAT32, FLOAT64, Row, Rows
-from asgd_fast.cuda.scalars cimport DeviceRows, OnDevice
+from asgd_fast.cuda.scalars cimport DeviceRows, DeviceRow
 
 # The threads of a block.
 THREADS = 512
@@ -36,7 +36,7 @@ cdef enum:
     _PLACE_AT = 3
     _SCALARS_AT = 4
     _ROW = 4
-    _ROW_ON_DEVICE = 5
+    _DEVICE_ROW = 5
     _FIRST_BITS = 31     # as many blocks as CUDA has at most
     _TAIL_BITS = 17
     _SET_SHIFT = 48
@@ -68,7 +68,7 @@ cdef enum:
     _L2_AT = 5           # weight decay
     _SIGN_AT = 6         # of the gradient
     _FLAGS_AT = 7
-    _SET_ON_DEVICE = 8
+    _DEVICE_SET = 8
     _SCALARS_ARE_DOUBLE = 1
     _LR_IS_FLOAT = 2
     _LR_IS_DOUBLE = 4
@@ -110,24 +110,24 @@ UPDATE, SWAP, COPY_GRAD, KEEP, ASSIGN, PUT_AVERAGE, PUT_BACK = (
 _DTYPES = {FLOAT16: "float16", BFLOAT16: "bfloat16", FLOAT32: "float32", FLOAT64: "float64"}
 
 
-def row_words(bint on_device):
+def row_words(bint device_scalars):
     """How many words a row has, with scalars on the device or not."""
-    return _ROW_ON_DEVICE if on_device else _ROW
+    return _DEVICE_ROW if device_scalars else _ROW
 
 
-def set_words(bint on_device):
+def set_words(bint device_scalars):
     """How many words a set of scalars has."""
-    return _SET_ON_DEVICE if on_device else _SET
+    return _DEVICE_SET if device_scalars else _SET
 
 
 # What rows must have in common to go into one launch, as one number.
 cdef inline int64_t _key_of(const Row *row) noexcept nogil:
-    cdef int64_t on_device = row.on_device != 0
-    return row.device | <int64_t>row.kind << 32 | <int64_t>row.ax_size << 36 | on_device << 40
+    cdef int64_t device_scalars = row.on_device != 0
+    return row.device | <int64_t>row.kind << 32 | <int64_t>row.ax_size << 36 | device_scalars << 40
 
 
 def keys_of(Rows rows):
-    """The kinds of launches that a rows needs.
+    """The kinds of launches that the rows need.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ def launch_kind(int64_t key):
     device : int
     param, average : str
         The dtypes.
-    on_device : bool
+    device_scalars : bool
         Whether the scalars are in the GPU's memory.
     """
     cdef int kind = key >> 32 & 15, ax_size = key >> 36 & 15
@@ -199,33 +199,33 @@ def pack(
     Returns
     -------
     stop : int
-        The row to go on with; the rows's length after the last launch.
+        The row to go on with; the number of rows after the last launch.
     n_chunks : int
         How many blocks to launch. 0 if there is nothing to do.
     n_words : int
         How many words are used.
     """
-    cdef bint on_device = key >> 40
-    cdef int row_size = _ROW_ON_DEVICE if on_device else _ROW
-    cdef int set_size = _SET_ON_DEVICE if on_device else _SET
+    cdef bint device_scalars = key >> 40
+    cdef int row_size = _DEVICE_ROW if device_scalars else _ROW
+    cdef int set_size = _DEVICE_SET if device_scalars else _SET
     cdef int power = _chunk_for(rows, key, n_blocks)
     cdef int64_t chunk = <int64_t>1 << power, n_chunks = 0, n_rows = 0, n_sets = 0, n
     words[_TICKET_AT] = 0
     cdef int64_t room = words.shape[0] - _HEADER, tail
     cdef bint is_new
     cdef uint64_t *row_at = &words[_HEADER]
-    cdef uint64_t now[_SET_ON_DEVICE]
-    cdef uint64_t last[_SET_ON_DEVICE]
+    cdef uint64_t now[_DEVICE_SET]
+    cdef uint64_t last[_DEVICE_SET]
     cdef const Row *row
-    cdef DeviceRows on_device_rows = rows.on_device
+    cdef DeviceRows device_rows = rows.on_device
     cdef Py_ssize_t i
     for i in range(start, rows.n_rows):
         row = &rows.rows[i]
-        if row.device == CPU or _key_of(row) != key or (row.n == 0 and not on_device):
+        if row.device == CPU or _key_of(row) != key or (row.n == 0 and not device_scalars):
             continue
         if job == _UPDATE:
-            if on_device:
-                _set_on_device(&on_device_rows.rows[row.on_device - 1], now)
+            if device_scalars:
+                _set_of_plan(&device_rows.rows[row.on_device - 1], now)
             else:
                 _set_of(row, now)
         n = (row.n + chunk - 1) >> power
@@ -246,9 +246,9 @@ def pack(
         _set_addresses(row, row_at, job)
         tail = row.n - (n - 1) * chunk if n != 0 else 0
         row_at[_PLACE_AT] = n_chunks | tail << _FIRST_BITS | (n_sets - 1) << _SET_SHIFT
-        if on_device:
-            row_at[_SCALARS_AT] = <uint64_t>on_device_rows.rows[row.on_device - 1].scalars
-            words[_TICKET_AT] = <uint64_t>on_device_rows.rows[row.on_device - 1].ticket
+        if device_scalars:
+            row_at[_SCALARS_AT] = <uint64_t>device_rows.rows[row.on_device - 1].scalars
+            words[_TICKET_AT] = <uint64_t>device_rows.rows[row.on_device - 1].ticket
         row_at += row_size
         room -= row_size
         n_rows += 1
@@ -350,7 +350,7 @@ cdef void _set_of(const Row *row, uint64_t *now) noexcept:
         now[_HOW_AT] |= _HAS_WEIGHT_DECAY
 
 
-cdef void _set_on_device(const OnDevice *own, uint64_t *now) noexcept:
+cdef void _set_of_plan(const DeviceRow *own, uint64_t *now) noexcept:
     now[_LR_AT] = _bits(own.plan.lr, True)
     now[_LAMBD_AT] = _bits(own.plan.lambd, True)
     now[_ALPHA_AT] = _bits(own.plan.alpha, True)

@@ -21,21 +21,31 @@ cdef class DeviceRows:
         whether the step is to be skipped.
     """
 
+    def __cinit__(self):
+        self.scalars = []
+
     def __dealloc__(self):
         free(self.rows)
 
-    cdef int add(self, const OnDevice *row) except -1:
-        """Add a row; returns its place, from 1."""
+    cdef int add(self, const DeviceRow *row, scalars) except -1:
+        """Add a row that has some scalars; returns its place, from 1."""
         cdef Py_ssize_t n = self.n_rows
         cdef void *room
         if n & (n - 1) == 0:  # as many as there was room for
-            room = realloc(self.rows, max(1, 2 * n) * sizeof(OnDevice))
+            room = realloc(self.rows, max(1, 2 * n) * sizeof(DeviceRow))
             if room == NULL:
                 raise MemoryError
-            self.rows = <OnDevice *>room
+            self.rows = <DeviceRow *>room
+        self.scalars.append(scalars)
         self.rows[n] = row[0]
         self.n_rows += 1
         return self.n_rows
+
+    def count(self):
+        """Count the step, which is made now."""
+        cdef DeviceScalars scalars
+        for scalars in self.scalars:
+            scalars.steps += 1
 
     def scale(self, devices, found_inf, grad_scale):
         """Set what a GradScaler found out.
@@ -55,20 +65,18 @@ cdef class DeviceScalars:
 
     Parameters
     ----------
-    numbers : sequence of (float or Tensor)
-        step, eta and mu; tensors of one element anywhere.
+    numbers : sequence of float
+        step, eta and mu.
     device : torch.device
     dtype : torch.dtype
         float32 or float64.
-    steps : float
-        How many steps the param has made at most.
 
     Attributes
     ----------
     device : int
     is_double : bool
     steps : float
-        How many steps it has made at most: the GPU skips those of infinite gradients.
+        How many the param has made at most: the GPU skips those of infinite gradients.
 
     Raises
     ------
@@ -76,22 +84,16 @@ cdef class DeviceScalars:
         The stream is being captured into a graph, of which making them cannot be a part.
     """
 
-    def __init__(self, numbers, device, dtype, double steps):
+    def __init__(self, numbers, device, dtype):
         import torch
 
-        with torch.no_grad(), torch.inference_mode(False):
-            if any(isinstance(number, torch.Tensor) for number in numbers):
-                row = torch.stack([
-                    torch.as_tensor(number, dtype=dtype).detach().to(device).reshape(())
-                    for number in numbers])
-                # The blocks of a launch count themselves behind the scalars.
-                self._block = torch.stack([row, torch.zeros_like(row)])
-            else:
-                self._block = torch.tensor([numbers, (0.0, 0.0, 0.0)], dtype=dtype).to(device)
+        with torch.inference_mode(False):
+            # The blocks of a launch count themselves behind the scalars.
+            self._block = torch.tensor([numbers, (0.0, 0.0, 0.0)], dtype=dtype, device=device)
         self._address = <void *><uintptr_t>self._block.data_ptr()
         self.device = self._block.device.index
         self.is_double = dtype == torch.float64
-        self.steps = steps
+        self.steps = numbers[0]
 
     def views(self):
         """step, eta and mu as tensors of no dimension, which are the scalars themselves."""
@@ -109,15 +111,14 @@ cdef class DeviceScalars:
         self, DeviceRows rows, const Plan *plan, const void *lr, bint double_lr,
     ) except -1:
         """Add a row that has these scalars; returns its place, from 1."""
-        cdef OnDevice row
+        cdef DeviceRow row
         row.scalars = self._address
         row.double_scalars = self.is_double
         row.ticket = <char *>self._address + 3 * (8 if self.is_double else 4)
         row.plan = plan[0]
         row.lr = lr
         row.double_lr = double_lr
-        self.steps += 1
-        return rows.add(&row)
+        return rows.add(&row, self)
 
 
 def _on_each(devices, scalar):
