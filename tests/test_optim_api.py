@@ -287,7 +287,7 @@ class Scaled:
     def step(self, factor=1.0, *, unscale_first=False):
         twins = self.twins
         x = [torch.randn_like(p) for p in twins.params]
-        both = ((twins.ours, twins.params), (twins.theirs, twins.theirs_params))
+        both = twins.sides
         for scaler, (optimizer, own) in zip(self.scalers, both, strict=True):
             optimizer.zero_grad()
             loss = sum((p * y).square().sum() * factor for p, y in zip(own, x, strict=True))

@@ -194,7 +194,7 @@ def test_params_and_averages_swapped_without_copies():
     for _ in range(BEGINS + 3):
         twins.run(1)
         for _ in range(2):
-            for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+            for optimizer, own in twins.sides:
                 for p in own:
                     ax = optimizer.state[p]["ax"]
                     p.data, ax.data = ax.data, p.data
@@ -220,7 +220,7 @@ def test_params_swapped_while_the_state_is_new(edit):
     """An average that lies where another param is now must not write over it."""
     twins = Twins(parameters((2,), (2,)), **OPTIONS)
     twins.run(2)
-    for optimizer, (a, b) in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, (a, b) in twins.sides:
         a.data, b.data = b.data, a.data
         edit(optimizer)
     twins.run(BEGINS + 1)
@@ -394,6 +394,6 @@ def test_the_data_of_a_lazy_average_is_replaced():
     """It becomes a tensor of its own, which the next step writes."""
     twins = Twins(parameters((3,), (4,)), lr=0.3)
     twins.run(2)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         optimizer.state[own[1]]["ax"].data = torch.zeros(4)
     twins.run(2)

@@ -248,7 +248,7 @@ def test_scalars_are_live_views_of_packed_tensors():
 def test_scalars_may_be_written():
     twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
     twins.run(3)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         optimizer.state[own[0]]["eta"].fill_(0.05)
         optimizer.state[own[1]]["step"].add_(3)
         optimizer.state[own[1]]["mu"].mul_(0.5)
@@ -259,7 +259,7 @@ def test_scalars_and_averages_may_be_replaced():
     twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
     twins.run(3)
     for _ in range(3):
-        for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        for optimizer, own in twins.sides:
             optimizer.state[own[0]]["eta"] = torch.tensor(0.05)
             optimizer.state[own[1]]["mu"] = torch.tensor(0.5)
             optimizer.state[own[1]]["ax"] = torch.full((4, 2), 2.0)
@@ -269,10 +269,10 @@ def test_scalars_and_averages_may_be_replaced():
 def test_state_may_be_reset_or_replaced():
     twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
     twins.run(3)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         del optimizer.state[own[0]]
     twins.run(3)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         optimizer.state[own[1]] = {}
     twins.run(3)
     for optimizer in (twins.ours, twins.theirs):
@@ -286,7 +286,7 @@ def test_state_may_be_reset_or_replaced():
 def test_a_state_may_pass_to_another_param():
     twins = Twins(parameters((3,), (3,)), **OPTIONS)
     twins.run(T0 + 2)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         state = optimizer.state
         state[own[0]], state[own[1]] = state[own[1]], state[own[0]]
     twins.run(3)
@@ -295,7 +295,7 @@ def test_a_state_may_pass_to_another_param():
 def test_groups_may_be_changed_by_hand():
     twins = Twins(parameters((3,), (4,), (5,)), **OPTIONS)
     twins.run(2)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         optimizer.param_groups[0]["params"] = [own[2], own[1]]
         optimizer.param_groups.append({**optimizer.param_groups[0], "params": [own[0]], "lr": 1.0})
     twins.run(3)
@@ -307,7 +307,7 @@ def test_groups_may_be_changed_by_hand():
 def test_groups_and_states_may_be_other_mappings():
     twins = Twins(parameters((3,), (4,)), lambda own: [OrderedDict(params=own, lr=0.3)], t0=2)
     twins.run(2)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         optimizer.param_groups = tuple(optimizer.param_groups)
         optimizer.param_groups[0]["params"] = tuple(own)
         optimizer.state[own[0]] = OrderedDict(optimizer.state[own[0]])
@@ -429,7 +429,7 @@ def test_state_moved_by_its_data_is_followed(n):
 def test_one_scalar_with_other_memory_is_followed(name):
     twins = Twins(parameters((3,), (4,)), lr=0.3, lambd=0.1, t0=2)
     twins.run(3)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         optimizer.state[own[1]][name].set_(torch.tensor(0.5))
     twins.run(4)
 
@@ -437,7 +437,7 @@ def test_one_scalar_with_other_memory_is_followed(name):
 def test_one_entry_for_two_params():
     twins = Twins(parameters((3,), (3,)), lr=0.3, lambd=0.1, t0=2)
     twins.run(3)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         optimizer.state[own[1]] = optimizer.state[own[0]]
     twins.run(3)
 
@@ -445,7 +445,7 @@ def test_one_entry_for_two_params():
 def test_a_count_below_zero():
     twins = Twins(parameters((3,)), lr=0.3, lambd=0.1, t0=2)
     twins.run(1)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         optimizer.state[own[0]]["step"].fill_(-1)
     twins.run(3)
 
@@ -454,7 +454,7 @@ def test_a_count_below_zero():
 def test_counts_as_far_as_float32_goes(start):
     twins = Twins(parameters((3,)), lr=0.3, lambd=1e-6, t0=2.0**24 - 5)
     twins.run(1)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         optimizer.state[own[0]]["step"].fill_(start)
     twins.run(5)
 
@@ -542,7 +542,7 @@ def move(entry):
 def test_a_state_moved_while_a_group_is_added(lazy):
     twins = Twins(parameters((3,)), lazy_average=lazy, **OPTIONS)
     twins.run(2)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         move(optimizer.state[own[0]])
         own += parameters((4,), seed=1)
         optimizer.add_param_group({"params": [own[1]]})
@@ -554,7 +554,7 @@ def test_a_state_moved_while_a_group_is_added(lazy):
 def test_a_state_moved_while_a_param_gets_its_first_gradient(moved, lazy):
     twins = Twins(parameters(*[(3,)] * 10), lazy_average=lazy, **OPTIONS)
     twins.run(1, skip=lambda _, i: i == 9)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         move(optimizer.state[own[moved]])
     twins.run(T0 + 3)
 
@@ -569,7 +569,7 @@ def test_the_state_of_one_group_is_moved(lazy):
         **OPTIONS,
     )
     twins.run(2)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         for p in own[30:]:
             move(optimizer.state[p])
     twins.run(T0 + 3)

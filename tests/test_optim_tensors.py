@@ -162,7 +162,7 @@ def test_data_replaced_between_steps():
     twins = Twins(parameters((30,), (4, 5)), **OPTIONS)
     for _ in range(4):
         twins.run(3)
-        for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        for optimizer, own in twins.sides:
             kept = [p.data.clone() for p in own]
             for p in own:
                 p.data = optimizer.state[p]["ax"].clone()
@@ -352,14 +352,14 @@ def test_a_negative_bit_that_comes_with_new_data(n):
         twins.ours.step()
         twins.theirs.step()
         twins.check()
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         optimizer.state[own[0]]["ax"] = torch._neg_view(torch.ones(n))
     twins.ours.step()
     twins.theirs.step()
     assert torch.equal(
         *(
             o.state[p[0]]["ax"]
-            for o, p in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params))
+            for o, p in twins.sides
         )
     )
 
