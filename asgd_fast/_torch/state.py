@@ -5,6 +5,7 @@ This module knows params, their states and checkpoints; it does not know how a s
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import contextmanager
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -86,8 +87,8 @@ class ParamState(Record):
         return {**contents, "ax": self.param_as_average(), **others}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be copied and pickled as a plain dict."""
-        return dict, (self.contents(),)
+        """Be copied and pickled as a dict that ``torch.load`` takes with ``weights_only``."""
+        return OrderedDict, (self.contents(),)
 
 
 def _opening(name: str) -> Any:
@@ -224,9 +225,7 @@ def _adopted(
     return found
 
 
-def load(
-    state: State, *, lazy: bool, average_dtype: torch.dtype | None
-) -> None:
+def load(state: State, *, lazy: bool, average_dtype: torch.dtype | None) -> None:
     """Make a state that torch has loaded, or that was copied or unpickled, the optimizer's own.
 
     Scalars and averages keep their precision, and averages get the dtype that they have in this
