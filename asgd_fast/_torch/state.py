@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
-from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, check_group, number
+from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, number
 from asgd_fast._torch.memory import is_ordinary
 from asgd_fast._torch.record import SCALARS, Record
 from asgd_fast.cuda.scalars import DeviceScalars
