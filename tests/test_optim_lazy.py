@@ -110,6 +110,19 @@ def test_an_average_read_before_it_begins_is_a_copy_of_the_param_at_that_moment(
     same(leaf.grad, before)
 
 
+def test_after_averages_stood_in_the_params_the_params_answer_for_averages_again():
+    (p,) = parameters((3,))
+    optimizer = ASGD([p], **OPTIONS)
+    for k in range(BEGINS + 2):
+        step(optimizer, [p], k)
+    with optimizer.averaged_parameters():
+        same(optimizer.state[p]["ax"], p.detach())
+    optimizer.reset_averages()
+    assert which_exist(optimizer) == [False]
+    p.data = torch.full((3,), 2.0)
+    same(optimizer.state[p]["ax"], p.detach())
+
+
 WRITES = {
     "zero_": lambda entry: entry["ax"].zero_(),
     "fill_": lambda entry: entry["ax"].fill_(torch.nan),

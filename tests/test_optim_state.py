@@ -291,6 +291,25 @@ def test_states_moved_while_others_come_into_being(place, steps, lazy):
 
 
 @sealed_or_open
+def test_the_t0_of_an_entry_stands_instead_of_its_groups(looks):
+    def groups(own):
+        return [{"params": [p]} for p in own]
+
+    twins = Twins(parameters((3,), (4,)), groups, **OPTIONS)
+    twins.run(1)
+    twins.ours.state[twins.params[1]]["t0"] = 1.0
+    twins.theirs.param_groups[1]["t0"] = 1.0
+    if not looks:
+        twins.ours.load_state_dict(twins.ours.state_dict())
+    for _ in range(BEGUN):
+        twins.step()
+        entries = twins.ours.state_dict()["state"].values()
+        for entry, q in zip(entries, twins.theirs_params, strict=True):
+            for name in NAMES:
+                same(entry[name], twins.theirs.state[q][name])
+
+
+@sealed_or_open
 def test_groups_may_be_changed_by_hand(looks):
     twins = Twins(parameters((3,), (4,), (5,)), looks=looks, **OPTIONS)
     twins.run(2)
