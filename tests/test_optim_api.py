@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
-from twins import NAMES, Twins, parameters, same
+from twins import NAMES, Twins, entries_of, parameters, same, sealed_or_open
 
 import asgd_fast
 from asgd_fast import ASGD
@@ -87,9 +87,10 @@ def test_hyperparameters_out_of_range_are_refused(options, error, message):
         assert len(optimizer.param_groups) == 1
 
 
+@sealed_or_open
 @pytest.mark.parametrize("options", [{"lambd": -1}, {"alpha": math.nan}, {"t0": math.inf}], ids=str)
-def test_hyperparameters_changed_to_what_is_refused_change_nothing(options):
-    twins = Twins(parameters((3,), (4,)), lambda own: [{"params": p} for p in own])
+def test_hyperparameters_changed_to_what_is_refused_change_nothing(options, looks):
+    twins = Twins(parameters((3,), (4,)), lambda own: [{"params": p} for p in own], looks=looks)
     twins.run(2)
     twins.ours.param_groups[1].update(options)
     twins.set_grads(twins.random_grads())
@@ -98,9 +99,10 @@ def test_hyperparameters_changed_to_what_is_refused_change_nothing(options):
     twins.check()
 
 
+@sealed_or_open
 @pytest.mark.parametrize("alpha", [0, 1])
-def test_an_lr_below_zero_is_taken_as_long_as_eta_has_a_value(alpha):
-    twins = Twins(parameters((3,)), lambd=1.0, alpha=alpha)
+def test_an_lr_below_zero_is_taken_as_long_as_eta_has_a_value(alpha, looks):
+    twins = Twins(parameters((3,)), looks=looks, lambd=1.0, alpha=alpha)
     twins.run(2)
     for optimizer in (twins.ours, twins.theirs):
         optimizer.param_groups[0]["lr"] = -2.0
@@ -126,8 +128,9 @@ def test_groups_that_torch_steps_are_checked_too():
         optimizer.step()
 
 
-def test_a_group_that_becomes_differentiable():
-    twins = Twins([torch.randn(3, requires_grad=True)], lr=0.1)
+@sealed_or_open
+def test_a_group_that_becomes_differentiable(looks):
+    twins = Twins([torch.randn(3, requires_grad=True)], looks=looks, lr=0.1)
     twins.run(2)
     for optimizer in (twins.ours, twins.theirs):
         optimizer.param_groups[0]["differentiable"] = True
@@ -268,8 +271,7 @@ def test_capturable_on_the_cpu_is_refused_as_by_torch():
 
 def test_foreach_has_the_bits_of_the_loop():
     twins = Twins(parameters((3,), (4, 2)), lambd=0.1)
-    for optimizer in (twins.ours,):
-        optimizer.param_groups[0]["foreach"] = True
+    twins.ours.param_groups[0]["foreach"] = True
     twins.run(5)
 
 
@@ -287,7 +289,7 @@ class Scaled:
     def step(self, factor=1.0, *, unscale_first=False):
         twins = self.twins
         x = [torch.randn_like(p) for p in twins.params]
-        both = ((twins.ours, twins.params), (twins.theirs, twins.theirs_params))
+        both = twins.sides
         for scaler, (optimizer, own) in zip(self.scalers, both, strict=True):
             optimizer.zero_grad()
             loss = sum((p * y).square().sum() * factor for p, y in zip(own, x, strict=True))
@@ -302,10 +304,11 @@ class Scaled:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("unscale_first", [False, True])
-def test_a_grad_scaler_with_planted_infinities(dtype, fused, unscale_first):
-    scaled = Scaled(dtype, fused=fused)
+@sealed_or_open
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("unscale_first", [False, True], ids=["as it is", "unscaled first"])
+def test_a_grad_scaler_with_planted_infinities(dtype, fused, unscale_first, looks):
+    scaled = Scaled(dtype, fused=fused, looks=looks)
     for k in range(12):
         before = [x.clone() for x in snapshot(scaled.twins)]
         scaled.step(math.inf if k in (0, 4, 9) else 1.0, unscale_first=unscale_first)
@@ -317,10 +320,9 @@ def test_a_grad_scaler_with_planted_infinities(dtype, fused, unscale_first):
 
 
 def snapshot(twins):
-    state = twins.ours.state
-    return [
-        x.detach() for p in twins.params for x in (p, *(state[p].values() if p in state else ()))
-    ]
+    entries = entries_of(twins.ours)
+    tensors = [*twins.params, *(x for entry in entries.values() for x in entry.values())]
+    return [x.detach() for x in tensors]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -353,6 +355,7 @@ def test_unscaling_where_torchs_function_steps():
         twins.theirs.step()
         for p, q in zip(twins.params, twins.theirs_params, strict=True):
             assert torch.equal(p, q)
+            assert torch.equal(twins.ours.state[p]["ax"], twins.theirs.state[q]["ax"])
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim import optimizer as torch_optimizer
 from torch.testing._internal.common_optimizers import optim_db
-from twins import NAMES, Twins, parameters, same
+from twins import NAMES, Twins, parameters, same, sealed_or_open
 
 from asgd_fast import ASGD
 
@@ -33,37 +33,41 @@ LRS = [0.3, torch.tensor(0.3), torch.tensor([0.3]).double()][
 ]
 
 
+@sealed_or_open
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [i.kwargs for i in INPUTS], ids=[i.desc for i in INPUTS])
-def test_torchs_own_inputs(options, dtype):
-    twins = Twins(parameters(*SHAPES, dtype=dtype), **options)
+def test_torchs_own_inputs(options, dtype, looks):
+    twins = Twins(parameters(*SHAPES, dtype=dtype), looks=looks, **options)
     twins.run(40)
 
 
+@sealed_or_open
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weight_decay", [0, 0.1])
 @pytest.mark.parametrize("t0", [0, 5, 12.5, -3])
 @pytest.mark.parametrize("lr", LRS, ids=str)
-def test_params_that_skip_steps(simd_level, lr, t0, weight_decay, dtype):
-    twins = Twins(
-        parameters(*SHAPES, dtype=dtype), lr=lr, lambd=1e-2, t0=t0, weight_decay=weight_decay
-    )
-    twins.run(40, skip=lambda k, i: k % (i + 2) == 0)
+def test_params_that_skip_steps(simd_level, lr, t0, weight_decay, dtype, looks):
+    options = {"lr": lr, "lambd": 1e-2, "t0": t0, "weight_decay": weight_decay}
+    twins = Twins(parameters(*SHAPES, dtype=dtype), looks=looks, **options)
+    twins.run(30, skip=lambda k, i: k % (i + 2) == 0)
 
 
+@sealed_or_open
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_double_by_default(double_scalars, dtype):
-    twins = Twins(parameters(*SHAPES, dtype=dtype), lr=0.1, lambd=1e-2, t0=10)
+def test_double_by_default(double_scalars, dtype, looks):
+    twins = Twins(parameters(*SHAPES, dtype=dtype), looks=looks, lr=0.1, lambd=1e-2, t0=10)
     twins.run(30)
     assert twins.ours.state[twins.params[0]]["eta"].dtype == torch.float64
 
 
-def test_more_params_than_share_a_block_of_scalars():
-    twins = Twins(parameters(*[(3,)] * 200), lr=0.1, lambd=1e-2, t0=5)
+@sealed_or_open
+def test_200_params(looks):
+    twins = Twins(parameters(*[(3,)] * 200), looks=looks, lr=0.1, lambd=1e-2, t0=5)
     twins.run(12, skip=lambda k, i: (i * 7 + k) % 5 == 0)
 
 
-def test_groups_with_hyperparameters_of_their_own():
+@sealed_or_open
+def test_groups_with_hyperparameters_of_their_own(looks):
     def groups(own):
         return [
             {"params": own[:2], "lr": 0.5},
@@ -72,17 +76,17 @@ def test_groups_with_hyperparameters_of_their_own():
             {"params": own[5:], "lr": torch.tensor(0.2), "weight_decay": 0.2},
         ]
 
-    twins = Twins(parameters(*SHAPES), groups, lr=0.1)
+    twins = Twins(parameters(*SHAPES), groups, looks=looks, lr=0.1)
     twins.run(20)
 
 
-def test_groups_that_come_later():
-    twins = Twins(parameters((3,), (4,)))
+@sealed_or_open
+def test_groups_that_come_later(looks):
+    twins = Twins(parameters((3,), (4,)), looks=looks)
     twins.run(3)
-    for optimizer in (twins.ours, twins.theirs):
+    for optimizer, own in twins.sides:
         extra = parameters((5,), (6,), seed=1)
         optimizer.add_param_group({"params": extra, "lr": 0.7, "t0": 0})
-        own = twins.params if optimizer is twins.ours else twins.theirs_params
         own += extra
     twins.run(5)
 
@@ -95,9 +99,10 @@ def test_named_params():
     assert named.param_groups[0]["params"] == params
 
 
+@sealed_or_open
 @pytest.mark.parametrize("makers", SCHEDULERS, ids=lambda makers: f"{len(makers)} at once")
-def test_torchs_schedulers(makers):
-    twins = Twins(parameters((5,), (2, 3)), lr=0.5, lambd=1e-3, t0=4)
+def test_torchs_schedulers(makers, looks):
+    twins = Twins(parameters((5,), (2, 3)), looks=looks, lr=0.5, lambd=1e-3, t0=4)
     both = [[make(optimizer) for make in makers] for optimizer in (twins.ours, twins.theirs)]
     for _ in range(15):
         twins.step()
@@ -140,8 +145,10 @@ def test_torchs_schedulers(makers):
     ],
 )
 @pytest.mark.parametrize("lr", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
-def test_other_schedulers(make, lr):
-    twins = Twins(parameters((5,), (2, 3)), lr=lr.clone() if isinstance(lr, torch.Tensor) else lr)
+@sealed_or_open
+def test_other_schedulers(looks, make, lr):
+    own = lr.clone() if isinstance(lr, torch.Tensor) else lr
+    twins = Twins(parameters((5,), (2, 3)), looks=looks, lr=own, t0=4)
     if isinstance(lr, torch.Tensor):  # each its own, as schedulers fill it
         twins.theirs.param_groups[0]["lr"] = lr.clone()
     with warnings.catch_warnings():
@@ -154,8 +161,9 @@ def test_other_schedulers(make, lr):
                 scheduler.step()
 
 
-def test_hyperparameters_changed_between_steps():
-    twins = Twins(parameters((5,), (2, 3)), lr=0.5)
+@sealed_or_open
+def test_hyperparameters_changed_between_steps(looks):
+    twins = Twins(parameters((5,), (2, 3)), looks=looks, lr=0.5)
     changes = [
         {"lr": 0.1},
         {"lambd": 0.05},

@@ -1,10 +1,8 @@
-"""Averages without memory of their own until averaging begins: torch's bits all the same."""
+"""Averages that do not exist before they begin: torch's bits all the same."""
 
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import subprocess
 import sys
 import textwrap
@@ -13,17 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
-from twins import Twins, parameters, same
+from twins import Twins, entries_of, parameters, same, sealed_or_open
 
 from asgd_fast import ASGD
 
 T0 = 3
 OPTIONS = {"lr": 0.3, "lambd": 1e-2, "t0": T0}
 BEGINS = T0 + 2  # the step of the first iterate of the average; the next averages two
-
-
-def is_lazy(optimizer, param):
-    return optimizer.state[param]["ax"].data_ptr() == param.data_ptr()
+lazy_or_eager = pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
 
 
 def step(optimizer, params, seed=0):
@@ -33,15 +28,20 @@ def step(optimizer, params, seed=0):
     optimizer.step()
 
 
+def which_exist(optimizer):
+    return ["ax" in entry for entry in optimizer.state.values()]
+
+
+@lazy_or_eager
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str
 )
-def test_an_average_gets_memory_in_the_step_of_its_first_iterate(dtype):
+def test_an_average_exists_from_the_step_of_its_first_iterate_on(dtype, lazy):
     params = parameters((3,), (4, 5), (), dtype=dtype)
-    optimizer = ASGD(params, **OPTIONS)
+    optimizer = ASGD(params, lazy_average=lazy, **OPTIONS)
     for k in range(1, BEGINS + 5):
         step(optimizer, params, k)
-        assert [is_lazy(optimizer, p) for p in params] == [k < BEGINS] * 3
+        assert which_exist(optimizer) == [k >= BEGINS or not lazy] * 3
         for p in params:
             ax = optimizer.state[p]["ax"]
             assert type(ax) is torch.Tensor
@@ -50,50 +50,114 @@ def test_an_average_gets_memory_in_the_step_of_its_first_iterate(dtype):
             assert torch.equal(ax, p) == (k <= BEGINS)
 
 
+@sealed_or_open
+@lazy_or_eager
 @pytest.mark.parametrize("t0", [-5, 0, 0.5, 2, 1e6])
-@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128], ids=str)
-def test_the_bits_of_torch_with_params_that_skip_steps(dtype, lazy, t0):
+def test_the_bits_of_torch_with_params_that_skip_steps(dtype, t0, lazy, looks):
     params = parameters((3,), (40, 5), (), (0,), dtype=dtype)
-    twins = Twins(params, lr=0.3, lambd=1e-2, t0=t0, weight_decay=0.1, lazy_average=lazy)
+    options = {"lr": 0.3, "lambd": 1e-2, "t0": t0, "weight_decay": 0.1}
+    twins = Twins(params, lazy_average=lazy, looks=looks, **options)
     twins.run(12, skip=lambda k, i: (k + i) % 3 == 0)
 
 
-def test_params_that_are_changed_by_hand_between_steps():
-    """By weight clipping, for instance: what counts for the average is how the step left them."""
-    twins = Twins(parameters((3,), (40, 5)), **OPTIONS)
-    for _ in range(BEGINS + 3):
-        twins.step()
-        for p in (*twins.params, *twins.theirs_params):
-            p.data.clamp_(-0.5, 0.5)
-    assert not is_lazy(twins.ours, twins.params[0])
-    twins.check()
-
-
-def test_groups_begin_each_at_its_time():
-    params = parameters((3,), (4,), (5,))
-
+@sealed_or_open
+def test_groups_begin_each_at_its_time(looks):
     def groups(own):
         return [{"params": own[:1], "t0": 0}, {"params": own[1:], "t0": 4}]
 
-    twins = Twins(params, groups, lr=0.1)
-    twins.run(4)
-    assert [is_lazy(twins.ours, p) for p in params] == [False, True, True]
-    twins.run(5)
-    assert [is_lazy(twins.ours, p) for p in params] == [False, False, False]
+    for steps, begun in ((1, [False] * 3), (2, [True, False, False]), (6, [True] * 3)):
+        twins = Twins(parameters((3,), (4,), (5,)), groups, looks=looks, lr=0.1)
+        twins.run(steps)
+        assert which_exist(twins.ours) == begun
+        twins.run(6)
 
 
-def test_eager_averages_have_memory_from_the_first_step():
-    params = parameters((3,), (4,))
-    optimizer = ASGD(params, lazy_average=False)
-    step(optimizer, params)
-    held = [optimizer.state[p]["ax"] for p in params]
-    step(optimizer, params)
-    assert not any(is_lazy(optimizer, p) for p in params)
-    assert all(optimizer.state[p]["ax"] is ax for p, ax in zip(params, held, strict=True))
+@sealed_or_open
+def test_params_that_are_changed_by_hand_between_steps(looks):
+    """By weight clipping, for instance: what counts for the average is how the step left them."""
+    twins = Twins(parameters((3,), (40, 5)), looks=looks, **OPTIONS)
+    for k in range(1, BEGINS + 3):
+        twins.step()
+        if k >= BEGINS:
+            twins.check()
+        for p in (*twins.params, *twins.theirs_params):
+            p.data.clamp_(-0.5, 0.5)
+        for p, entry in entries_of(twins.ours).items():
+            assert k >= BEGINS or torch.equal(entry["ax"], p)
+    twins.run(2)
 
 
-def test_a_step_allocates_no_memory_for_lazy_averages():
+def test_an_average_read_before_it_begins_is_a_copy_of_the_param_at_that_moment():
+    (p,) = parameters((2, 3, 4, 4))
+    p.data = p.data.to(memory_format=torch.channels_last)
+    optimizer = ASGD([p], **OPTIONS)
+    for k in range(BEGINS - 1):
+        step(optimizer, [p], k)
+        first, second = optimizer.state[p]["ax"], optimizer.state[p]["ax"]
+        before = p.detach().clone()
+        with torch.no_grad():
+            p.mul_(2)
+        third = optimizer.state[p]["ax"]
+        second.zero_()
+        for ax, wanted in ((first, before), (second, torch.zeros_like(p)), (third, p)):
+            same(ax, wanted.detach())
+    leaf = torch.ones_like(p, requires_grad=True)
+    loss = (leaf * optimizer.state[p]["ax"]).sum()
+    before = p.detach().clone()
+    step(optimizer, [p])
+    loss.backward()  # as nobody has written into the copy
+    same(leaf.grad, before)
+
+
+def test_after_averages_stood_in_the_params_the_params_answer_for_averages_again():
+    (p,) = parameters((3,))
+    optimizer = ASGD([p], **OPTIONS)
+    for k in range(BEGINS + 2):
+        step(optimizer, [p], k)
+    with optimizer.averaged_parameters():
+        same(optimizer.state[p]["ax"], p.detach())
+    optimizer.reset_averages()
+    assert which_exist(optimizer) == [False]
+    p.data = torch.full((3,), 2.0)
+    same(optimizer.state[p]["ax"], p.detach())
+
+
+WRITES = {
+    "zero_": lambda entry: entry["ax"].zero_(),
+    "fill_": lambda entry: entry["ax"].fill_(torch.nan),
+    "data": lambda entry: setattr(entry["ax"], "data", torch.zeros_like(entry["ax"])),
+    "another tensor": lambda entry: entry.update(ax=torch.zeros_like(entry["ax"])),
+    "deleted": lambda entry: entry.pop("ax", None),
+}
+
+
+@pytest.mark.parametrize("steps", range(1, BEGINS))
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_is_done_to_an_average_before_it_begins_changes_no_later_bit(write, steps):
+    twins = Twins(parameters((3,), (4, 5)), **OPTIONS)
+    twins.run(steps)
+    for p in twins.params:
+        write(twins.ours.state[p])
+    for p, q in zip(twins.params, twins.theirs_params, strict=True):
+        same(p, q)
+    for _ in range(BEGINS):
+        twins.step()
+        twins.check()
+
+
+def test_an_average_that_was_put_in_is_the_one_that_begins():
+    (p,) = parameters((5,))
+    optimizer = ASGD([p], **OPTIONS)
+    step(optimizer, [p])
+    mine = optimizer.state[p]["ax"] = torch.zeros(5)
+    for _ in range(BEGINS + 1):
+        step(optimizer, [p])
+    assert optimizer.state[p]["ax"] is mine
+    assert mine.any()
+
+
+def test_a_step_allocates_no_memory_for_averages_that_have_not_begun():
     params = [nn.Parameter(torch.randn(1 << 16)) for _ in range(4)]
     for p in params:
         p.grad = torch.ones_like(p)
@@ -104,80 +168,27 @@ def test_a_step_allocates_no_memory_for_lazy_averages():
     assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < 1 << 16
 
 
-def test_a_checkpoint_holds_copies():
-    params = parameters((3,), (4,))
-    optimizer = ASGD(params, **OPTIONS)
-    step(optimizer, params)
-    seen = []
-    optimizer.register_state_dict_post_hook(lambda _, given: seen.append(given))
-    saved = optimizer.state_dict()
-    kept = [saved["state"][i]["ax"].clone() for i in range(2)]
-    step(optimizer, params)
-    for i, p in enumerate(params):
-        assert saved["state"][i]["ax"].data_ptr() != p.data_ptr()
-        assert torch.equal(saved["state"][i]["ax"], kept[i])
-        assert seen[0]["state"][i]["ax"] is saved["state"][i]["ax"]
-        assert is_lazy(optimizer, p)  # the state itself is as it was
-
-
-@pytest.mark.parametrize("steps", range(1, BEGINS + 4))
-@pytest.mark.parametrize("to_torch", [True, False], ids=["to torch", "from torch"])
-def test_checkpoints_pass_between_the_two(to_torch, steps):
-    twins = Twins(parameters((3,), (4, 5)), **OPTIONS)
-    twins.run(steps)
-    file = io.BytesIO()
-    torch.save((twins.ours if to_torch else twins.theirs).state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    (twins.theirs if to_torch else twins.ours).load_state_dict(saved)
-    twins.check()
-    twins.run(BEGINS + 3)
-
-
-def test_a_loaded_average_is_given_up_once_it_is_seen_to_be_the_param():
-    params, others = parameters((3,), (4,)), parameters((3,), (4,), seed=1)
-    optimizer, other = ASGD(params, **OPTIONS), ASGD(others, **OPTIONS)
-    step(optimizer, params)
-    other.load_state_dict(optimizer.state_dict())
-    for p, q in zip(params, others, strict=True):  # of the params that were not loaded
-        assert torch.equal(other.state[q]["ax"], p)
-    step(other, others)
-    assert all(is_lazy(other, q) for q in others)
-
-
-def test_an_average_that_differs_is_not_given_up():
-    """A param without a gradient keeps what was loaded, as in torch."""
+@lazy_or_eager
+def test_a_loaded_average_that_has_not_begun_is_given_up_unless_eager(lazy):
+    """Until its param's next step, which torch makes overwrite it."""
     twins = Twins(parameters((3,), (4,)), **OPTIONS)
     twins.run(2)
-    other = Twins(parameters((3,), (4,), seed=1), **OPTIONS)
+    other = Twins(parameters((3,), (4,), seed=1), lazy_average=lazy, **OPTIONS)
     other.ours.load_state_dict(twins.ours.state_dict())
     other.theirs.load_state_dict(copy.deepcopy(twins.theirs.state_dict()))
-    other.run(3, skip=lambda _, i: i == 1)
-    assert not is_lazy(other.ours, other.params[1])
+    other.step(other.random_grads(lambda i: i == 1))
+    assert which_exist(other.ours) == [not lazy] * 2
+    for ax, p in ((other.ours.state[p]["ax"], p) for p in other.params):
+        assert torch.equal(ax, p) == (lazy or p is other.params[0])
+    assert lazy or torch.equal(other.ours.state[other.params[1]]["ax"], twins.params[1])
     other.run(BEGINS + 1)
 
 
-@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies_of_the_optimizer_go_on_alike(way, lazy):
-    params = parameters((3,), (4,))
-    optimizer = ASGD(params, lazy_average=lazy, **OPTIONS)
-    step(optimizer, params)
-    twin = way(optimizer)
-    others = twin.param_groups[0]["params"]
-    for k in range(BEGINS + 3):
-        step(optimizer, params, k)
-        step(twin, others, k)
-        for p, q in zip(params, others, strict=True):
-            assert is_lazy(twin, q) == is_lazy(optimizer, p)
-            same(q, p)
-            same(twin.state[q]["ax"], optimizer.state[p]["ax"])
-
-
+@sealed_or_open
 @pytest.mark.parametrize("steps", range(1, BEGINS + 3))
-def test_data_replaced_at_any_step(steps):
+def test_data_replaced_at_any_step(steps, looks):
     """And the memory that the param had before is not written to any more."""
-    twins = Twins(parameters((3,), (4, 5)), **OPTIONS)
+    twins = Twins(parameters((3,), (4, 5)), looks=looks, **OPTIONS)
     twins.run(steps)
     before = [p.data for p in twins.params]
     kept = [data.clone() for data in before]
@@ -194,7 +205,7 @@ def test_params_and_averages_swapped_without_copies():
     for _ in range(BEGINS + 3):
         twins.run(1)
         for _ in range(2):
-            for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+            for optimizer, own in twins.sides:
                 for p in own:
                     ax = optimizer.state[p]["ax"]
                     p.data, ax.data = ax.data, p.data
@@ -215,37 +226,24 @@ def loaded_again(optimizer):
     optimizer.load_state_dict(optimizer.state_dict())
 
 
+@sealed_or_open
 @pytest.mark.parametrize("edit", [states_in_new_dicts, averages_in_new_tensors, loaded_again])
-def test_params_swapped_while_the_state_is_new(edit):
-    """An average that lies where another param is now must not write over it."""
-    twins = Twins(parameters((2,), (2,)), **OPTIONS)
+def test_params_that_exchange_their_memory_while_the_state_is_new(edit, looks):
+    twins = Twins(parameters((2,), (2,)), looks=looks, **OPTIONS)
     twins.run(2)
-    for optimizer, (a, b) in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, (a, b) in twins.sides:
         a.data, b.data = b.data, a.data
         edit(optimizer)
     twins.run(BEGINS + 1)
 
 
-def test_a_checkpoint_is_a_copy_of_an_average_whose_param_has_moved():
-    data = torch.ones(3)
-    p = nn.Parameter(data)
-    optimizer = ASGD([p], lr=0.1, lambd=0.0)
-    step(optimizer, [p])
-    expected = p.detach().clone()
-    p.data = p.data.clone()
-    state_dict = optimizer.state_dict()
-    data.fill_(7.0)
-    same(state_dict["state"][0]["ax"], expected)
-
-
-def test_a_checkpoint_by_torchs_own_method_is_a_copy():
-    p = nn.Parameter(torch.ones(3))
-    optimizer = ASGD([p])
-    step(optimizer, [p])
-    for twin in (optimizer, copy.deepcopy(optimizer)):
-        (own,) = twin.param_groups[0]["params"]
-        state_dict = torch.optim.Optimizer.state_dict(twin)
-        assert state_dict["state"][0]["ax"].data_ptr() != own.data_ptr()
+def test_an_average_that_is_its_param_is_followed():
+    """As if it were put in by hand: torch then updates both in the same memory."""
+    twins = Twins(parameters((3,), (4, 5)), **OPTIONS)
+    twins.run(1)
+    for optimizer, own in twins.sides:
+        optimizer.state[own[0]]["ax"] = own[0].data
+    twins.run(BEGINS + 2)
 
 
 @pytest.mark.heavy
@@ -263,17 +261,6 @@ def test_checkpoints_from_several_threads():
     assert all(len(x["state"]) == 100 for x in dicts)
 
 
-def test_an_average_that_was_put_in_after_loading_stays():
-    (p,) = parameters((5,))
-    optimizer = ASGD([p], **OPTIONS)
-    step(optimizer, [p])
-    loaded_again(optimizer)
-    mine = optimizer.state[p]["ax"] = torch.zeros(5)
-    for _ in range(BEGINS + 1):
-        step(optimizer, [p])
-    assert optimizer.state[p]["ax"] is mine
-
-
 def test_weights_that_are_renormed_when_they_are_read():
     results = []
     for kind, options in ((ASGD, {}), (torch.optim.ASGD, {"foreach": False})):
@@ -289,7 +276,7 @@ def test_weights_that_are_renormed_when_they_are_read():
 
 
 @pytest.mark.parametrize("steps", [2, T0 + 2])
-def test_a_dtype_or_layout_that_changes_leaves_the_average_behind(steps):
+def test_a_dtype_that_changes_leaves_the_average_behind(steps):
     twins = Twins([nn.Parameter(torch.randn(2, 3, 4, 5))], **OPTIONS)
     twins.run(steps)
     for own in (twins.params, twins.theirs_params):
@@ -328,19 +315,7 @@ def test_params_shared_with_other_processes_are_eager():
     p.share_memory_()
     optimizer = ASGD([p])
     step(optimizer, [p])
-    assert not is_lazy(optimizer, p)
-
-
-def test_a_backward_through_an_old_average_is_caught():
-    """Only where the average was the param: it is written to by the step."""
-    (p,) = parameters((3,))
-    optimizer = ASGD([p], **OPTIONS)
-    step(optimizer, [p])
-    x = torch.ones(3, requires_grad=True)
-    loss = (x * optimizer.state[p]["ax"]).sum()
-    step(optimizer, [p])
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    assert which_exist(optimizer) == [True]
 
 
 @pytest.mark.heavy
@@ -363,7 +338,7 @@ def test_memory_that_runs_out_changes_nothing():
             for p in params:
                 entry = optimizer.state[p]
                 values += [float(entry[name]) for name in ("step", "eta", "mu")]
-                values += [entry["ax"].data_ptr() == p.data_ptr(), p._version]
+                values += ["ax" in entry, p._version]
             return values
 
         before = facts()
@@ -378,7 +353,7 @@ def test_memory_that_runs_out_changes_nothing():
         resource.setrlimit(resource.RLIMIT_AS, limits)
         print(facts() == before)
         optimizer.step()
-        print([optimizer.state[p]["ax"].data_ptr() == p.data_ptr() for p in params])
+        print(["ax" in optimizer.state[p] for p in params])
     """
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
@@ -387,13 +362,4 @@ def test_memory_that_runs_out_changes_nothing():
         check=False,
         timeout=120,
     )
-    assert result.stdout.split() == ["True", "True", "[False,", "False]"], result.stderr
-
-
-def test_the_data_of_a_lazy_average_is_replaced():
-    """It becomes a tensor of its own, which the next step writes."""
-    twins = Twins(parameters((3,), (4,)), lr=0.3)
-    twins.run(2)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-        optimizer.state[own[1]]["ax"].data = torch.zeros(4)
-    twins.run(2)
+    assert result.stdout.split() == ["True", "True", "[True,", "True]"], result.stderr

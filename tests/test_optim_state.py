@@ -1,4 +1,4 @@
-"""The state of ASGD: torch's, in both directions, live, and not shared with what it came from."""
+"""The entries of ASGD's state: whatever others read, write, replace or rebuild, steps follow."""
 
 from __future__ import annotations
 
@@ -12,290 +12,308 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
-from twins import NAMES, Twins, parameters, same
+from twins import NAMES, Twins, parameters, same, sealed_or_open
 
 from asgd_fast import ASGD
 
 T0 = 4
 OPTIONS = {"lr": 0.3, "lambd": 1e-2, "t0": T0, "weight_decay": 0.01}
 SCALARS = ("step", "eta", "mu")
+BEGUN = T0 + 3  # as many steps as leave averages that have begun
+lazy_or_eager = pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
 
 
-def saved_and_loaded(state_dict):
+def test_scalars_that_are_held_stay_the_same_objects_with_torchs_values():
+    twins = Twins(parameters(*[(3,)] * 10), **OPTIONS)
+    twins.run(1)
+    held = [[o.state[p][name] for p in own for name in SCALARS] for o, own in twins.sides]
+    for _ in range(BEGUN):
+        twins.run(1)
+        now = [twins.ours.state[p][name] for p in twins.params for name in SCALARS]
+        for ours, theirs, x in zip(*held, now, strict=True):
+            assert x is ours
+            same(ours, theirs)
+
+
+@lazy_or_eager
+def test_averages_that_are_held_stay_the_same_objects_with_torchs_values(lazy):
+    twins = Twins(parameters((3,), (4, 5)), lazy_average=lazy, **OPTIONS)
+    twins.run(T0 + 2 if lazy else 1)
+    held = [[o.state[p]["ax"] for p in own] for o, own in twins.sides]
+    for _ in range(BEGUN):
+        twins.run(1)
+        for ours, theirs, p in zip(*held, twins.params, strict=True):
+            assert twins.ours.state[p]["ax"] is ours
+            same(ours, theirs)
+
+
+def shown(entry):
+    """The entries of a dict in a form that can be compared."""
+    return {name: repr(value) for name, value in entry.items()}
+
+
+DICT_METHODS = {
+    "len": len,
+    "bool": bool,
+    "in": lambda x: [name in x for name in (*NAMES, "other")],
+    "iter": lambda x: [*x],
+    "reversed": lambda x: [*reversed(x)],
+    "==": lambda x: x == dict(x),
+    "== of a dict": lambda x: {**x} == x,
+    "!=": lambda x: x != {},
+    "|": lambda x: shown(x | {"other": 1}),
+    "| of a dict": lambda x: shown({"other": 1} | x),
+    "|=": lambda x: shown(x.__ior__({"other": 1})),
+    "update of a dict": lambda x: (lambda d: d.update(x) or shown(d))({}),
+    "[]": lambda x: [x[name].tolist() for name in NAMES],
+    "get": lambda x: [x.get(name, torch.ones(())).tolist() for name in (*SCALARS, "other")],
+    "pop": lambda x: x.pop("eta").tolist(),
+    "popitem": lambda x: x.popitem()[1].tolist(),
+    "setdefault": lambda x: x.setdefault("mu", 3).tolist(),
+    "update": lambda x: x.update(other=1) or shown(x),
+    "[] =": lambda x: x.__setitem__("other", 1) or shown(x),
+    "del": lambda x: x.__delitem__("mu") or shown(x),
+    "items": lambda x: repr(sorted(x.items())),
+    "keys": lambda x: set(x.keys()),
+    "values": lambda x: [value.tolist() for value in x.values()],
+    "copy": lambda x: shown(x.copy()),
+    "clear": lambda x: x.clear() or shown(x),
+    "repr": repr,
+    "dict": lambda x: shown(dict(x)),
+}
+
+
+@pytest.mark.parametrize("method", DICT_METHODS.values(), ids=DICT_METHODS)
+def test_each_method_of_dict_finds_the_entries_that_torch_has(method):
+    twins = Twins(parameters((3,)), **OPTIONS)
+    twins.run(BEGUN)
+    ours, theirs = (o.state[own[0]] for o, own in twins.sides)
+    assert method(ours) == method(theirs)
+    assert shown(ours) == shown(theirs)
+
+
+@pytest.mark.parametrize("method", DICT_METHODS.values(), ids=DICT_METHODS)
+def test_what_was_read_by_a_method_of_dict_stays_live(method):
+    """The first that looks into an entry gets the tensors that all later ones get."""
+    twins = Twins(parameters((3,)), **OPTIONS)
+    twins.run(BEGUN)
+    entry = twins.ours.state[twins.params[0]]
+    method(entry)
+    held = {**entry}
+    if held.keys() < {*NAMES}:  # the method has taken some
+        return
+    twins.step()
+    for name in NAMES:
+        assert entry[name] is held[name]
+        same(held[name], twins.theirs.state[twins.theirs_params[0]][name])
+
+
+def torch_saved(entry):
     file = io.BytesIO()
-    torch.save(state_dict, file)
+    torch.save(entry, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
 
 
-@pytest.fixture(
-    params=[
-        saved_and_loaded,
-        copy.deepcopy,
-        lambda state: pickle.loads(pickle.dumps(state)),
-    ],
-    ids=["torch.save", "deepcopy", "pickle"],
-)
-def way(request):
-    return request.param
+REBUILT = {
+    "type(entry)": lambda x: type(x)({**x}),
+    "**": lambda x: {**x},
+    "dict": dict,
+    "OrderedDict": OrderedDict,
+    "copy": lambda x: x.copy(),
+    "copy.copy": copy.copy,
+    "copy.deepcopy": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "torch.save": torch_saved,
+    "clone of each": lambda x: {k: v.clone() for k, v in x.items()},
+    "reordered": lambda x: {k: x[k] for k in reversed(NAMES)},
+    "with more": lambda x: {"mine": [1, 2], **x},
+}
 
 
-def continued(optimizer_type, params, state_dict, steps):
-    """Load a state into a new optimizer over copies of params, and step on."""
-    params = copy.deepcopy(params)
-    optimizer = optimizer_type(params, lr=9.0)  # all options are to come from the state
-    optimizer.load_state_dict(state_dict)
-    for k in range(steps):
-        torch.manual_seed(k)
-        for p in params:
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-    return params, optimizer
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
-@pytest.mark.parametrize("steps", range(T0 + 5))
-def test_checkpoints_go_both_ways_at_any_moment(way, steps, dtype):
-    twins = Twins(parameters((3,), (4, 2), (1,), dtype=dtype), **OPTIONS)
-    twins.run(steps, skip=lambda k, i: i == 2 and k < 2)
-    reference, theirs = continued(
-        torch.optim.ASGD, twins.params, copy.deepcopy(twins.theirs.state_dict()), 5
-    )
-    for source, target in (
-        (twins.ours, torch.optim.ASGD),
-        (twins.theirs, ASGD),
-        (twins.ours, ASGD),
-    ):
-        params, optimizer = continued(target, twins.params, way(source.state_dict()), 5)
-        for p, q in zip(params, reference, strict=True):
+@sealed_or_open
+@pytest.mark.parametrize("steps", [1, T0 + 1, T0 + 2, BEGUN])
+@pytest.mark.parametrize("rebuild", REBUILT.values(), ids=REBUILT)
+def test_entries_that_are_rebuilt_go_on(rebuild, steps, looks):
+    twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
+    twins.run(steps)
+    for _ in range(BEGUN):
+        if looks:
+            assert all(len(entry) >= 3 for entry in twins.ours.state.values())
+        p = twins.params[1]
+        twins.ours.state[p] = rebuild(twins.ours.state[p])
+        more = {"mine": [1, 2]} if "mine" in twins.ours.state[p] else {}
+        twins.step()
+        for (_, ours), (_, theirs) in zip(*(o.state.items() for o, _ in twins.sides), strict=True):
+            for name in NAMES:
+                same(ours[name], theirs[name])
+        for p, q in zip(twins.params, twins.theirs_params, strict=True):
             same(p, q)
-            for name in NAMES:
-                ours, wanted = optimizer.state[p][name], theirs.state[q][name]
-                # torch widens eta and mu to the dtype of the param, with the values of float32
-                same(ours.to(wanted.dtype), wanted)
+        assert more.items() <= twins.ours.state[twins.params[1]].items()
+        assert more.items() <= twins.ours.state_dict()["state"][1].items()
 
 
-def test_the_state_dict_has_torchs_form():
-    twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
+def test_an_entry_that_was_copied_is_another_ones():
+    twins = Twins(parameters((3,)), **OPTIONS)
+    twins.run(BEGUN)
+    entry = copy.deepcopy(twins.ours.state[twins.params[0]])
+    for name in NAMES:
+        entry[name].fill_(9.0)
     twins.run(3)
-    ours, theirs = twins.ours.state_dict(), twins.theirs.state_dict()
-    for group, other in zip(ours["param_groups"], theirs["param_groups"], strict=True):
-        assert group == {**other, "foreach": None, "lr_schedule": "torch", "average_every": 1}
-    assert ours["state"].keys() == theirs["state"].keys()
-    for entry, other in zip(ours["state"].values(), theirs["state"].values(), strict=True):
-        assert list(entry) == list(other)
-        for name in NAMES:
-            same(entry[name], other[name])
 
 
-def test_states_of_2020_are_taken():
-    """With an int step, a float eta and an int mu, and groups without the later options."""
-    twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
-    twins.run(3)
-    old = copy.deepcopy(twins.theirs.state_dict())
-    for entry in old["state"].values():
-        entry.update(step=3, eta=float(entry["eta"]), mu=1)
-    for group in old["param_groups"]:
-        for name in ("foreach", "maximize", "differentiable", "capturable"):
-            del group[name]
-    params, optimizer = continued(ASGD, twins.params, copy.deepcopy(old), 6)
-    reference, theirs = continued(torch.optim.ASGD, twins.params, copy.deepcopy(old), 6)
-    for p, q in zip(params, reference, strict=True):
-        same(p, q)
-        for name in NAMES:
-            same(optimizer.state[p][name], theirs.state[q][name])
+def written(optimizer, p, q):
+    optimizer.state[p]["eta"].fill_(0.05)
+    optimizer.state[q]["step"].add_(3)
+    optimizer.state[q]["mu"].mul_(0.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_eta_and_mu_are_not_squeezed_into_half_types(dtype):
-    source = ASGD(parameters((5,), dtype=dtype), lr=0.1, t0=0)
-    (p,) = source.param_groups[0]["params"]
-    for _ in range(4):
-        p.grad = torch.ones_like(p)
-        source.step()
-    target = ASGD(parameters((5,), dtype=dtype))
-    target.load_state_dict(saved_and_loaded(source.state_dict()))
-    (q,) = target.param_groups[0]["params"]
+def replaced(optimizer, p, q):
+    optimizer.state[p]["eta"] = torch.tensor(0.05)
+    optimizer.state[q]["mu"] = torch.tensor(0.5)
+    optimizer.state[q]["ax"] = torch.full((3,), 2.0)
+
+
+def deleted(optimizer, p, q):
+    del optimizer.state[p]
+
+
+def emptied(optimizer, p, q):
+    optimizer.state[q].clear()
+
+
+def given_an_empty_dict(optimizer, p, q):
+    optimizer.state[q] = {}
+
+
+def all_made_anew(optimizer, p, q):
+    optimizer.state = type(optimizer.state)(dict)
+
+
+def all_cleared(optimizer, p, q):
+    optimizer.state.clear()
+
+
+def exchanged(optimizer, p, q):
+    optimizer.state[p], optimizer.state[q] = optimizer.state[q], optimizer.state[p]
+
+
+def one_for_both(optimizer, p, q):
+    optimizer.state[q] = optimizer.state[p]
+
+
+def set_below_zero(optimizer, p, q):
+    optimizer.state[p]["step"].fill_(-1)
+
+
+def set_by_data(optimizer, p, q):
+    for value in optimizer.state[q].values():
+        value.data = value.data.double().float()
+
+
+def set_by_set_(optimizer, p, q):
     for name in SCALARS:
-        same(target.state[q][name], source.state[p][name])
-    assert target.state[q]["mu"].item() == float(torch.tensor(1 / 4))
+        optimizer.state[q][name].set_(torch.tensor(0.5))
 
 
-def test_double_scalars_survive_a_process_with_single_ones(double_scalars):
-    source = ASGD(parameters((5,)), lr=0.1)
-    (p,) = source.param_groups[0]["params"]
-    p.grad = torch.ones_like(p)
-    source.step()
-    torch.set_default_dtype(torch.float32)
-    target = ASGD(parameters((5,)))
-    target.load_state_dict(source.state_dict())
-    (q,) = target.param_groups[0]["params"]
-    for name in SCALARS:
-        same(target.state[q][name], source.state[p][name])
-    assert target.state[q]["eta"].item() != float(target.state[q]["eta"].float())
+EDITS = (
+    *(written, replaced, deleted, emptied, given_an_empty_dict, all_made_anew, all_cleared),
+    *(exchanged, one_for_both, set_below_zero, set_by_data, set_by_set_),
+)
 
 
-def test_a_loaded_state_shares_no_memory_with_its_source():
-    twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
-    twins.run(T0 + 3)
-    for source in (twins.ours, twins.theirs):
-        taken = source.state_dict()
-        before = copy.deepcopy(taken)
-        continued(ASGD, twins.params, taken, 3)
-        for entry, other in zip(taken["state"].values(), before["state"].values(), strict=True):
-            for name in NAMES:
-                same(entry[name], other[name])
+@sealed_or_open
+@lazy_or_eager
+@pytest.mark.parametrize("steps", [1, T0 + 1, BEGUN])
+@pytest.mark.parametrize("edit", EDITS, ids=[edit.__name__ for edit in EDITS])
+def test_states_may_be(edit, steps, lazy, looks):
+    twins = Twins(parameters((3,), (3,)), lazy_average=lazy, looks=looks, **OPTIONS)
+    twins.run(steps)
+    for _ in range(2):
+        for optimizer, own in twins.sides:
+            edit(optimizer, *own)
+        twins.run(3)
+    twins.run(BEGUN)
 
 
-def test_load_hooks_see_the_dict_and_may_replace_it():
-    source = Twins(parameters((3,)), **OPTIONS)
-    source.run(3)
-    optimizer = ASGD(source.params)
-    seen = []
-
-    def replace(opt, state_dict):
-        assert opt is optimizer
-        seen.append(type(state_dict["state"][0]["eta"]))
-        state_dict = copy.deepcopy(state_dict)
-        state_dict["state"][0]["eta"].fill_(0.125)
-        return state_dict
-
-    optimizer.register_load_state_dict_pre_hook(replace)
-    optimizer.register_load_state_dict_post_hook(
-        lambda opt: seen.append(opt.state[source.params[0]]["eta"].item())
-    )
-    optimizer.load_state_dict(source.ours.state_dict())
-    optimizer.load_state_dict(source.ours.state_dict())
-    assert seen == [torch.Tensor, 0.125] * 2
+PUT = {
+    "replaced": lambda entry, name, value: entry.__setitem__(name, torch.tensor(value)),
+    "written": lambda entry, name, value: entry[name].fill_(value),
+    "data": lambda entry, name, value: setattr(entry[name], "data", torch.tensor(value)),
+    "set_": lambda entry, name, value: entry[name].set_(torch.tensor(value)),
+    "number": lambda entry, name, value: entry.__setitem__(name, value),
+    "double": lambda entry, name, value: entry.__setitem__(name, torch.tensor(value).double()),
+    "one element": lambda entry, name, value: entry.__setitem__(name, torch.tensor([value])),
+}
 
 
-def test_a_state_of_other_groups_is_refused():
-    source = ASGD(parameters((3,)))
-    with pytest.raises(ValueError, match="different number of parameter groups"):
-        ASGD([{"params": p} for p in parameters((3,), (4,))]).load_state_dict(source.state_dict())
-    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
-        ASGD(parameters((3,), (4,))).load_state_dict(source.state_dict())
-
-
-def test_an_average_in_another_layout_is_taken():
-    channels_last = parameters((2, 3, 4, 4))[0].detach().to(memory_format=torch.channels_last)
-    source = Twins([nn.Parameter(channels_last)], **OPTIONS)
-    source.run(T0 + 2)
-    contiguous = nn.Parameter(
-        source.params[0].detach().clone(memory_format=torch.contiguous_format)
-    )
-    ours, optimizer = continued(ASGD, [contiguous], source.ours.state_dict(), 3)
-    theirs, reference = continued(torch.optim.ASGD, [contiguous], source.theirs.state_dict(), 3)
-    same(ours[0], theirs[0])
-    assert torch.equal(optimizer.state[ours[0]]["ax"], reference.state[theirs[0]]["ax"])
-    assert optimizer.state[ours[0]]["ax"].stride() == ours[0].stride()
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_copies_of_the_optimizer_go_on_alone(duplicate):
-    twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
-    twins.run(T0 + 2)
-    other = duplicate(twins.ours)
-    params = other.param_groups[0]["params"]
-    twins.check()
-    assert type(other) is ASGD
-    assert repr(other) == repr(twins.ours)
-    torch.manual_seed(0)
-    grads = twins.random_grads()
-    for p, grad in zip(params, grads, strict=True):
-        p.grad = grad.clone()
-    other.step()
-    twins.step(grads)
-    for p, q in zip(params, twins.theirs_params, strict=True):
-        same(p, q)
-        for name in NAMES:
-            same(other.state[p][name], twins.theirs.state[q][name])
-    twins.check()
-
-
-def test_pickling_a_state_takes_no_more_room_for_more_params():
-    """Plain pickle writes the whole memory behind each view."""
-
-    def size(n):
-        optimizer = ASGD(parameters(*[(1,)] * n))
-        for p in optimizer.param_groups[0]["params"]:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-        return len(pickle.dumps(optimizer.state_dict())) / n
-
-    assert size(1000) < 1.5 * size(64)
-
-
-def test_scalars_are_live_views_of_packed_tensors():
-    params = parameters(*[(3,)] * 10)
-    optimizer = ASGD(params, lr=0.5, lambd=0.1)
-    for p in params:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    held = [optimizer.state[p][name] for p in params for name in SCALARS]
-    assert len({x.untyped_storage().data_ptr() for x in held}) == 1
-    assert all(x.dim() == 0 for x in held)
-    optimizer.step()
-    optimizer.step()
-    assert all(
-        x is optimizer.state[p][n]
-        for x, (p, n) in zip(held, ((p, n) for p in params for n in SCALARS), strict=True)
-    )
-    assert held[0].item() == 3
-    assert held[1].item() == float(torch.tensor(0.5 / (1 + 0.1 * 0.5 * 3) ** 0.75))
-
-
-def test_scalars_may_be_written():
-    twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
-    twins.run(3)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-        optimizer.state[own[0]]["eta"].fill_(0.05)
-        optimizer.state[own[1]]["step"].add_(3)
-        optimizer.state[own[1]]["mu"].mul_(0.5)
-    twins.run(3)
-
-
-def test_scalars_and_averages_may_be_replaced():
-    twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
-    twins.run(3)
-    for _ in range(3):
-        for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-            optimizer.state[own[0]]["eta"] = torch.tensor(0.05)
-            optimizer.state[own[1]]["mu"] = torch.tensor(0.5)
-            optimizer.state[own[1]]["ax"] = torch.full((4, 2), 2.0)
-        twins.run(2)
-
-
-def test_state_may_be_reset_or_replaced():
-    twins = Twins(parameters((3,), (4, 2)), **OPTIONS)
-    twins.run(3)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-        del optimizer.state[own[0]]
-    twins.run(3)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-        optimizer.state[own[1]] = {}
-    twins.run(3)
-    for optimizer in (twins.ours, twins.theirs):
-        optimizer.state = type(optimizer.state)(dict)
-    twins.run(3)
-    for optimizer in (twins.ours, twins.theirs):
-        optimizer.state.clear()
-    twins.run(T0 + 3)
-
-
-def test_a_state_may_pass_to_another_param():
-    twins = Twins(parameters((3,), (3,)), **OPTIONS)
-    twins.run(T0 + 2)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-        state = optimizer.state
-        state[own[0]], state[own[1]] = state[own[1]], state[own[0]]
-    twins.run(3)
-
-
-def test_groups_may_be_changed_by_hand():
-    twins = Twins(parameters((3,), (4,), (5,)), **OPTIONS)
+@sealed_or_open
+@pytest.mark.parametrize("name", SCALARS)
+@pytest.mark.parametrize("put", PUT.values(), ids=PUT)
+def test_a_scalar_put_in_among_200_params_acts_in_the_very_next_step(put, name, looks):
+    twins = Twins(parameters(*[(3,)] * 200), looks=looks, lr=0.3, lambd=0.1, t0=2)
     twins.run(2)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for i in (0, 100, 199):
+        put(twins.ours.state[twins.params[i]], name, 0.25)
+        twins.theirs.state[twins.theirs_params[i]][name].fill_(0.25)
+    for _ in range(3):
+        twins.step()
+        for p, q in zip(twins.params, twins.theirs_params, strict=True):
+            same(p, q)
+            ours, theirs = twins.ours.state[p], twins.theirs.state[q]
+            same(ours["ax"], theirs["ax"])
+            assert [float(ours[x]) for x in SCALARS] == [float(theirs[x]) for x in SCALARS]
+
+
+def moved(entry):
+    """Give each tensor of a state other memory, as frameworks do that place states."""
+    for value in entry.values():
+        value.data = value.data.clone()
+
+
+@lazy_or_eager
+@pytest.mark.parametrize("steps", [2, BEGUN])
+@pytest.mark.parametrize("place", [*range(4), slice(30, 60)], ids=str)
+def test_states_moved_while_others_come_into_being(place, steps, lazy):
+    twins = Twins(
+        parameters(*[(3,)] * 60),
+        lambda own: [{"params": own[:30]}, {"params": own[30:]}],
+        lazy_average=lazy,
+        **OPTIONS,
+    )
+    twins.run(steps, skip=lambda _, i: i == 29)  # which gets its first gradient next
+    for optimizer, own in twins.sides:
+        for p in own[place] if isinstance(place, slice) else [own[place]]:
+            moved(optimizer.state[p])
+        own += parameters((4,), seed=1)
+        optimizer.add_param_group({"params": [own[-1]]})
+    twins.run(T0 + 3)
+
+
+@sealed_or_open
+def test_the_t0_of_an_entry_stands_instead_of_its_groups(looks):
+    def groups(own):
+        return [{"params": [p]} for p in own]
+
+    twins = Twins(parameters((3,), (4,)), groups, **OPTIONS)
+    twins.run(1)
+    twins.ours.state[twins.params[1]]["t0"] = 1.0
+    twins.theirs.param_groups[1]["t0"] = 1.0
+    if not looks:
+        twins.ours.load_state_dict(twins.ours.state_dict())
+    for _ in range(BEGUN):
+        twins.step()
+        entries = twins.ours.state_dict()["state"].values()
+        for entry, q in zip(entries, twins.theirs_params, strict=True):
+            for name in NAMES:
+                same(entry[name], twins.theirs.state[q][name])
+
+
+@sealed_or_open
+def test_groups_may_be_changed_by_hand(looks):
+    twins = Twins(parameters((3,), (4,), (5,)), looks=looks, **OPTIONS)
+    twins.run(2)
+    for optimizer, own in twins.sides:
         optimizer.param_groups[0]["params"] = [own[2], own[1]]
         optimizer.param_groups.append({**optimizer.param_groups[0], "params": [own[0]], "lr": 1.0})
     twins.run(3)
@@ -307,40 +325,30 @@ def test_groups_may_be_changed_by_hand():
 def test_groups_and_states_may_be_other_mappings():
     twins = Twins(parameters((3,), (4,)), lambda own: [OrderedDict(params=own, lr=0.3)], t0=2)
     twins.run(2)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         optimizer.param_groups = tuple(optimizer.param_groups)
         optimizer.param_groups[0]["params"] = tuple(own)
         optimizer.state[own[0]] = OrderedDict(optimizer.state[own[0]])
     twins.run(3)
 
 
-def test_other_entries_of_a_state_are_kept():
-    (p,) = params = parameters((3,))
-    optimizer = ASGD(params)
-    p.grad = torch.ones_like(p)
-    optimizer.step()
-    optimizer.state[p] = {"mine": [1, 2], **{n: optimizer.state[p][n] for n in reversed(NAMES)}}
-    optimizer.step()
-    assert optimizer.state[p]["mine"] == [1, 2]
-    assert optimizer.state[p]["step"] == 2
-    assert optimizer.state_dict()["state"][0]["mine"] == [1, 2]
-
-
-def test_a_state_without_its_average_is_named():
-    (p,) = params = parameters((3,))
-    optimizer = ASGD(params)
-    p.grad = torch.ones_like(p)
-    optimizer.step()
-    del optimizer.state[p]["ax"]
-    before = p.detach().clone()
-    with pytest.raises(KeyError, match="ax"):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_that_lacks_an_entry_is_named_and_nothing_is_changed(name):
+    p, q = params = parameters((3,), (4,))
+    optimizer = ASGD(params, t0=0)
+    for _ in range(3):
+        p.grad, q.grad = torch.ones(3), torch.ones(4)
         optimizer.step()
-    same(p, before)
+    del optimizer.state[q][name]
+    before = copy.deepcopy([p, q, *map(dict, optimizer.state.values())])
+    with pytest.raises(KeyError, match=name):
+        optimizer.step()
+    assert repr([p, q, *map(dict, optimizer.state.values())]) == repr(before)
 
 
 def test_an_average_of_another_shape_is_refused_before_anything_is_written():
     twins = Twins(parameters((3,), (4,)), **OPTIONS)
-    twins.run(2)
+    twins.run(BEGUN)
     q = twins.params[1]
     ax, twins.ours.state[q]["ax"] = twins.ours.state[q]["ax"], torch.zeros(5)
     twins.set_grads(twins.random_grads())
@@ -350,15 +358,28 @@ def test_an_average_of_another_shape_is_refused_before_anything_is_written():
     twins.check()
 
 
-def test_state_moved_to_shared_memory_is_followed():
-    """As asynchronous training over processes does before the first real step."""
-    twins = Twins(parameters((3,), (4, 2)), lazy_average=False, **OPTIONS)
-    twins.run(2)
-    for entry in twins.ours.state.values():
-        for value in entry.values():
-            value.share_memory_()
-    twins.run(T0 + 2)
-    assert all(x.is_shared() for entry in twins.ours.state.values() for x in entry.values())
+SPOILT = {
+    "lambd": (ValueError, lambda o, p: o.param_groups[0].update(lambd=-1)),
+    "lr": (ValueError, lambda o, p: o.param_groups[0].update(lr=-2.0, lambd=1.0)),
+    "weight_decay": (TypeError, lambda o, p: o.param_groups[0].update(weight_decay="0.1")),
+    "sparse": (RuntimeError, lambda o, p: setattr(p, "grad", torch.ones(3).to_sparse())),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1, T0 + 1], ids="after {}".format)
+@pytest.mark.parametrize(("error", "spoil"), SPOILT.values(), ids=SPOILT)
+def test_a_step_that_is_refused_makes_no_state_and_begins_no_average(error, spoil, steps):
+    old, fresh = parameters((3,), (3,))
+    optimizer = ASGD([old, fresh], **OPTIONS)
+    for _ in range(steps):
+        old.grad = torch.ones(3)
+        optimizer.step()
+    old.grad = fresh.grad = torch.ones(3)
+    spoil(optimizer, old)
+    with pytest.raises(error):
+        optimizer.step()
+    assert list(optimizer.state) == [old] * (steps > 0)
+    assert not any("ax" in entry for entry in optimizer.state.values())
 
 
 def test_params_without_a_gradient_get_no_state():
@@ -367,24 +388,24 @@ def test_params_without_a_gradient_get_no_state():
     params[0].grad = torch.ones_like(params[0])
     optimizer.step()
     assert list(optimizer.state) == params[:1]
-    target = ASGD(params)
-    target.load_state_dict(ASGD(params).state_dict())
-    assert not target.state
 
 
-def test_what_is_dropped_is_freed():
+@sealed_or_open
+def test_what_is_dropped_is_freed(looks):
     """Also where a param refers to its optimizer."""
     params = parameters((3,), (4,))
-    optimizer = ASGD(params)
+    optimizer = ASGD(params, t0=0)
     for p in params:
         p.owner = optimizer
         p.grad = torch.ones_like(p)
-    optimizer.step()
-    optimizer.step()
+    for _ in range(3):
+        optimizer.step()
     grad = weakref.ref(params[0].grad)
     params[0].grad = None
     assert grad() is None
-    gone = [weakref.ref(x) for x in (optimizer, *params, optimizer.state[params[0]]["ax"])]
+    gone = [weakref.ref(x) for x in (optimizer, *params)]
+    if looks:
+        gone += map(weakref.ref, optimizer.state[params[0]].values())
     del optimizer, params, p
     gc.collect()
     assert [x() for x in gone] == [None] * len(gone)
@@ -392,7 +413,7 @@ def test_what_is_dropped_is_freed():
 
 def test_a_replaced_average_is_freed():
     (p,) = params = parameters((3,))
-    optimizer = ASGD(params)
+    optimizer = ASGD(params, lazy_average=False)
     p.grad = torch.ones_like(p)
     optimizer.step()
     old = weakref.ref(optimizer.state[p]["ax"])
@@ -413,73 +434,29 @@ def test_scalars_whose_memory_was_taken_away_are_refused():
     same(p, before)
 
 
-@pytest.mark.parametrize("n", [1, 5, 200])
-def test_state_moved_by_its_data_is_followed(n):
-    """As the helpers do that move an optimizer to a device and back."""
-    twins = Twins(parameters(*[(3,)] * n), lr=0.3, lambd=0.1, t0=2)
-    twins.run(3)
-    for optimizer in (twins.ours, twins.theirs):
-        for entry in optimizer.state.values():
-            for value in entry.values():
-                value.data = value.data.double().float()
-    twins.run(4)
-
-
-@pytest.mark.parametrize("name", SCALARS)
-def test_one_scalar_with_other_memory_is_followed(name):
-    twins = Twins(parameters((3,), (4,)), lr=0.3, lambd=0.1, t0=2)
-    twins.run(3)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-        optimizer.state[own[1]][name].set_(torch.tensor(0.5))
-    twins.run(4)
-
-
-def test_one_entry_for_two_params():
-    twins = Twins(parameters((3,), (3,)), lr=0.3, lambd=0.1, t0=2)
-    twins.run(3)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-        optimizer.state[own[1]] = optimizer.state[own[0]]
-    twins.run(3)
-
-
-def test_a_count_below_zero():
-    twins = Twins(parameters((3,)), lr=0.3, lambd=0.1, t0=2)
-    twins.run(1)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-        optimizer.state[own[0]]["step"].fill_(-1)
-    twins.run(3)
-
-
+@sealed_or_open
 @pytest.mark.parametrize("start", [2.0**24 - 2, 2.0**24])
-def test_counts_as_far_as_float32_goes(start):
+def test_counts_as_far_as_float32_goes(start, looks):
     twins = Twins(parameters((3,)), lr=0.3, lambd=1e-6, t0=2.0**24 - 5)
     twins.run(1)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+    for optimizer, own in twins.sides:
         optimizer.state[own[0]]["step"].fill_(start)
+    if not looks:
+        twins.ours.load_state_dict(twins.ours.state_dict())
     twins.run(5)
 
 
-def test_double_scalars_are_rounded_as_torch_rounds_them():
+@sealed_or_open
+def test_double_scalars_are_rounded_as_torch_rounds_them(looks):
     """Where they were made under another default dtype than the steps are under."""
     torch.set_default_dtype(torch.float64)
     try:
-        twins = Twins(parameters((3,), dtype=torch.float64), lr=0.3, lambd=0.1, t0=1)
+        twins = Twins(parameters((3,), dtype=torch.float64), looks=looks, lr=0.3, lambd=0.1, t0=1)
         twins.run(3)
     finally:
         torch.set_default_dtype(torch.float32)
     twins.run(5)
     assert twins.ours.state[twins.params[0]]["eta"].dtype == torch.float64
-
-
-def test_a_state_loaded_in_inference_mode_is_of_use_outside():
-    source = Twins([nn.Parameter(torch.randn(20)[::2]), *parameters((3,))], **OPTIONS)
-    source.run(3)
-    target = Twins([nn.Parameter(p.detach().clone()) for p in source.params], **OPTIONS)
-    with torch.inference_mode():
-        target.ours.load_state_dict(source.ours.state_dict())
-    assert not any(x.is_inference() for entry in target.ours.state.values() for x in entry.values())
-    target.theirs.load_state_dict(copy.deepcopy(source.theirs.state_dict()))
-    target.run(3)
 
 
 def test_an_average_within_a_larger_buffer_stays_there():
@@ -492,20 +469,15 @@ def test_an_average_within_a_larger_buffer_stays_there():
     assert torch.equal(buffer[10:106].view(2, 3, 4, 4), p)
 
 
-def test_refused_steps_make_no_state():
-    for spoil, error in (
-        (lambda o, p: o.param_groups[0].update(lambd=-1), ValueError),
-        (lambda o, p: setattr(p, "grad", torch.ones(3).to_sparse()), RuntimeError),
-    ):
-        old, fresh = parameters((3,), (3,))
-        optimizer = ASGD([old, fresh])
-        old.grad = torch.ones(3)
-        optimizer.step()
-        fresh.grad = torch.ones(3)
-        spoil(optimizer, old)
-        with pytest.raises(error):
-            optimizer.step()
-        assert list(optimizer.state) == [old]
+def test_state_moved_to_shared_memory_is_followed():
+    """As asynchronous training over processes does before the first real step."""
+    twins = Twins(parameters((3,), (4, 2)), lazy_average=False, **OPTIONS)
+    twins.run(2)
+    for entry in twins.ours.state.values():
+        for value in entry.values():
+            value.share_memory_()
+    twins.run(T0 + 2)
+    assert all(x.is_shared() for entry in twins.ours.state.values() for x in entry.values())
 
 
 def count_in_another_process(optimizer):
@@ -530,57 +502,3 @@ def test_shared_state_is_shared_with_spawned_processes():
     process.join()
     assert process.exitcode == 0
     assert optimizer.state[params[0]]["step"] == 4
-
-
-def move(entry):
-    """Give each tensor of a state other memory, as frameworks do that place states."""
-    for value in entry.values():
-        value.data = value.data.clone()
-
-
-@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
-def test_a_state_moved_while_a_group_is_added(lazy):
-    twins = Twins(parameters((3,)), lazy_average=lazy, **OPTIONS)
-    twins.run(2)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-        move(optimizer.state[own[0]])
-        own += parameters((4,), seed=1)
-        optimizer.add_param_group({"params": [own[1]]})
-    twins.run(T0 + 3)
-
-
-@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
-@pytest.mark.parametrize("moved", range(1, 5))
-def test_a_state_moved_while_a_param_gets_its_first_gradient(moved, lazy):
-    twins = Twins(parameters(*[(3,)] * 10), lazy_average=lazy, **OPTIONS)
-    twins.run(1, skip=lambda _, i: i == 9)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-        move(optimizer.state[own[moved]])
-    twins.run(T0 + 3)
-
-
-@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
-def test_the_state_of_one_group_is_moved(lazy):
-    """Noticed at once, however many params come before."""
-    twins = Twins(
-        parameters(*[(3,)] * 60),
-        lambda own: [{"params": own[:30]}, {"params": own[30:]}],
-        lazy_average=lazy,
-        **OPTIONS,
-    )
-    twins.run(2)
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-        for p in own[30:]:
-            move(optimizer.state[p])
-    twins.run(T0 + 3)
-
-
-def test_a_step_that_is_refused_leaves_no_state():
-    for name, value, error in (("lr", -2.0, ValueError), ("weight_decay", "0.1", TypeError)):
-        (p,) = parameters((3,))
-        optimizer = ASGD([p], lambd=1.0)
-        p.grad = torch.ones(3)
-        optimizer.param_groups[0][name] = value
-        with pytest.raises(error):
-            optimizer.step()
-        assert not optimizer.state

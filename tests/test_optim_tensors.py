@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from twins import NAMES, Twins, bits, parameters, same
+from twins import NAMES, Twins, bits, parameters, same, sealed_or_open
 
 from asgd_fast import ASGD
 from asgd_fast._torch import fallback
@@ -162,7 +162,7 @@ def test_data_replaced_between_steps():
     twins = Twins(parameters((30,), (4, 5)), **OPTIONS)
     for _ in range(4):
         twins.run(3)
-        for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
+        for optimizer, own in twins.sides:
             kept = [p.data.clone() for p in own]
             for p in own:
                 p.data = optimizer.state[p]["ax"].clone()
@@ -330,38 +330,47 @@ def test_gradients_with_a_conjugate_bit(shape):
         twins.check()
 
 
-@pytest.mark.parametrize("n", [1, 5])
-def test_a_negative_bit_that_comes_with_new_data(n):
-    twins = Twins(parameters((n,)), **OPTIONS)
-    grad = torch.randn(n)
-    for _ in range(4):
-        twins.step([grad])
-    for own in (twins.params, twins.theirs_params):
-        own[0].data = torch._neg_view(torch.full((n,), 2.0))
-    twins.step([grad])
-    assert torch.equal(twins.params[0], twins.theirs_params[0])
-    twins.step([grad])
-    assert torch.equal(twins.params[0], twins.theirs_params[0])
-    twins = Twins(parameters((n,)), lazy_average=False, **OPTIONS)
-    for p in (*twins.params, *twins.theirs_params):
-        p.grad = torch.ones(n)
-    for k in range(6):
-        if k == 4:
-            for p in (*twins.params, *twins.theirs_params):
-                p.grad.data = torch._neg_view(torch.ones(n))
+def negate_param(_, p):
+    p.data = torch._neg_view(p.data)
+
+
+def negate_grad(_, p):
+    p.grad.data = torch._neg_view(p.grad.data)
+
+
+def negate_average(optimizer, p):
+    ax = optimizer.state[p]["ax"]
+    ax.data = torch._neg_view(ax.data)
+
+
+def negate_saved_average(optimizer, p):
+    """The one that a checkpoint holds is the state's, which nobody has looked into."""
+    (i,) = (i for i, q in enumerate(optimizer.param_groups[0]["params"]) if q is p)
+    ax = optimizer.state_dict()["state"][i]["ax"]
+    ax.data = torch._neg_view(ax.data)
+
+
+@sealed_or_open
+@pytest.mark.parametrize("place", [0, 100, 199])
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize(
+    "negate", [negate_param, negate_grad, negate_average, negate_saved_average]
+)
+def test_a_negative_bit_at_the_same_address_acts_in_the_very_next_step(negate, steps, place, looks):
+    begun = steps > OPTIONS["t0"] + 2
+    twins = Twins(parameters(*[(3,)] * 200), lazy_average=begun, looks=looks, **OPTIONS)
+    twins.run(steps)
+    twins.set_grads(twins.random_grads())
+    for optimizer, own in twins.sides:
+        address = own[place].data_ptr()
+        negate(optimizer, own[place])
+        assert own[place].data_ptr() == address
+    for _ in range(3):
         twins.ours.step()
         twins.theirs.step()
-        twins.check()
-    for optimizer, own in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params)):
-        optimizer.state[own[0]]["ax"] = torch._neg_view(torch.ones(n))
-    twins.ours.step()
-    twins.theirs.step()
-    assert torch.equal(
-        *(
-            o.state[p[0]]["ax"]
-            for o, p in ((twins.ours, twins.params), (twins.theirs, twins.theirs_params))
-        )
-    )
+        for p, q in zip(twins.params, twins.theirs_params, strict=True):
+            assert torch.equal(p, q)
+            assert torch.equal(twins.ours.state[p]["ax"], twins.theirs.state[q]["ax"])
 
 
 def test_params_with_a_lazy_sign_are_left_to_torch():
@@ -516,14 +525,45 @@ def test_steps_in_inference_mode_and_out_of_it():
     assert twins.params[0]._version >= 5
 
 
-def test_swapped_tensors():
-    twins = Twins(parameters((5,), (6,)), **OPTIONS)
-    twins.run(3)
-    for own in (twins.params, twins.theirs_params):
-        torch.utils.swap_tensors(own[0], nn.Parameter(torch.full((5,), 3.0)))
-    before = twins.params[0]._version
-    twins.run(2)
-    assert twins.params[0]._version >= before + 2
+def swap_param_with_a_new_one(_, p, __):
+    torch.utils.swap_tensors(p, nn.Parameter(torch.full((5,), 3.0)))
+
+
+def swap_params(_, p, q):
+    torch.utils.swap_tensors(p, q)
+
+
+def swap_averages(optimizer, p, q):
+    torch.utils.swap_tensors(optimizer.state[p]["ax"], optimizer.state[q]["ax"])
+
+
+@sealed_or_open
+@pytest.mark.parametrize("swap", [swap_param_with_a_new_one, swap_params, swap_averages])
+def test_swapped_params_and_averages(swap, looks):
+    lazy = swap is not swap_averages
+    twins = Twins(parameters((5,), (5,), (6,)), lazy_average=lazy, looks=looks, **OPTIONS)
+    for _ in range(STEPS):
+        twins.run(1)
+        for optimizer, (p, q, _) in twins.sides:
+            swap(optimizer, p, q)
+        before = twins.params[0]._version
+        twins.run(2)
+        assert twins.params[0]._version >= before + 2
+
+
+@sealed_or_open
+def test_swapped_gradients(looks):
+    twins = Twins(parameters((5,), (5,), (6,)), looks=looks, **OPTIONS)
+    for _ in range(STEPS):
+        twins.run(1)
+        for _, (p, q, _) in twins.sides:
+            first, second = p.grad, q.grad
+            p.grad = q.grad = None  # torch swaps no tensor that autograd holds
+            torch.utils.swap_tensors(first, second)
+            p.grad, q.grad = first, second
+        twins.ours.step()
+        twins.theirs.step()
+        twins.check()
 
 
 def test_a_backward_through_stale_values_is_caught():

@@ -5,22 +5,35 @@ torch.optim.ASGD(foreach=False) is the oracle: whatever it computes, ours must h
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from asgd_fast import ASGD
 
 NAMES = ("step", "eta", "mu", "ax")
 
+# A state is sealed until somebody looks into it, and open from then on.
+sealed_or_open = pytest.mark.parametrize("looks", [False, True], ids=["sealed", "open"])
+
 
 class Twins:
-    """Our optimizer and torch's, over copies of the same params."""
+    """Our optimizer and torch's, over copies of the same params.
 
-    def __init__(self, params, groups=None, lazy_average=True, **options):
+    With `looks`, our states are looked into after each check.
+    """
+
+    def __init__(self, params, groups=None, lazy_average=True, looks=False, **options):
+        self.looks = looks
         self.params = list(params)
         self.theirs_params = [twin(p) for p in self.params]
         pick = groups or (lambda own: own)
         self.ours = ASGD(pick(self.params), lazy_average=lazy_average, **options)
         self.theirs = torch.optim.ASGD(pick(self.theirs_params), **{"foreach": False, **options})
+
+    @property
+    def sides(self):
+        """Each optimizer with its params."""
+        return (self.ours, self.params), (self.theirs, self.theirs_params)
 
     def set_grads(self, grads):
         """Give both the same gradients, None among them if wanted."""
@@ -60,6 +73,8 @@ class Twins:
                 assert list(ours_entries[ours]) == list(theirs_entries[theirs])
                 for name in NAMES:
                     same(ours_entries[ours][name], theirs_entries[theirs][name])
+        if self.looks:
+            self.look()
 
 
 def entries_of(optimizer):

@@ -5,6 +5,7 @@ This module knows params, their states and checkpoints; it does not know how a s
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import contextmanager
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
-from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, check_group, number
+from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, number
 from asgd_fast._torch.memory import is_ordinary
 from asgd_fast._torch.record import SCALARS, Record
 from asgd_fast.cuda.scalars import DeviceScalars
@@ -86,8 +87,8 @@ class ParamState(Record):
         return {**contents, "ax": self.param_as_average(), **others}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be copied and pickled as a plain dict."""
-        return dict, (self.contents(),)
+        """Be copied and pickled as a dict that ``torch.load`` takes with ``weights_only``."""
+        return OrderedDict, (self.contents(),)
 
 
 def _opening(name: str) -> Any:
