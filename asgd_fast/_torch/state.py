@@ -206,6 +206,9 @@ def states_of(
             own = record_of(state, param, group, lazy=lazy, average_dtype=average_dtype)
             if own.param is param:
                 state[param] = own
+            else:  # another param's too
+                dtype = wide(param, average_dtype)
+                own = ParamState(own).bind(param, is_lazy=False, average_dtype=dtype)
             states.append(own)
     return states
 
