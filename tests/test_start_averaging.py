@@ -280,3 +280,22 @@ def test_a_param_that_gets_other_memory_around_the_start(first, wide):
     ax = optimizer.state[p]["ax"]
     assert ax.dtype == (wide or p.dtype)
     torch.testing.assert_close(ax.double(), torch.stack(iterates).mean(dim=0), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("moved", ["inside", "afterwards"])
+def test_an_average_given_up_after_an_evaluation_answers_its_param(moved):
+    """Wherever that has moved, inside averaged_parameters() or later."""
+    run = TorchRun((3,), t0=0)
+    (p,) = run.params
+    for _ in range(4):
+        run.step()
+    with run.optimizer.averaged_parameters():
+        if moved == "inside":
+            p.data = p.detach().clone()
+    if moved == "afterwards":
+        p.data = torch.randn_like(p)
+    run.optimizer.start_averaging()
+    for _ in range(2):
+        assert torch.equal(run.optimizer.state[p]["ax"], p)
+        p.data = torch.randn_like(p)
+    assert "ax" not in run.optimizer.state[p]
