@@ -270,6 +270,19 @@ REFUSED = {
 }
 
 
+def test_an_average_set_by_hand_before_averaging_begins():
+    """With its weight: checkpoints have it, and the params hold it inside."""
+    (p,) = parameters((3,))
+    optimizer = stepped([p], 1)
+    optimizer.state[p]["ax"] = ax = torch.randn(3)
+    kept = ax.clone()
+    optimizer.state[p]["mu"].fill_(0.5)
+    for _ in range(2):
+        same(optimizer.state_dict()["state"][0]["ax"], ax)
+        with optimizer.averaged_parameters():
+            same(p, kept)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
 def test_calls_refused_inside_lose_nothing(name, wide):

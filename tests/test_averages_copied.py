@@ -112,16 +112,23 @@ def test_copied_into_tensors():
     assert torch.equal(targets[3], fresh[0].bfloat16())  # its averaging has not begun
 
 
-def test_copied_inside_the_context():
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
+@pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
+def test_copied_inside_the_context(wide, moved):
+    """Which loses no average, and finds them when the params get other memory meanwhile."""
     params = parameters((3,), (4, 5))
-    for wide in (None, torch.float64):
-        optimizer = stepped(params, average_dtype=wide)
-        outside, inside = ([torch.zeros_like(p).double() for p in params] for _ in range(2))
-        optimizer.copy_averages_to(outside)
-        with optimizer.averaged_parameters():
-            optimizer.copy_averages_to(inside)
-        for one, other in zip(outside, inside, strict=True):
-            same(one, other)
+    optimizer = stepped(params, average_dtype=wide)
+    outside, inside = ([torch.zeros_like(p).double() for p in params] for _ in range(2))
+    optimizer.copy_averages_to(outside)
+    before = averages_of(optimizer, params)
+    with optimizer.averaged_parameters():
+        for p in params if moved else ():
+            p.data = torch.full_like(p, 7)
+        optimizer.copy_averages_to(inside)
+    for one, other in zip(outside, inside, strict=True):
+        same(one, other)
+    for p, ax in zip(params, before, strict=True):
+        same(optimizer.state[p]["ax"], ax)
 
 
 def test_copies_that_do_not_fit_change_nothing():
