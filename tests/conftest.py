@@ -9,7 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from asgd_fast import _core
+from asgd_fast import _core, get_num_threads, set_num_threads
+
+
+@pytest.fixture
+def seeded():
+    """Random numbers of torch's default generator that are the same in each run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads for the steps, however many processors there are."""
+    before = get_num_threads()
+    set_num_threads(2)
+    assert get_num_threads() == 2
+    yield
+    set_num_threads(before)
 
 
 @pytest.fixture(params=_core.simd_levels())

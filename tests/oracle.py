@@ -1,7 +1,8 @@
 """What the right result is, written independently of the library under test.
 
 `Reference` is the algorithm as the paper and torch's first listing have it, in torch operations.
-`exact_step` follows the numerics contract in rational arithmetic, with one rounding a line.
+`averaged` is its last line alone, on averages of any dtype. `exact_step` follows the numerics
+contract in rational arithmetic, with one rounding a line.
 """
 
 from __future__ import annotations
@@ -71,3 +72,22 @@ def exact_step(p, g, ax, dtype, *, eta, mu, lambd, weight_decay, maximize, grad_
     moved = rounded(rounded(p - ax, dtype) * scalar(mu), dtype)
     ax = p if mu == 1 else rounded(ax + moved, dtype)
     return dtype(float(p)), dtype(float(ax))
+
+
+def reals(tensor):
+    """A tensor, or the pairs of reals that a complex one is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+@torch.no_grad()
+def averaged(ax, p, mu):
+    """The last lines of torch's step, in place on an average of any dtype."""
+    if mu == 1:
+        ax.copy_(p)
+    else:
+        reals(ax).add_(reals(p.to(ax.dtype)).sub(reals(ax)).mul_(mu))
+
+
+def mu_of(step, t0):
+    """The weight of the iterate of a step, as torch rounds it."""
+    return torch.tensor(1 / max(1, step - 1 - t0))

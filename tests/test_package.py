@@ -19,22 +19,22 @@ def test_every_public_name_is_there():
         asgd_fast.adam  # noqa: B018
 
 
+def said_by(code):
+    """What a process of its own prints, as words."""
+    arguments = [sys.executable, "-c", code]
+    return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.split()
+
+
 def test_the_import_brings_in_numpy_alone():
-    code = (
+    brought_in = said_by(
         "import sys, numpy; before = set(sys.modules); import asgd_fast; "
         "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    foreign = set(result.stdout.split()) - set(sys.stdlib_module_names)
+    foreign = set(brought_in) - set(sys.stdlib_module_names)
     # Cython registers modules of its own, for what its extensions share.
     assert {name for name in foreign if "cython" not in name} == {"asgd_fast"}
 
 
 def test_only_one_simd_level_is_loaded():
-    code = "import sys, asgd_fast; print(sum(name.startswith('asgd_fast._cpu.') for name in sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout == "1\n"
+    loaded = said_by("import sys, asgd_fast; print(*sys.modules)")
+    assert sum(name.startswith("asgd_fast._cpu.") for name in loaded) == 1

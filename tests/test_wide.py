@@ -1,31 +1,31 @@
-"""Averages that are wider than their params: torch's formula in the wider dtype."""
+"""Averages that are wider than their params: the formula in the wider dtype, bit for bit."""
 
 from __future__ import annotations
 
-import copy
-import io
 import math
-import pickle
 from fractions import Fraction
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from averaging import random_grads, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import exact_step, rounded
+from oracle import averaged, exact_step, mu_of, reals, rounded
+from runs import lazy_or_eager
 from torch import nn
 from twins import bits, parameters, same, twin
 
-from asgd_fast import ASGD, ArrayASGD, _core, asgd_, get_num_threads, set_num_threads, threads
+from asgd_fast import ASGD, _core, asgd_, set_num_threads, threads
 from asgd_fast._rows.rows import Rows
+
+pytestmark = pytest.mark.usefixtures("seeded")
 
 T0 = 3
 STEPS = 10  # of which the last five average two iterates and more
 OPTIONS = {"lr": 0.3, "lambd": 1e-2, "t0": T0}
 SIZES = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64 * 3 + 5)
-
 # The dtype of the params, what is asked for, and what the averages then are.
 WIDER = [
     (torch.float32, torch.float64, torch.float64),
@@ -35,64 +35,9 @@ WIDER = [
     (torch.bfloat16, torch.float64, torch.float64),
     (torch.complex64, torch.float64, torch.complex128),
 ]
+
+
 wider = pytest.mark.parametrize(("dtype", "asked", "wide"), WIDER, ids=str)
-lazy_or_eager = pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def two_threads():
-    before = get_num_threads()
-    set_num_threads(2)
-    assert get_num_threads() == 2
-    yield
-    set_num_threads(before)
-
-
-def reals(tensor):
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-@torch.no_grad()
-def averaged(ax, p, mu):
-    """The last lines of torch's step, on an average of any dtype."""
-    if mu == 1:
-        ax.copy_(p)
-    else:
-        reals(ax).add_(reals(p.to(ax.dtype)).sub(reals(ax)).mul_(mu))
-
-
-def mu_of(step, t0=T0):
-    """The weight of the iterate of a step, as torch rounds it."""
-    return torch.tensor(1 / max(1, step - 1 - t0))
-
-
-def random_grads(params, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in params]
-
-
-def step(optimizer, params, seed):
-    for p, grad in zip(params, random_grads(params, seed), strict=True):
-        p.grad = grad
-    optimizer.step()
-
-
-def torch_with_wide_averages(params, wide, **options):
-    """Torch's own optimizer, whose averages were made wide by hand."""
-    optimizer = torch.optim.ASGD(params, foreach=False, **options)
-    for p in params:
-        optimizer.state[p].update(
-            step=torch.zeros(()),
-            eta=torch.tensor(options["lr"]),
-            mu=torch.ones(()),
-            ax=torch.zeros_like(p.detach(), dtype=wide),
-        )
-    return optimizer
 
 
 def within(n, shift, dtype, seed=0):
@@ -121,15 +66,25 @@ def test_torchs_formula_in_the_wider_dtype(simd_level, dtype, asked, wide, optio
         step(optimizer, params, k)
         step(narrow, alone, k)
         for p, q, ax in zip(params, alone, wanted, strict=True):
-            averaged(ax, p, mu_of(k))
+            averaged(ax, p, mu_of(k, T0))
             same(p, q)
-            if k >= T0 + 2:  # before, a lazy average has no memory of its own
-                same(optimizer.state[p]["ax"], ax)
-            else:
-                assert torch.equal(optimizer.state[p]["ax"], p)
+            same(optimizer.state[p]["ax"], ax)
     for (base, part), whole, p in zip(views, wholes, params, strict=True):
         whole[part] = p.detach()
         assert torch.equal(bits(base), bits(whole))  # what lies around is untouched
+
+
+def torch_with_wide_averages(params, wide, **options):
+    """Torch's own optimizer, whose averages were made wide by hand."""
+    optimizer = torch.optim.ASGD(params, foreach=False, **options)
+    for p in params:
+        optimizer.state[p].update(
+            step=torch.zeros(()),
+            eta=torch.tensor(options["lr"]),
+            mu=torch.ones(()),
+            ax=torch.zeros_like(p.detach(), dtype=wide),
+        )
+    return optimizer
 
 
 @lazy_or_eager
@@ -151,39 +106,6 @@ def test_the_bits_of_torch_with_averages_made_wide_by_hand(dtype, options, lazy)
             same(ours.state[p][name], theirs.state[q][name])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "asked"),
-    [
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float32),
-        (torch.float64, torch.float64),
-        (torch.complex64, torch.float32),
-        (torch.complex128, torch.float64),
-        (torch.bfloat16, None),
-    ],
-    ids=str,
-)
-def test_what_is_as_wide_already_keeps_its_dtype_and_bits(dtype, asked):
-    params = parameters((3,), (4, 5), dtype=dtype)
-    others = [twin(p) for p in params]
-    ours, plain = ASGD(params, average_dtype=asked, **OPTIONS), ASGD(others, **OPTIONS)
-    for k in range(STEPS):
-        step(ours, params, k)
-        step(plain, others, k)
-    for p, q in zip(params, others, strict=True):
-        assert ours.state[p]["ax"].dtype == dtype
-        same(ours.state[p]["ax"], plain.state[q]["ax"])
-
-
-@lazy_or_eager
-def test_averages_of_empty_params_are_wide_too(lazy):
-    params = parameters((0,), (3, 0))
-    optimizer = ASGD(params, average_dtype=torch.float64, lazy_average=lazy, **OPTIONS)
-    for k in range(STEPS):
-        step(optimizer, params, k)
-    assert [optimizer.state[p]["ax"].dtype for p in params] == [torch.float64] * 2
-
-
 def test_one_optimizer_over_params_of_all_dtypes():
     params = [nn.Parameter(torch.randn(9).to(dtype)) for dtype, _, _ in WIDER]
     params.append(nn.Parameter(torch.randn(9, dtype=torch.float64)))
@@ -193,7 +115,7 @@ def test_one_optimizer_over_params_of_all_dtypes():
     for k in range(1, STEPS + 1):
         step(optimizer, params, k)
         for p, ax in zip(params, averages, strict=True):
-            averaged(ax, p, mu_of(k))
+            averaged(ax, p, mu_of(k, T0))
     for p, ax in zip(params, averages, strict=True):
         same(optimizer.state[p]["ax"], ax)
 
@@ -335,63 +257,6 @@ def test_special_values_flow_as_in_torch(simd_level, dtype, mu):
         assert torch.equal(bits(ours[number]), bits(theirs[number]))
 
 
-def test_the_averages_of_arrays_in_any_layout(double_scalars):
-    """The same as those of torch params, where both have scalars in double."""
-    rng = np.random.default_rng(0)
-    arrays = [
-        np.asfortranarray(rng.standard_normal((3, 4)).astype(np.float32)),
-        rng.standard_normal((2, 3, 4)).astype(np.float32).transpose(1, 2, 0),
-        rng.standard_normal(()).astype(np.float32),
-        rng.standard_normal(17).astype(np.float16),
-    ]
-    tensors = [nn.Parameter(torch.tensor(x)) for x in arrays]
-    like = [np.empty_like(x) for x in arrays]
-    ours = ArrayASGD(arrays, average_dtype="float64", **OPTIONS)
-    theirs = ASGD(tensors, average_dtype=torch.float64, **OPTIONS)
-    for k in range(STEPS):
-        grads = random_grads(tensors, k)
-        for p, grad in zip(tensors, grads, strict=True):
-            p.grad = grad
-        for x, grad in zip(like, grads, strict=True):
-            x[...] = grad.numpy()
-        ours.step(like)
-        theirs.step()
-    for x, ax, p in zip(arrays, ours.averages, tensors, strict=True):
-        assert np.array_equal(x, p.detach().numpy())
-        assert ax.dtype == np.float64
-        assert [s // 8 for s in ax.strides] == [s // x.itemsize for s in x.strides]
-        assert np.array_equal(ax, theirs.state[p]["ax"].numpy())
-
-
-@pytest.mark.parametrize("asked", [torch.float32, "float32", np.float32, np.dtype("float32"), "f4"])
-def test_array_asgd_takes_the_dtypes_of_all_libraries(asked):
-    params = [np.ones(3, np.float16), np.ones(3, np.float32), np.ones(3), torch.ones(3).bfloat16()]
-    optimizer = ArrayASGD(params, average_dtype=asked)
-    assert optimizer.average_dtype == np.dtype("float32")
-    wanted = [np.float32, np.float32, np.float64, torch.float32]
-    assert [ax.dtype for ax in optimizer.averages] == wanted
-
-
-@pytest.mark.parametrize(
-    ("make", "asked", "error", "message"),
-    [
-        (ASGD, "float32", TypeError, "^average_dtype: expected None, torch.float32 .* 'float32'"),
-        (ASGD, np.float64, TypeError, "^average_dtype: expected None, torch.float32"),
-        (ASGD, torch.float16, ValueError, "^Invalid average_dtype: torch.float16"),
-        (ASGD, torch.complex128, ValueError, "^Invalid average_dtype: torch.complex128"),
-        (ArrayASGD, "float16", ValueError, "^Invalid average_dtype: float16"),
-        (ArrayASGD, np.int64, ValueError, "^Invalid average_dtype: int64"),
-        (ArrayASGD, torch.complex64, ValueError, "^Invalid average_dtype: complex64"),
-        (ArrayASGD, torch.bfloat16, ValueError, "^Invalid average_dtype: bfloat16"),
-        (ArrayASGD, "wide", TypeError, "^average_dtype: expected None, float32 or .* 'wide'$"),
-    ],
-)
-def test_other_dtypes_are_refused(make, asked, error, message):
-    params = parameters((3,)) if make is ASGD else [np.ones(3, np.float32)]
-    with pytest.raises(error, match=message):
-        make(params, average_dtype=asked)
-
-
 @pytest.mark.parametrize("role", ["params", "grads", "axs"])
 def test_the_larger_memory_of_a_wide_average_must_not_overlap(role):
     """Of eight doubles, as many bytes as sixteen floats, which were free before it was wide."""
@@ -426,129 +291,6 @@ def test_overlap_with_an_average_that_became_wide_at_its_address():
         asgd_(params, grads, [memory[:8], other], eta=1.0)
 
 
-def saved_and_loaded(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-WAYS = {
-    "torch.save": saved_and_loaded,
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda state: pickle.loads(pickle.dumps(state)),
-}
-ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-# Without a step, lazy, with the first iterate of the average, and after some.
-at = pytest.mark.parametrize("steps", [0, 2, T0 + 1, T0 + 2, T0 + 3, T0 + 6])
-
-
-@at
-@ways
-def test_a_checkpoint_goes_on_in_torch(way, steps):
-    """Which narrows it, to the dtype of the params."""
-    params = parameters((3,), (4, 5))
-    ours = ASGD(params, average_dtype=torch.float64, **OPTIONS)
-    for k in range(steps):
-        step(ours, params, k)
-    others, byhand = ([twin(p) for p in params] for _ in range(2))
-    theirs = torch.optim.ASGD(others, foreach=False, lr=9.0)
-    theirs.load_state_dict(way(ours.state_dict()))
-    oracle = torch.optim.ASGD(byhand, foreach=False, **OPTIONS)
-    for p, q in zip(params, byhand, strict=True):
-        if steps:
-            oracle.state[q] = {
-                name: value.detach().float().clone() for name, value in ours.state[p].items()
-            }
-    for k in range(steps, steps + T0 + 4):
-        step(theirs, others, k)
-        step(oracle, byhand, k)
-    for p, q in zip(others, byhand, strict=True):
-        same(p, q)
-        same(theirs.state[p]["ax"], oracle.state[q]["ax"])
-
-
-@at
-@pytest.mark.parametrize("source", ["torch", "narrow", "wide"])
-@pytest.mark.parametrize("asked", [None, torch.float64], ids=str)
-@ways
-def test_loading_keeps_the_dtype_asked_for(way, source, asked, steps):
-    """With the saved average, converted, whatever it was: torch's formula goes on in it."""
-    params = parameters((3,), (4, 5))
-    kind = torch.float64 if source == "wide" else None
-    before = (
-        torch.optim.ASGD(params, foreach=False, **OPTIONS)
-        if source == "torch"
-        else ASGD(params, average_dtype=kind, **OPTIONS)
-    )
-    for k in range(1, steps + 1):
-        step(before, params, k)
-    others = [twin(p) for p in params]
-    after = ASGD(others, lr=9.0, average_dtype=asked)
-    after.load_state_dict(way(before.state_dict()))
-    wanted = [
-        before.state[p]["ax"].detach().to(asked or torch.float32, copy=True) if steps else None
-        for p in params
-    ]
-    for k in range(steps + 1, steps + T0 + 5):
-        step(before, params, k)
-        step(after, others, k)
-        for i, (p, q) in enumerate(zip(params, others, strict=True)):
-            same(p, q)
-            if wanted[i] is None:
-                wanted[i] = torch.zeros_like(p.detach(), dtype=asked or torch.float32)
-            averaged(wanted[i], q, mu_of(k))
-    for q, ax in zip(others, wanted, strict=True):
-        same(after.state[q]["ax"], ax)
-
-
-@at
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_copies_of_the_optimizer_stay_wide(duplicate, steps):
-    params = parameters((3,), (4, 5), dtype=torch.bfloat16)
-    optimizer = ASGD(params, average_dtype=torch.float32, **OPTIONS)
-    for k in range(steps):
-        step(optimizer, params, k)
-    other = duplicate(optimizer)
-    copies = other.param_groups[0]["params"]
-    assert other.average_dtype == torch.float32
-    for k in range(steps, steps + T0 + 4):
-        step(optimizer, params, k)
-        step(other, copies, k)
-    for p, q in zip(params, copies, strict=True):
-        assert q.data_ptr() != p.data_ptr()
-        same(p, q)
-        same(optimizer.state[p]["ax"], other.state[q]["ax"])
-        assert other.state[q]["ax"].dtype == torch.float32
-
-
-def test_saved_averages_of_arrays_get_the_dtype_asked_for(through):
-    rng = np.random.default_rng(0)
-    values = rng.standard_normal((STEPS, 5)).astype(np.float32)
-
-    def run(optimizer, param, rows):
-        for row in rows:
-            param[:] = row
-            optimizer.step(np.zeros(5, np.float32))
-
-    options = {"lr": 1.0, "lambd": 0.0, "t0": 0}
-    for one, other in product([None, "float64"], repeat=2):
-        param = np.zeros(5, np.float32)
-        first = ArrayASGD(param, average_dtype=one, **options)
-        run(first, param, values[:6])
-        second = ArrayASGD(param, average_dtype=other)
-        second.load_state_dict(through(first.state_dict()))
-        (ax,) = second.averages
-        dtype = np.dtype(other or "float32")
-        assert ax.dtype == dtype
-        wanted = first.averages[0].astype(dtype)
-        assert np.array_equal(ax, wanted)
-        run(second, param, values[6:])
-        for k, row in enumerate(values[6:], start=7):
-            wanted += (row.astype(dtype) - wanted) * dtype.type(1 / (k - 1))
-        assert np.array_equal(ax, wanted)
-
-
 @pytest.mark.parametrize("foreach", [True, False, None], ids=str)
 @wider
 def test_the_averages_of_params_that_go_to_torch(dtype, asked, wide, foreach):
@@ -571,7 +313,7 @@ def test_the_averages_of_params_that_go_to_torch(dtype, asked, wide, foreach):
         step(optimizer, params, k)
         step(narrow, others, k)
         for p, q, ax in zip(params, others, wanted, strict=True):
-            averaged(ax, p, mu_of(k))
+            averaged(ax, p, mu_of(k, T0))
             assert torch.equal(p, q)
     for p, ax in zip(params, wanted, strict=True):
         assert optimizer.state[p]["ax"].dtype == wide
@@ -601,94 +343,3 @@ def test_the_averages_of_what_else_goes_to_torch(option):
         ours = optimizer.state[p]["ax"]
         assert ours.dtype == torch.float64
         assert torch.equal(bits(ours.detach()), bits(theirs.state[q]["ax"]))
-
-
-def ulps_off(average, dtype, iterates):
-    """How far averages, narrowed, are from the exact means, in ulps of the narrow dtype."""
-    worst = 0
-    for ax, column in zip(average, iterates.T, strict=True):
-        mean = Fraction(math.fsum(column)) / len(column)  # the sum is rounded once
-        ulp = Fraction(float(np.spacing(dtype(float(abs(mean))))))
-        worst = max(worst, abs(Fraction(float(dtype(ax))) - mean) / ulp)
-    return float(worst)
-
-
-def means_of(iterates, *averages):
-    """Let `asgd_` average iterates that are given, with eta and grads that leave them alone."""
-    param = np.zeros_like(iterates[0])
-    grad = np.zeros_like(param)
-    params, grads = [param] + [param.copy() for _ in averages[1:]], [grad for _ in averages]
-    for k, row in enumerate(iterates, start=1):
-        for p in params:
-            p[:] = row
-        asgd_(params, grads, list(averages), eta=1.0, mu=1 / k, lambd=0.0)
-
-
-DTYPE_PAIRS = [(np.float32, np.float64), (np.float16, np.float32), (np.float16, np.float64)]
-
-
-def random_walk(steps, dtype):
-    """Iterates about values of different sizes, as noisy as they are large."""
-    rng = np.random.default_rng(0)
-    middle = np.array([1.0, 0.7, -3.0, 1.5, -0.1])
-    return (middle + rng.standard_normal((steps, 5))).astype(dtype)
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize(("dtype", "wide"), DTYPE_PAIRS, ids=str)
-def test_a_wide_average_is_the_mean(dtype, wide):
-    iterates = random_walk(30_000, dtype)
-    averages = np.zeros(5, wide), np.zeros(5, dtype)
-    means_of(iterates, *averages)
-    assert ulps_off(averages[0], dtype, iterates) <= 1
-    assert ulps_off(averages[1], dtype, iterates) > 1
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize(("dtype", "wide"), DTYPE_PAIRS, ids=str)
-def test_a_wide_average_is_the_mean_of_a_million_iterates(dtype, wide):
-    iterates = random_walk(1_000_000, dtype)
-    averages = np.zeros(5, wide), np.zeros(5, dtype)
-    means_of(iterates, *averages)
-    assert ulps_off(averages[0], dtype, iterates) <= 1
-    assert ulps_off(averages[1], dtype, iterates) > 10
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
-def test_a_wide_average_of_bfloat16_moves_on(wide):
-    """Through the optimizer, whose weights are rounded to float32."""
-    steps = 100_000
-    iterates = (torch.randn(steps, 5) + torch.tensor([1.0, 0.7, -3.0, 1.5, -0.4])).bfloat16()
-    params = [nn.Parameter(torch.zeros(5).bfloat16()) for _ in range(2)]
-    optimizers = [
-        ASGD([p], lr=1.0, lambd=0.0, t0=-1, average_dtype=dtype)
-        for p, dtype in zip(params, (wide, None), strict=True)
-    ]
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    for row in iterates:
-        for p, optimizer in zip(params, optimizers, strict=True):
-            p.data.copy_(row)
-            optimizer.step()
-    mean = iterates.double().mean(dim=0)
-    ulp = torch.exp2(torch.floor(torch.log2(mean.abs())) - 7)
-    off = [
-        ((optimizer.state[p]["ax"].bfloat16().double() - mean).abs() / ulp).max()
-        for p, optimizer in zip(params, optimizers, strict=True)
-    ]
-    assert off[0] <= 1
-    assert off[1] > 1
-
-
-@pytest.mark.heavy
-def test_a_wide_average_of_the_optimizer_is_the_mean():
-    """Although its weights are rounded to float32."""
-    iterates = random_walk(100_000, np.float32)
-    p = nn.Parameter(torch.zeros(5))
-    optimizer = ASGD([p], lr=1.0, lambd=0.0, t0=-1, average_dtype=torch.float64)
-    p.grad = torch.zeros(5)
-    for row in torch.tensor(iterates):
-        p.data.copy_(row)
-        optimizer.step()
-    assert ulps_off(optimizer.state[p]["ax"].numpy(), np.float32, iterates) <= 1

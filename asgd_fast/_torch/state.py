@@ -81,7 +81,7 @@ class ParamState(Record):
     def complete(self) -> dict[str, Any]:
         """Return the entries as torch has them, an average among them, as a plain dict."""
         contents: dict[str, Any] = self.contents()
-        if self.param is None or self.has_average or not contents:
+        if self.param is None or self.has_average or "ax" in contents or not contents:
             return contents
         others = {name: contents.pop(name) for name in list(contents) if name not in SCALARS}
         return {**contents, "ax": self.param_as_average(), **others}
@@ -123,8 +123,8 @@ def record_of(
 ) -> ParamState:
     """Return the state of a param, new where there is none; it is not put into the optimizer's.
 
-    What somebody else has put there is taken over with its tensors. An entry that is another
-    param's too is returned as it is.
+    The param's own is returned as it stands, inside `exchanged` too. What somebody else has put
+    there is taken over with its tensors. An entry that is another param's too is returned as it is.
 
     Parameters
     ----------
@@ -154,6 +154,8 @@ def record_of(
         return found
     if sum(entry is found for entry in state.values()) > 1:
         return ParamState(found)
+    if is_known and found.param is param:
+        return found
     return _adopted(param, found, lazy=lazy, average_dtype=average_dtype)
 
 
@@ -207,6 +209,9 @@ def states_of(
             own = record_of(state, param, group, lazy=lazy, average_dtype=average_dtype)
             if own.param is param:
                 state[param] = own
+            else:  # another param's too
+                dtype = wide(param, average_dtype)
+                own = ParamState(own).bind(param, is_lazy=False, average_dtype=dtype)
             states.append(own)
     return states
 

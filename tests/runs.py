@@ -1,0 +1,101 @@
+"""Runs of either optimizer that know each iterate made, so that an average is a plain mean."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from asgd_fast import ASGD, ArrayASGD
+
+OPTIONS = {"lr": 0.3, "lambd": 1e-2}
+
+
+class TorchRun:
+    """An optimizer of torch params over random gradients, and every iterate that it made."""
+
+    make = staticmethod(ASGD)
+
+    def __init__(self, *shapes, groups=lambda own: own, dtype=torch.float64, **options):
+        self.params = [nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
+        self.optimizer = self.make(groups(self.params), **{**OPTIONS, **options})
+        self.iterates = [[] for _ in self.params]
+
+    def step(self, *skipped):
+        for i, p in enumerate(self.params):
+            p.grad = None if i in skipped else torch.randn_like(p)
+        self.optimizer.step()
+        self._note(skipped)
+
+    def _note(self, skipped):
+        for i, made in enumerate(self.iterates):
+            if i not in skipped:
+                made.append(self.value(i))
+
+    def value(self, i):
+        return self.params[i].detach().numpy().copy()
+
+    def average(self, i):
+        return self.optimizer.state[self.params[i]]["ax"].detach().numpy()
+
+    def check(self, *firsts, every=1):
+        """Assert that averages are the means of the iterates from their first ones on."""
+        for i, first in enumerate(firsts):
+            if first is not None:
+                mean = np.mean(self.iterates[i][first::every], axis=0)
+                np.testing.assert_allclose(self.average(i), mean, rtol=0, atol=1e-12)
+
+
+class ArrayRun(TorchRun):
+    make = staticmethod(ArrayASGD)
+
+    def __init__(self, *shapes, groups=lambda own: own, **options):
+        self.params = [np.random.default_rng(i).standard_normal(s) for i, s in enumerate(shapes)]
+        options.pop("lazy_average", None)
+        self.optimizer = ArrayASGD(groups(self.params), **{**OPTIONS, **options})
+        self.iterates = [[] for _ in self.params]
+
+    def step(self, *skipped):
+        self.optimizer.step(
+            [
+                None if i in skipped else np.asarray(torch.randn(x.shape).double().numpy())
+                for i, x in enumerate(self.params)
+            ]
+        )
+        self._note(skipped)
+
+    def value(self, i):
+        return self.params[i].copy()
+
+    def average(self, i):
+        return self.optimizer.averages[i]
+
+
+runs = pytest.mark.parametrize("make", [TorchRun, ArrayRun], ids=["torch", "arrays"])
+
+
+lazy_or_eager = pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+
+
+def saved_and_loaded(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+WAYS = {
+    "torch.save": saved_and_loaded,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda state: pickle.loads(pickle.dumps(state)),
+}
+
+
+def with_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
