@@ -5,15 +5,26 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 from statistics import median
-from time import perf_counter_ns
+from time import perf_counter_ns, thread_time_ns
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["LAST_CACHE", "Times", "from_memory", "in_turn", "ratio", "typical"]
+    from torch import Tensor
+
+__all__ = [
+    "LAST_CACHE",
+    "Times",
+    "after_backward",
+    "from_memory",
+    "in_turn",
+    "pass_backward",
+    "ratio",
+    "typical",
+]
 
 # The nanoseconds of one call in each round, for each contender.
 Times: TypeAlias = "dict[str, list[float]]"
@@ -34,8 +45,8 @@ def _last_cache() -> int:
 
 LAST_CACHE = _last_cache()
 
-# Larger than the caches.
-SCRATCH = torch.zeros(1 << 25)
+# In float32, at least twice as large as the last cache.
+SCRATCH = torch.zeros(max(1 << 25, LAST_CACHE // 2))
 
 
 def in_turn(
@@ -92,6 +103,53 @@ def from_memory(contenders: dict[str, Callable[[], object]], rounds: int) -> Tim
         return _time_of(contenders[name], 1)
 
     return _rounds(list(contenders), measure, rounds)
+
+
+def after_backward(
+    optimizers: dict[str, torch.optim.Optimizer], params: Sequence[Tensor], rounds: int
+) -> Times:
+    """Time one step of each optimizer in each round, as a training loop makes it.
+
+    Each step is timed alone, after a backward pass, by how long this thread had a processor.
+
+    Parameters
+    ----------
+    optimizers : dict of str to Optimizer
+        All of the same params.
+    params : sequence of Tensor
+    rounds : int
+
+    Returns
+    -------
+    dict of str to list of float
+        The nanoseconds of the step, for each round.
+    """
+    for optimizer in optimizers.values():
+        for _ in range(3):
+            pass_backward(optimizer, params)
+            optimizer.step()
+
+    def measure(name: str) -> float:
+        pass_backward(optimizers[name], params)
+        return _time_of(optimizers[name].step, 1, thread_time_ns)
+
+    return _rounds(list(optimizers), measure, rounds)
+
+
+def pass_backward(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
+    """Make new gradients, as a training loop does, and fill the caches with something else.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Its gradients are removed first.
+    params : sequence of Tensor
+        The loss is half the sum of their squares, so each gradient equals its param.
+    """
+    optimizer.zero_grad()
+    loss = torch.stack([torch.dot(p, p) for p in params]).sum() / 2
+    loss.backward()
+    SCRATCH.add_(1)
 
 
 def _rounds(names: list[str], measure: Callable[[str], float], rounds: int) -> Times:

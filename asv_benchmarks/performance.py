@@ -3,7 +3,7 @@
     OMP_PROC_BIND=true python asv_benchmarks/performance.py [section ...] [--save docs]
 
 Bound threads stay apart; else some virtual machines let two of them share a processor. Sections:
-large, halves, averages, small, arrays, scaling, threads; all by default.
+large, halves, averages, backward, hot, arrays, scaling, threads; all by default.
 
 The contenders are timed in turn in one process, every round each of them once, and the medians over
 the rounds are printed, as tables in Markdown; ratios are the medians of those of each round.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from measure import LAST_CACHE, Times, from_memory, in_turn, ratio, typical
+from measure import LAST_CACHE, Times, after_backward, from_memory, in_turn, ratio, typical
 from models import resnet50
 from plain import FLAGS, PlainLoops
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 OURS = "asgd_fast"
 PLAIN = "plain loop"
+AVERAGING = "asgd_fast, averaging"
+SGD = "torch.optim.SGD(fused=True)"
 
 # For each phase: the options that bring an optimizer into it, the bytes that it moves for each
 # float32 element, and the plain loop of that traffic.
@@ -43,6 +45,13 @@ PHASES: dict[str, tuple[dict[str, Any], int, str]] = {
     "averaging": ({"t0": 0}, 20, "averaging"),
     "copy": ({"lazy_average": False}, 16, "copying"),
     "lazy": ({}, 12, "stepping"),
+}
+
+# The sizes of many tensors, or of few tiny ones.
+MANY = {
+    "1,000 tensors of 64": [64] * 1000,
+    "161 tensors of ResNet-50": resnet50(),
+    "4 tensors of 64": [64] * 4,
 }
 
 
@@ -132,9 +141,7 @@ def large(plain: PlainLoops) -> dict[str, Any]:
                 "torch.compile of the update": compiled(p, ax, phase),
             }
             if phase == "lazy":
-                contenders["torch.optim.SGD(fused=True)"] = stepped(
-                    torch.optim.SGD([p], lr=0.01, fused=True)
-                )
+                contenders[SGD] = stepped(torch.optim.SGD([p], lr=0.01, fused=True))
             # What the caches hold is found there, and then the memory does not matter.
             measure = in_turn if 12 * n <= LAST_CACHE else from_memory
             times = measure(contenders, max(15, min(60, 4 * 10**8 // n)))
@@ -248,42 +255,63 @@ def repeated(call: Callable[[], object], times: int) -> None:
         call()
 
 
-def small(_: PlainLoops) -> dict[str, Any]:
-    """Many tensors, or few tiny ones: what a step costs apart from memory."""
+def backward(_: PlainLoops) -> dict[str, Any]:
+    """Time steps where training loops have them, after a backward pass; one thread."""
     results = {}
-    cases = {
-        "1,000 tensors of 64": [64] * 1000,
-        "161 tensors of ResNet-50": resnet50(),
-        "4 tensors of 64": [64] * 4,
-    }
-    for title, sizes in cases.items():
+    everyone = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for title, sizes in MANY.items():
+        params = params_of(*sizes)
+        optimizers: dict[str, torch.optim.Optimizer] = {
+            OURS: ASGD(params),
+            AVERAGING: ASGD(params, t0=0),
+            SGD: torch.optim.SGD(params, lr=1e-3, fused=True),
+            "torch.optim.SGD(foreach=True)": torch.optim.SGD(params, lr=1e-3, foreach=True),
+            "torch.optim.ASGD": torch.optim.ASGD(params),
+        }
+        times = after_backward(optimizers, params, 41)
+        many(f"{title}, float32, after a backward pass", times, len(sizes), SGD)
+        results[title] = times
+    torch.set_num_threads(everyone)
+    return results
+
+
+def hot(_: PlainLoops) -> dict[str, Any]:
+    """Time steps in a row, whose gradients stay and are in the caches as far as they fit."""
+    results = {}
+    for title, sizes in MANY.items():
         params = params_of(*sizes)
         contenders = {
             OURS: stepped(ASGD(params)),
-            "asgd_fast, averaging": stepped(ASGD(params, t0=0)),
+            AVERAGING: stepped(ASGD(params, t0=0)),
             "torch.optim.ASGD": torchs(params, "averaging"),
             "torch.optim.ASGD(foreach=True)": torchs(params, "averaging", foreach=True),
-            "torch.optim.SGD(fused=True)": stepped(torch.optim.SGD(params, lr=1e-3, fused=True)),
+            SGD: stepped(torch.optim.SGD(params, lr=1e-3, fused=True)),
             "torch.optim.SGD(foreach=True)": stepped(
                 torch.optim.SGD(params, lr=1e-3, foreach=True)
             ),
         }
         times = in_turn(contenders, 21)
-        table(
-            f"{title}, float32",
-            ["", "us a step", "ns a tensor", "times ours"],
-            [
-                [
-                    name,
-                    f"{typical(times, name) / 1e3:.1f}",
-                    f"{typical(times, name) / len(sizes):.0f}",
-                    f"{ratio(times, name, OURS):.2f}",
-                ]
-                for name in times
-            ],
-        )
+        many(f"{title}, float32, hot", times, len(sizes), OURS)
         results[title] = times
     return results
+
+
+def many(title: str, times: Times, n_tensors: int, other: str) -> None:
+    """Print the table of a case of `MANY`, with ratios to one contender."""
+    table(
+        title,
+        ["", "us a step", "ns a tensor", "times ours" if other == OURS else f"times {other}"],
+        [
+            [
+                name,
+                f"{typical(times, name) / 1e3:.1f}",
+                f"{typical(times, name) / n_tensors:.0f}",
+                f"{ratio(times, name, other):.2f}",
+            ]
+            for name in times
+        ],
+    )
 
 
 def arrays(_: PlainLoops) -> dict[str, Any]:
@@ -394,18 +422,21 @@ def threads(_: PlainLoops) -> dict[str, Any]:
 
 SECTIONS = {
     section.__name__: section
-    for section in (large, halves, averages, small, arrays, scaling, threads)
+    for section in (large, halves, averages, backward, hot, arrays, scaling, threads)
 }
 
 
 def plot(results: dict[str, dict[str, Times]], path: Path) -> None:
-    """Draw the bandwidth of each contender in each phase at 100 M elements, and over sizes."""
+    """Draw the times of a large tensor, those over sizes, and those after a backward pass."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, axes = plt.subplot_mosaic(
+        [["phases", "sizes"], ["backward", "backward"]], figsize=(12, 8.5), layout="constrained"
+    )
+    left, right = axes["phases"], axes["sizes"]
     names = [
         OURS,
         PLAIN,
@@ -436,6 +467,22 @@ def plot(results: dict[str, dict[str, Times]], path: Path) -> None:
     right.set_ylabel("ns an element")
     right.set_title("Averaging")
     right.legend(fontsize=8)
+    below, cases = axes["backward"], results["backward"]
+    beside = [name for name in next(iter(cases.values())) if name != SGD]
+    for k, name in enumerate(beside):
+        ratios = [ratio(times, name, SGD) for times in cases.values()]
+        places = [x + 0.16 * (k - 1.5) for x in range(len(cases))]
+        bars = below.bar(places, [x - 1 for x in ratios], 0.15, bottom=1, label=name)
+        below.bar_label(bars, [f"{x:.2f}" for x in ratios], fontsize=8)
+    below.set_yscale("log")
+    below.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16], ["0.25", "0.5", "1", "2", "4", "8", "16"])
+    below.minorticks_off()
+    below.set_ylim(0.2, 32)
+    below.axhline(1, color="gray", linewidth=0.8)
+    below.set_xticks(range(len(cases)), list(cases))
+    below.set_ylabel(f"times {SGD}")
+    below.set_title("A step after a backward pass, 1 thread")
+    below.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -479,7 +526,7 @@ def main() -> None:
         }
         text = json.dumps({"machine": machine, "median ns a step": medians}, indent=1)
         (arguments.save / "performance.json").write_text(text + "\n")
-        if {"large", "scaling"} <= results.keys():
+        if {"large", "scaling", "backward"} <= results.keys():
             plot(results, arguments.save / "performance.png")
 
 

@@ -7,6 +7,8 @@ Rules that all of them keep, since asv or its way of starting processes asks for
   pool of threads nor CUDA survives a fork; ``asgd_fast`` itself stays with one thread after one.
 - No ``setup``: asv would run it before every single call and time these one by one. What a
   benchmark needs is made in its first call, which is not timed, and kept by `functools.lru_cache`.
+  Only a benchmark that times single calls has a ``setup``, for what each call needs anew; it sets
+  ``number = 1`` and ``warmup_time = 0``.
 - What a commit, a machine or an installation lacks is skipped with its reason (`cases.skip`).
 - ``version`` is raised when a workload changes, so that asv does not compare it with the old one.
 """

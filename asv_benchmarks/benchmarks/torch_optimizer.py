@@ -21,6 +21,8 @@ from .cases import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
 FIRST_PHASES = ("lazy", "copy", "averaging")
 
 
@@ -30,6 +32,13 @@ def _step(
 ) -> Callable[[], object]:
     use_threads(threads)
     return optimizer_of(params_of(tensors, getattr(torch, dtype)), phase).step
+
+
+@lru_cache(maxsize=1)
+def _training(tensors: str, phase: str) -> tuple[torch.optim.ASGD, list[Tensor]]:
+    use_threads(1)
+    params = params_of(tensors)
+    return optimizer_of(params, phase), params
 
 
 class Sizes:
@@ -56,6 +65,32 @@ class Tensors:
     @titled("ASGD.step() of many tensors")
     def time_step(self, tensors: str, phase: str) -> None:
         _step(tensors, phase)()
+
+
+class AfterBackward:
+    """Many float32 tensors, or a tiny one, after a backward pass: gradients are new and not cached.
+
+    Each step is timed alone, and `setup` makes its gradients.
+    """
+
+    version = "1"
+    timer = thread_clock
+    number = 1
+    repeat = 10
+    warmup_time = 0.0
+    params = (TENSORS, ("lazy", "averaging"))
+    param_names = ("tensors", "phase")
+
+    def setup(self, tensors: str, phase: str) -> None:
+        from measure import pass_backward
+
+        optimizer, params = _training(tensors, phase)
+        pass_backward(optimizer, params)
+        self.step = optimizer.step
+
+    @titled("ASGD.step() of many tensors, after a backward pass")
+    def time_step(self, tensors: str, phase: str) -> None:
+        self.step()
 
 
 class Dtypes:
