@@ -43,6 +43,7 @@ cdef descrgetfunc _get_grad = (<PyTypeObject *>_kind_of_grad).tp_descr_get
 cdef struct Common:
     Plan plan
     bint capturable
+    bint lr_is_tensor
     const void *lr_on_device  # where a GPU has lr; NULL: with the host
     int lr_device
     bint double_lr
@@ -128,9 +129,10 @@ cdef class Work:
     cdef int _read_group(self, group, double unscale, Common *common) except -1:
         cdef Borrowed borrowed
         lr = group["lr"]
-        self._lr = lr.detach() if isinstance(lr, TENSOR) else lr
+        common.lr_is_tensor = isinstance(lr, TENSOR)  # 80 ns, so not for each param
+        self._lr = lr.detach() if common.lr_is_tensor else lr
         common.lr_on_device = NULL
-        if isinstance(lr, TENSOR) and lr.is_cuda:
+        if common.lr_is_tensor and lr.is_cuda:
             # The host reads it only where it has scalars: it would wait for the device.
             common.plan.lr = NAN
             if lr.is_floating_point() and lr.itemsize >= 4 and lend(self._lr, False, &borrowed):
@@ -272,7 +274,7 @@ cdef class Work:
         plan.float_step = not record.is_double
         plan.float_next = self._round_scalars or not record.is_double
         step = self.rows.step_for(&record.now, &plan)
-        if isinstance(self._lr, TENSOR) and not plan.current:
+        if common.lr_is_tensor and not plan.current:
             step.next.eta = _eta_after(self._lr, plan.lambd, plan.alpha, step.next.step)
             if not record.is_double:
                 step.next.eta = rounded(step.next.eta)
