@@ -15,6 +15,7 @@ class DeviceRows:
         grad_scale: Tensor | float | None,
     ) -> None: ...
 
+@final
 class DeviceScalars:
     steps: float
     def __init__(self, numbers: Sequence[float], device: device, dtype: dtype) -> None: ...
