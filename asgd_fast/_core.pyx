@@ -1,4 +1,4 @@
-"""The CPU engine: runs the rows of a rows in parallel, and advances the scalars that go with them.
+"""The CPU engine: updates the rows of a step in parallel, and advances their scalars.
 
 This module knows addresses, lengths and scalars; it does not know arrays, groups or optimizers. The
 loops themselves stand in _cpu/loops.pxi, compiled once for each SIMD level; the best level that this

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from asgd_fast._rows.rows import Rows, dtype_of
-from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
 from asgd_fast._engines import (
     as_arrays,
     assign,
@@ -27,6 +25,8 @@ from asgd_fast._engines import (
     to_host,
     update,
 )
+from asgd_fast._rows.rows import Rows, dtype_of
+from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

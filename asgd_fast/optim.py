@@ -131,8 +131,8 @@ class ASGD(torch.optim.ASGD):
     state : dict of Tensor to dict
         For each param that has been stepped: "step", "eta" and "mu", tensors of no dimension, of
         which the last two are for the next step; and "ax", its average, in its layout, once that
-        has begun. All are updated in place by the steps. "t0", a number, stands instead of the group's where
-        `start_averaging` found params of different step counts.
+        has begun. All are updated in place by the steps. "t0", a number, stands instead of the
+        group's where `start_averaging` found params of different step counts.
 
     Raises
     ------
@@ -294,7 +294,7 @@ class ASGD(torch.optim.ASGD):
             self._scalars_on_device = True
             work = self._gather(1.0)
             if work.has_all_scalars_on_device() and not work.left:
-                if work.rows:
+                if work.rows.on_device is not None:
                     work.rows.on_device.scale(work.rows.streams, found_inf, scale)
                 self._run(work, 1.0)
                 return loss

@@ -33,9 +33,7 @@ def main() -> None:
 
     major, minor = map(int, arguments.cc.split("."))
     average = arguments.average or arguments.param
-    kind = Kind(
-        arguments.job, arguments.param, average, arguments.device_scalars, arguments.words
-    )
+    kind = Kind(arguments.job, arguments.param, average, arguments.device_scalars, arguments.words)
     ptx = ptx_of(kind, (major, minor))
     if arguments.what == "ptx":
         print(ptx)

@@ -85,8 +85,9 @@ cdef struct Borrowed:
     uintptr_t stream         # of memory of a GPU: as `stream_of`
 
 # Fills `out` with the memory of `array`, for reading, or for writing too. The caller holds
-# a reference to `array` for as long as it uses the memory, then calls give_back once. `streams` has the stream of each GPU, by its number, which a library lets wait for its own work if
-# it does not say where that is done; None: the legacy one of each.
+# a reference to `array` for as long as it uses the memory, then calls give_back once. `streams` has
+# the stream of each GPU, by its number, which a library lets wait for its own work if it does not
+# say where that is done; None: the legacy one of each.
 cdef int borrow(object array, bint writing, Borrowed *out, dict streams) except -1
 cdef void give_back(Borrowed *borrowed) noexcept
 cdef bint is_array(object candidate)

@@ -18,7 +18,6 @@ from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_SetName
 from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
 
 np.import_array()
 

@@ -1,4 +1,4 @@
-"""Finding arrays that share memory, before a step writes any of them. This module knows only rows."""
+"""Finds arrays that share memory before a step writes any of them. This module knows only rows."""
 
 from libc.stdint cimport int64_t, uintptr_t
 

@@ -1,1 +1,1 @@
-"""What only the torch optimizer needs: its state, its averages, and the way of its tensors to rows."""
+"""What only the torch optimizer needs: its state, its averages, and its tensors as rows."""

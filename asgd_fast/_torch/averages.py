@@ -35,8 +35,9 @@ class _Pair:
         Holds the param meanwhile; None where the memory of the average does.
     """
 
-    def __init__(self, param: Tensor, own: ParamState) -> None:
-        self.param, self.own, self.ax = param, own, own.ax
+    def __init__(self, own: ParamState, ax: Tensor) -> None:
+        param: Tensor = own.param
+        self.param, self.own, self.ax = param, own, ax
         if self.ax.shape != param.shape:
             raise ValueError(
                 f"state: 'ax' of shape {tuple(self.ax.shape)} does not match its param of shape "
@@ -132,7 +133,7 @@ def _begun(states: Sequence[ParamState]) -> list[ParamState]:
 @torch.no_grad()
 def _pairs(states: Sequence[ParamState]) -> list[_Pair]:
     """Find what is to be exchanged, and get all memory that it takes."""
-    pairs = [_Pair(own.param, own) for own in _begun(states) if own.ax is not None]
+    pairs = [_Pair(own, own.ax) for own in _begun(states) if own.ax is not None]
     others = [extent(pair.memory) for pair in pairs if not pair.for_engine]
     share_memory = not _engines.are_fit(_for_engine(pairs), others)
     for pair in pairs:

@@ -92,12 +92,15 @@ def step(left: Sequence[Left], unscale: float) -> None:
             continue
         options = {name: groups[0][name] for name in _HYPERPARAMETERS}
         options["t0"] = states[0].get("t0", options["t0"])
-        if states[0].ax.dtype != params[0].dtype or not all(map(_goes_foreach, params, states)):
+        if states[0]["ax"].dtype != params[0].dtype or not all(map(_goes_foreach, params, states)):
             options["foreach"] = False
         torch_asgd(
             list(params),
             grads,
-            *([own[name] for own in states] for name in ("ax", "mu", "eta", "step")),
+            [own["ax"] for own in states],
+            [own["mu"] for own in states],
+            [own["eta"] for own in states],
+            [own["step"] for own in states],
             has_complex=any(param.is_complex() for param in params),
             **options,
         )
@@ -105,7 +108,7 @@ def step(left: Sequence[Left], unscale: float) -> None:
 
 def _what_torch_takes_together(left: Left) -> tuple[Any, ...]:
     group, param, own = left
-    return id(group), own.ax.dtype != param.dtype, own.get("t0")
+    return id(group), own["ax"].dtype != param.dtype, own.get("t0")
 
 
 def _goes_foreach(param: Tensor, own: ParamState) -> bool:
@@ -122,7 +125,7 @@ def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> Non
     options = {name: group[name] for name in _HYPERPARAMETERS}
     lr, lambd, alpha = (float(group[name]) for name in ("lr", "lambd", "alpha"))
     step, eta, mu = (float(own[name]) for name in SCALARS)
-    t0 = float(own.get("t0", group["t0"]))
+    t0 = float(own["t0"] if "t0" in own else group["t0"])
     is_current = group["lr_schedule"] == "current"
     every = group["average_every"]
     if is_current:
@@ -133,7 +136,9 @@ def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> Non
         [param],
         [grad],
         [own["ax"] if mu != 0 else torch.empty_like(param)],
-        *([torch.tensor(x, dtype=torch.float64)] for x in (mu or 1.0, eta, step)),
+        [torch.tensor(mu or 1.0, dtype=torch.float64)],
+        [torch.tensor(eta, dtype=torch.float64)],
+        [torch.tensor(step, dtype=torch.float64)],
         has_complex=param.is_complex(),
         **{**options, "foreach": False},
     )

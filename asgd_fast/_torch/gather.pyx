@@ -13,7 +13,7 @@ import torch
 from asgd_fast._rows.describe cimport data_of
 from asgd_fast._rows.dlpack cimport Borrowed, give_back, stream_of
 from asgd_fast._rows.rows cimport AX, CPU, GRAD, PARAM, Mirror, Row, Rows
-from asgd_fast._schedule cimport Plan, Scalars, Step, averages, mu_of, rounded
+from asgd_fast._schedule cimport Plan, Step, averages, mu_of, rounded
 from asgd_fast._torch.memory cimport is_ordinary, lend
 from asgd_fast._torch.record cimport Record
 from asgd_fast.cuda.scalars cimport DeviceRows, DeviceScalars
@@ -322,7 +322,8 @@ cdef class Work:
 
 
 def gather(
-    state, groups, *, double unscale, bint scalars_on_device, bint by_torch, bint lazy, average_dtype,
+    state, groups, *, double unscale, bint scalars_on_device, bint by_torch, bint lazy,
+    average_dtype,
 ):
     """Find out what a step has to do; nothing is changed.
 
@@ -368,9 +369,11 @@ def gather(
 
 cdef inline Record _fit_for(param, found):
     """What was found in the state, if a step can use it as it is; else None."""
-    if type(found) is ParamState and (<Record>found).param is param and not (<Record>found).is_empty():
-        return found
-    return None
+    cdef Record record
+    if type(found) is not ParamState:
+        return None
+    record = found
+    return record if record.param is param and not record.is_empty() else None
 
 
 cdef inline object _grad_of(param):

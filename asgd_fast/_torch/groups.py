@@ -17,7 +17,7 @@ OWN_HYPERPARAMETERS = {"lr_schedule": "torch", "average_every": 1}
 
 def has_own_options(group: Group) -> bool:
     """Whether a group has hyperparameters that torch's own function does not know."""
-    return group["lr_schedule"] != "torch" or group["average_every"] != 1
+    return bool(group["lr_schedule"] != "torch" or group["average_every"] != 1)
 
 
 def check_group(group: Group) -> None:
@@ -40,9 +40,7 @@ def check_group(group: Group) -> None:
     check_lr_schedule(group["lr_schedule"])
     check_average_every(group["average_every"])
     if group["differentiable"] and has_own_options(group):
-        raise ValueError(
-            "differentiable: goes only with lr_schedule='torch' and average_every=1"
-        )
+        raise ValueError("differentiable: goes only with lr_schedule='torch' and average_every=1")
 
 
 def number(name: str, value: Any) -> float:

@@ -1,4 +1,4 @@
-"""Every private name of torch that is used, with the versions that have it and what goes without."""
+"""Every private name of torch that is used, the versions that have it, and what goes without."""
 
 from __future__ import annotations
 

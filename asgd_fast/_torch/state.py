@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import contextmanager
 from math import isfinite
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -146,16 +146,16 @@ def record_of(
     RuntimeError
         A CUDA graph is being captured, of which making a state cannot be a part.
     """
-    found = state.get(param)
+    found: Any = state.get(param)
     if not found:
         return _created(param, group, lazy=lazy, average_dtype=average_dtype)
     is_known = type(found) is ParamState and found.param is not None
     if is_known and found.param is not param and state.get(found.param) is found:
-        return found
+        return cast("ParamState", found)
     if sum(entry is found for entry in state.values()) > 1:
         return ParamState(found)
     if is_known and found.param is param:
-        return found
+        return cast("ParamState", found)
     return _adopted(param, found, lazy=lazy, average_dtype=average_dtype)
 
 
@@ -220,14 +220,13 @@ def _adopted(
     param: Tensor, found: Any, *, lazy: bool, average_dtype: torch.dtype | None
 ) -> ParamState:
     """Return the state of a param that was somebody else's, with the same tensors."""
-    if type(found) is not ParamState:
-        found = ParamState(found)
+    own = found if type(found) is ParamState else ParamState(found)
     is_lazy = lazy and not _is_shared(param)
-    dtype = found.average_dtype or wide(param, average_dtype)
-    found.bind(param, is_lazy=is_lazy, average_dtype=dtype)
-    if "mu" in found and float(found["mu"]) != 1:
-        found.has_average = True
-    return found
+    dtype = own.average_dtype or wide(param, average_dtype)
+    own.bind(param, is_lazy=is_lazy, average_dtype=dtype)
+    if "mu" in own and float(own["mu"]) != 1:
+        own.has_average = True
+    return own
 
 
 def load(
