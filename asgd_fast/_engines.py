@@ -108,7 +108,7 @@ def launches_for(rows: Rows, job: int = UPDATE, *, capturable: bool = False) -> 
     rows : Rows
         Checked.
     job : int
-        Of `_launches`.
+        Of `asgd_fast.cuda.launches`.
     capturable : bool
         Whether steps with scalars on the device may be captured into a graph.
 
@@ -149,7 +149,7 @@ def run_on_gpus(rows: Rows, job: int) -> None:
     rows : Rows
         Checked.
     job : int
-        Of `_launches`.
+        Of `asgd_fast.cuda.launches`.
 
     Raises
     ------

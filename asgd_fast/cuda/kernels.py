@@ -1,7 +1,7 @@
 """The GPU's kernels: what each thread of each block does with the rows of a launch.
 
 This module knows words, addresses and numbers; it does not know how a kernel is compiled or
-launched, nor where the words come from: `_launches` lays them out.
+launched, nor where the words come from: `launches` lays them out.
 
 The update is the one of _cpu/loops.pxi, with its bits. The functions that make it are compiled for
 the GPU, for the CPU (`twin`), and run as they are in Numba's simulator: so they are checked without

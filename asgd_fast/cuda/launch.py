@@ -183,7 +183,7 @@ def prepared(rows: Rows, job: int, *, capturable: bool = False) -> Launches:
     rows : Rows
         Checked.
     job : int
-        Of `_launches`.
+        Of `asgd_fast.cuda.launches`.
     capturable : bool
         Whether updates may be captured into a graph, where the scalars are the device's. Those of
         the host would be frozen in it.
