@@ -1,8 +1,8 @@
 """The CPU engine: updates the rows of a step in parallel, and advances their scalars.
 
 This module knows addresses, lengths and scalars; it does not know arrays, groups or optimizers. The
-loops themselves stand in _cpu/loops.pxi, compiled once for each SIMD level; the best level that this
-build has and this processor supports is chosen on import.
+loops themselves stand in _cpu/loops.pxi, compiled once for each SIMD level. The best level that
+this build has and this processor supports is chosen on import.
 """
 
 import os

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ def whereabouts_of(
     array: Any,
 ) -> tuple[int, int | None, int, tuple[int, ...], tuple[int, ...]]: ...
 
+@final
 class Rows:
     on_device: DeviceRows | None
     def __new__(cls, names: tuple[str, str, str]) -> Self: ...

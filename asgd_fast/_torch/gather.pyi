@@ -1,5 +1,5 @@
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from asgd_fast._torch.fallback import Left
 from asgd_fast._torch.groups import Group
 from asgd_fast._torch.state import State
 
+@final
 class Work:
     def __new__(cls, state: Any) -> Self: ...
     @property

@@ -3,12 +3,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, disjoint_base
 
 from asgd_fast.cuda.scalars import DeviceScalars
 
 SCALARS: tuple[str, str, str]
 
+@disjoint_base
 class Record(dict[str, Any]):
     ax: Tensor | None
     start: float | None
