@@ -220,13 +220,14 @@ cdef class Work:
             ax = new_average(record, copies=row.step == NULL or row.step.mu != 1)
             self._averages.append((record, ax))
         if ax is not None and (row.step == NULL or row.step.mu != 0):
-            if not self._lend(AX, ax):
+            if not self._lend(AX, ax, not record.is_shown):
                 ax = average_as_param(ax, param)
                 if ax is None or not self._lend(AX, ax):
                     rows.abandon()
                     return False
                 self._averages.append((record, ax))
-            self.written.append(ax)
+            if record.is_shown:  # else no graph of autograd has it
+                self.written.append(ax)
         self.written.append(param)
         rows.kept.append(grad)
         rows.kept.append(record)
@@ -237,11 +238,11 @@ cdef class Work:
         rows.commit()
         return True
 
-    cdef bint _lend(self, int role, tensor) except -1:
+    cdef bint _lend(self, int role, tensor, bint is_own=False) except -1:
         """Put a tensor into the row, if it is fit for it."""
         return (
             is_ordinary(tensor)
-            and lend(tensor, role != GRAD, &self.rows.arrays[role])
+            and lend(tensor, role != GRAD, &self.rows.arrays[role], is_own)
             and self.rows.settle(role) is None
         )
 

@@ -3,4 +3,4 @@
 from asgd_fast._rows.dlpack cimport Borrowed
 
 cpdef bint is_ordinary(object tensor)
-cdef bint lend(object tensor, bint writing, Borrowed *out) except -1
+cdef bint lend(object tensor, bint writing, Borrowed *out, bint is_own=*) except -1

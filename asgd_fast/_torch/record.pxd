@@ -16,6 +16,7 @@ cdef class Record(dict):
     cdef bint is_double              # whether the scalars are float64
     cdef readonly bint is_lazy       # whether there is no average before it begins
     cdef public bint has_average
+    cdef bint is_shown               # whether anybody may have the average
 
     cdef bint is_empty(self) noexcept
     cdef object average(self)

@@ -43,7 +43,7 @@ cdef class Record(dict):
 
     def __init__(self, *args, **kwargs):
         dict.__init__(self, *args, **kwargs)
-        self.is_open = True
+        self.is_open = self.is_shown = True
         self.t0 = NAN
 
     def seal(self, param, scalars, *, bint is_double, bint is_lazy, average_dtype, t0=None):
@@ -62,7 +62,7 @@ cdef class Record(dict):
             Of this param alone.
         """
         self.bind(param, is_lazy=is_lazy, average_dtype=average_dtype)
-        self.is_open = False
+        self.is_open = self.is_shown = False
         self.is_double = is_double
         self.now.step, self.now.eta, self.now.mu = scalars
         self.t0 = NAN if t0 is None else t0
@@ -81,7 +81,7 @@ cdef class Record(dict):
         if self.is_open:
             return
         contents = self.contents()
-        self.is_open = True
+        self.is_open = self.is_shown = True
         dict.update(self, contents)
         self._ax = None
 
@@ -102,6 +102,7 @@ cdef class Record(dict):
         contents = dict(zip(_NAMES, scalars, strict=True))
         if self._ax is not None:
             contents["ax"] = self._ax
+            self.is_shown = True
         if not isnan(self.t0):
             contents["t0"] = self.t0
         return contents
