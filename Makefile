@@ -37,7 +37,7 @@ dist: $(VENV)/dev
 # Traces the Cython lines too, in a copy of the tree that is compiled for it.
 coverage: $(VENV)/test $(VENV)/dev
 	rm -rf build/coverage && mkdir -p build/coverage
-	cp -r asgd_fast examples tests README.md LICENSE pyproject.toml setup.py build/coverage
+	cp -r asgd_fast docs examples tests README.md LICENSE pyproject.toml setup.py build/coverage
 	find build/coverage/asgd_fast -name "*.c" -delete -o -name "*.so" -delete
 	cd build/coverage && ASGD_FAST_TRACE=1 ../../$(BIN)/python setup.py --quiet build_ext --inplace
 	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet -m 'not heavy'
