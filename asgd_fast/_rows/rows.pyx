@@ -124,8 +124,8 @@ def whereabouts_of(array):
 cdef enum:
     ROOM = sizeof(Row) + sizeof(Step) + 6 * sizeof(Span)
 
-# The largest room that was given back, for the next step. Without it the system takes the pages of
-# large rooms back and clears others, which is a fifth of a step of 1,000 small tensors.
+# The largest room that was given back, for the next step: the system takes the pages of large rooms
+# back, and clears others for the next.
 cdef Room _spare
 
 
