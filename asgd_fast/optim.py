@@ -185,6 +185,9 @@ class ASGD(torch.optim.ASGD):
     # Whether the scalars of a GPU's params are in its memory, because a scaler makes steps there.
     _scalars_on_device = False
 
+    # Whether the hook is there that gives checkpoints torch's form.
+    _has_plain_checkpoints = False
+
     # Whether the averages stand in the params.
     _is_exchanged = False
 
@@ -320,10 +323,11 @@ class ASGD(torch.optim.ASGD):
         launches = None
         if work.left:
             check_graph_capture(self)
-            fallback.check(work.left)
         if work.rows.has_gpu_rows:
             capturable = all(group["capturable"] for group in self.param_groups)
             launches = launches_for(work.rows, capturable=capturable)
+        if work.left:
+            fallback.check(work.left)
         n_threads = threads_for(work.rows)
         work.begin()
         if work.left:
@@ -353,11 +357,12 @@ class ASGD(torch.optim.ASGD):
         self._make_checkpoints_plain()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a checkpoint, as torch does: its tensors are those of the state.
+        """Return a checkpoint, in torch's form.
 
-        Averages that have no memory of their own are copied. Inside `averaged_parameters` it is the
-        same checkpoint; but the model then saves its averages, and neither has the iterate to go on
-        from. So take a checkpoint to resume from outside.
+        Averages are those of the state, or copies of the params before they begin. step, eta and mu
+        are those of the state if somebody has looked into it, else copies. Inside
+        `averaged_parameters` it is the same checkpoint; but the model then saves its averages, and
+        neither has the iterate to go on from. So take a checkpoint to resume from outside.
 
         Returns
         -------
@@ -576,8 +581,9 @@ class ASGD(torch.optim.ASGD):
 
     def _make_checkpoints_plain(self) -> None:
         """Let checkpoints have torch's form, before the user's own hooks see them."""
-        if state.plain not in self._optimizer_state_dict_post_hooks.values():
+        if not self._has_plain_checkpoints:  # of a copy: hooks are not copied
             self.register_state_dict_post_hook(state.plain, prepend=True)
+            self._has_plain_checkpoints = True
 
     def _refuse_exchanged(self, call: str) -> None:
         if self._is_exchanged:

@@ -126,7 +126,7 @@ class Exporter:
     ----------
     array : numpy.ndarray
         Owns the memory.
-    version, flags, device_type, lanes : optional
+    version, flags, device_type, device_id, lanes : optional
         What is said of it.
     data : int, optional
         Its address, if another is to be said.
@@ -149,6 +149,7 @@ class Exporter:
         version=(1, 3),
         flags=0,
         device_type=CPU,
+        device_id=0,
         lanes=1,
         data=...,
         byte_offset=0,
@@ -158,7 +159,8 @@ class Exporter:
         error=None,
     ):
         self.array = array
-        self.version, self.flags, self.device_type, self.lanes = version, flags, device_type, lanes
+        self.version, self.flags, self.lanes = version, flags, lanes
+        self.device_type, self.device_id = device_type, device_id
         self.data = array.ctypes.data - byte_offset if data is ... else data
         self.byte_offset, self.strides, self.deleter = byte_offset, strides, deleter
         self.name, self.error = name, error
@@ -180,7 +182,7 @@ class Exporter:
         shape = sizes(*array.shape)
         strides = sizes(*(stride // array.itemsize for stride in array.strides))
         tensor.data = self.data
-        tensor.device = DLDevice(self.device_type, 0)
+        tensor.device = DLDevice(self.device_type, self.device_id)
         tensor.ndim = array.ndim
         bits = 8 * array.itemsize
         tensor.dtype = DLDataType(_TYPE_CODES[array.dtype.kind], bits, self.lanes)

@@ -121,6 +121,17 @@ def test_an_unfit_array_is_refused(kind, role, fault):
     assert_refused(arrays, ValueError, rf"{role}\[1\]: {message}")
 
 
+@pytest.mark.parametrize("number", [-2, -1, 1 << 15, (1 << 16) - 1])
+def test_a_device_of_an_impossible_number_is_not_taken_for_the_cpu(number):
+    arrays = rows(exporters.Exchange)
+    for role in ROLES:
+        arrays[role][1] = exporters.Exchange(
+            numbers(), device_type=exporters.CUDA, device_id=number
+        )
+    message = rf"params\[1\]: device cuda:{number} is not supported; expected an array in"
+    assert_refused(arrays, ValueError, message)
+
+
 @each(exporters.KINDS)
 @pytest.mark.parametrize("role", ROLES[1:])
 def test_an_array_unlike_its_param_is_refused(kind, role):

@@ -459,6 +459,31 @@ class Tagged(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
+class Growing(torch.Tensor):
+    """A subclass that puts params into the group whose gradients are being asked for."""
+
+    others = None
+
+    @property
+    def grad(self):
+        if self.others is not None:
+            self.others += parameters(*[(3,)] * 5000)
+            for other in self.others[1:]:
+                other.grad = torch.ones(3)
+        return None
+
+
+def test_params_that_come_while_a_step_is_gathered_wait_for_the_next():
+    first = torch.zeros(3).as_subclass(Growing)
+    optimizer = ASGD([first])
+    first.others = optimizer.param_groups[0]["params"]
+    optimizer.step()
+    assert not optimizer.state
+    first.others = None
+    optimizer.step()
+    assert len(optimizer.state) == 5000
+
+
 def test_tensor_subclasses_see_torchs_operations(by_torch):
     ours, theirs = (torch.arange(5.0).as_subclass(Tagged).requires_grad_() for _ in range(2))
     optimizer, reference = ASGD([ours], **OPTIONS), torch.optim.ASGD([theirs], **OPTIONS)

@@ -1,6 +1,7 @@
 # The work of one step as the engines take it: rows of addresses, lengths and scalars.
 
 from libc.stdint cimport int64_t, uintptr_t
+from libc.stdlib cimport realloc
 
 from asgd_fast._rows.dlpack cimport Borrowed
 from asgd_fast._schedule cimport Plan, Scalars, Step
@@ -104,3 +105,14 @@ cdef class Rows:
     cdef str _fault(self, int role)
     cdef str _mismatch(self, int role)
     cdef str name(self, int role, Py_ssize_t row)
+
+
+cdef inline void *with_room(void *items, Py_ssize_t n, size_t size) except NULL:
+    """Memory with room for one item more than the n that are there; moved at powers of two."""
+    cdef void *moved
+    if n & (n - 1) != 0:
+        return items
+    moved = realloc(items, max(<Py_ssize_t>1, 2 * n) * size)
+    if moved == NULL:
+        raise MemoryError
+    return moved

@@ -6,7 +6,7 @@ This module knows what makes arrays fit for one in-place pass. It does not know 
 
 from libc.math cimport isnan
 from libc.stdint cimport int64_t, uintptr_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from asgd_fast._rows.describe cimport (
@@ -451,14 +451,8 @@ cdef class Rows:
 
     cdef int mirror(self, const Mirror *mirror) except -1:
         """Let the engine write a row's scalars elsewhere, too."""
-        cdef Py_ssize_t n = self.n_mirrors
-        cdef void *room
-        if n & (n - 1) == 0:  # as many as there was room for
-            room = realloc(self.mirrors, max(1, 2 * n) * sizeof(Mirror))
-            if room == NULL:
-                raise MemoryError
-            self.mirrors = <Mirror *>room
-        self.mirrors[n] = mirror[0]
+        self.mirrors = <Mirror *>with_room(self.mirrors, self.n_mirrors, sizeof(Mirror))
+        self.mirrors[self.n_mirrors] = mirror[0]
         self.n_mirrors += 1
         return 0
 
@@ -484,14 +478,8 @@ cdef class Rows:
             give_back(&self._lent[self._n_lent])
 
     cdef int _keep_lent(self, const Borrowed *borrowed) except -1:
-        cdef Py_ssize_t n = self._n_lent
-        cdef void *room
-        if n & (n - 1) == 0:  # as many as there was room for
-            room = realloc(self._lent, max(1, 2 * n) * sizeof(Borrowed))
-            if room == NULL:
-                raise MemoryError
-            self._lent = <Borrowed *>room
-        self._lent[n] = borrowed[0]
+        self._lent = <Borrowed *>with_room(self._lent, self._n_lent, sizeof(Borrowed))
+        self._lent[self._n_lent] = borrowed[0]
         self._n_lent += 1
         return 0
 
@@ -568,7 +556,8 @@ cdef int _number_of(DLDevice device) noexcept:
     """Which device of `Row` it is."""
     if device.device_type in (kDLCPU, kDLCUDAHost, kDLROCMHost):
         return CPU
-    if device.device_type in (kDLCUDA, kDLCUDAManaged):
+    # `Row.device` has 15 bits for it.
+    if device.device_type in (kDLCUDA, kDLCUDAManaged) and 0 <= device.device_id < 1 << 15:
         return device.device_id
     return ELSEWHERE
 

@@ -125,7 +125,7 @@ def copy_to(states: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor
 
 def _begun(states: Sequence[ParamState]) -> list[ParamState]:
     """Return the states of params whose averages have begun."""
-    mus = floats([own.numbers()[2] for own in states])
+    mus = floats([own.scalars()[2] for own in states])
     return [own for own, mu in zip(states, mus, strict=True) if mu != 1]
 
 

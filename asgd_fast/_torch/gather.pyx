@@ -25,6 +25,7 @@ from asgd_fast._torch.state import (
     extent,
     grad_as_param,
     new_average,
+    owners_of,
     record_of,
     to_device,
     to_host,
@@ -66,6 +67,7 @@ cdef class Work:
     cdef readonly list left
     cdef readonly list written
     cdef object _state
+    cdef object _owners      # of the entries that were looked up: see `owners_of`
     cdef dict _new           # states that come into being with the step, by ids of params
     cdef list _averages      # the same of averages, each with its state
     cdef list _converted     # gradients of which a copy is used
@@ -110,10 +112,12 @@ cdef class Work:
         """Add the params of a group that have a gradient."""
         cdef Common common
         cdef Record record
+        cdef list params
         check_group(group)
         by_torch = by_torch or group["differentiable"]
         self._read_group(group, unscale, &common)
-        params = group["params"]
+        # A copy: another thread may change the list, and room is made for these alone.
+        params = list(group["params"])
         self.rows.reserve(len(params))
         for param in params:
             grad = _grad_of(param)
@@ -179,8 +183,11 @@ cdef class Work:
         record = _fit_for(param, found)
         if record is not None:
             return record
+        if found and self._owners is None:
+            self._owners = owners_of(self._state)
         record = record_of(
-            self._state, param, group, lazy=self._lazy, average_dtype=self._average_dtype)
+            self._state, param, group, owners=self._owners, lazy=self._lazy,
+            average_dtype=self._average_dtype)
         if record.param is not param:
             self._shares_state = True
         elif record is not found:
@@ -214,7 +221,7 @@ cdef class Work:
                 rows.abandon()
                 return False
             begins = averages(row.step)
-        ax = record.average()
+        ax = shown = record.average()
         if ax is None and (begins or common.capturable or not record.is_lazy):
             # The step copies the param into it, or has to find there what it was before.
             ax = new_average(record, copies=row.step == NULL or row.step.mu != 1)
@@ -226,13 +233,14 @@ cdef class Work:
                     rows.abandon()
                     return False
                 self._averages.append((record, ax))
-            if record.is_shown:  # else no graph of autograd has it
-                self.written.append(ax)
+            if record.is_shown and shown is not None:  # else no graph of autograd has it
+                self.written.append(shown)
+            rows.kept.append(ax)
         self.written.append(param)
         rows.kept.append(grad)
         rows.kept.append(record)
         if record.is_open:
-            self.written += record.numbers()
+            self.written += record.scalars()
             if row.step != NULL:
                 rows.mirror(&mirror)
         rows.commit()
@@ -326,7 +334,7 @@ def gather(
     state, groups, *, double unscale, bint scalars_on_device, bint by_torch, bint lazy,
     average_dtype,
 ):
-    """Find out what a step has to do; nothing is changed.
+    """Find out what a step has to do; nothing is changed but where scalars are.
 
     Parameters
     ----------

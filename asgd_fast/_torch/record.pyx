@@ -98,7 +98,7 @@ cdef class Record(dict):
         if self.device_scalars is not None:
             scalars = self.device_scalars.views()
         else:
-            scalars = [torch.tensor(value, dtype=self.dtype) for value in self.numbers()]
+            scalars = [torch.tensor(value, dtype=self.dtype) for value in self.scalars()]
         contents = dict(zip(_NAMES, scalars, strict=True))
         if self._ax is not None:
             contents["ax"] = self._ax
@@ -112,7 +112,7 @@ cdef class Record(dict):
         """The dtype of the scalars."""
         return torch.float64 if self.is_double else torch.float32
 
-    def numbers(self):
+    def scalars(self):
         """step, eta and mu as they stand in the record: numbers, or tensors that have them."""
         if self.is_open:
             return tuple([dict.__getitem__(self, name) for name in _NAMES])
@@ -125,7 +125,7 @@ cdef class Record(dict):
         return self.is_open and PyDict_Size(self) == 0
 
     def missing(self):
-        """The names of the entries that a step needs and that are not there."""
+        """The names of the entries that a step needs and an open record does not have."""
         names = [*_NAMES, "ax"] if self.has_average else _NAMES
         return [name for name in names if not dict.__contains__(self, name)]
 
@@ -151,7 +151,9 @@ cdef class Record(dict):
     @property
     def start(self):
         """The t0 of this param alone; None where that of the group holds."""
-        return self.own_t0()
+        if self.is_open:
+            return dict.get(self, "t0")
+        return None if isnan(self.t0) else self.t0
 
     @start.setter
     def start(self, t0):
@@ -161,11 +163,6 @@ cdef class Record(dict):
                 dict.__setitem__(self, "t0", t0)
             elif dict.__contains__(self, "t0"):
                 dict.__delitem__(self, "t0")
-
-    def own_t0(self):
-        if self.is_open:
-            return dict.get(self, "t0")
-        return None if isnan(self.t0) else self.t0
 
     def begin_anew(self, double step):
         """Set mu to 1 after so many steps, so that the next step's iterate is copied."""

@@ -5,7 +5,7 @@ This module knows params, their states and checkpoints; it does not know how a s
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -35,6 +35,7 @@ __all__ = [
     "grad_as_param",
     "load",
     "new_average",
+    "owners_of",
     "plain",
     "protected",
     "record_of",
@@ -62,7 +63,7 @@ class ParamState(Record):
     """The state of one param, which opens as soon as somebody looks into it.
 
     Before averaging begins there is no entry "ax". Who asks for it gets a copy of the param, which
-    an average equals until then.
+    an average equals until then. What it has besides the dict's own methods is the optimizer's.
     """
 
     __slots__ = ()
@@ -118,8 +119,19 @@ def wide(param: Tensor, average_dtype: torch.dtype | None) -> torch.dtype:
     return torch.promote_types(param.dtype, average_dtype)
 
 
+def owners_of(state: State) -> Counter[int]:
+    """Return of how many params each entry is the state, by the ids of the entries."""
+    return Counter(map(id, state.values()))
+
+
 def record_of(
-    state: State, param: Tensor, group: Group, *, lazy: bool, average_dtype: torch.dtype | None
+    state: State,
+    param: Tensor,
+    group: Group,
+    *,
+    owners: Counter[int] | None,
+    lazy: bool,
+    average_dtype: torch.dtype | None,
 ) -> ParamState:
     """Return the state of a param, new where there is none; it is not put into the optimizer's.
 
@@ -134,6 +146,8 @@ def record_of(
         With a gradient.
     group : dict
         The param's.
+    owners : Counter of int, optional
+        What `owners_of` returns; None for a param that has no state yet.
     lazy : bool
         Whether averages are to exist only once they begin.
     average_dtype : torch.dtype, optional
@@ -152,7 +166,7 @@ def record_of(
     is_known = type(found) is ParamState and found.param is not None
     if is_known and found.param is not param and state.get(found.param) is found:
         return cast("ParamState", found)
-    if sum(entry is found for entry in state.values()) > 1:
+    if owners is not None and owners[id(found)] > 1:
         return ParamState(found)
     if is_known and found.param is param:
         return cast("ParamState", found)
@@ -201,12 +215,15 @@ def states_of(
     average_dtype : torch.dtype, optional
         As for `wide`.
     """
+    owners = owners_of(state)
     states = []
     for group in groups:
         for param in group["params"]:
             if not state.get(param):
                 continue
-            own = record_of(state, param, group, lazy=lazy, average_dtype=average_dtype)
+            own = record_of(
+                state, param, group, owners=owners, lazy=lazy, average_dtype=average_dtype
+            )
             if own.param is param:
                 state[param] = own
             else:  # another param's too
@@ -275,9 +292,9 @@ def load(
             average_dtype=wide(param, average_dtype),
             t0=entry.get("t0"),
         )
-        if "ax" in entry and (is_capturable or not own.is_lazy or own.numbers()[2] != 1):
+        if "ax" in entry and (is_capturable or not own.is_lazy or own.scalars()[2] != 1):
             own.ax = entry["ax"]
-        elif own.numbers()[2] != 1:
+        elif own.scalars()[2] != 1:
             own.has_average = True  # which is missing
         if is_capturable:
             to_device(own, param.device)
@@ -350,7 +367,7 @@ def start(states: Sequence[ParamState], group: Group) -> None:
     group : dict
         One of the optimizer's param_groups.
     """
-    steps = floats([own.numbers()[0] for own in states])
+    steps = floats([own.scalars()[0] for own in states])
     # The next one is number step + 1, and number t0 + 2 is the first.
     t0 = max(steps, default=0.0) - 1
     for own, step in zip(states, steps, strict=True):
@@ -415,13 +432,13 @@ def average_as_param(ax: Any, param: Tensor) -> Tensor | None:
 def to_host(own: ParamState) -> None:
     """Read scalars from the GPU that had them; the host has them from now on."""
     _refuse_capture(own.param)
-    own.move(None, tuple(floats(own.numbers())))
+    own.move(None, tuple(floats(own.scalars())))
 
 
 def to_device(own: ParamState, device: torch.device) -> DeviceScalars:
     """Let a GPU have the scalars from now on."""
     _refuse_capture(own.param)
-    numbers = own.numbers()
+    numbers = own.scalars()
     is_double = any(getattr(x, "dtype", None) == torch.float64 for x in numbers)
     dtype = torch.float64 if is_double else own.dtype
     scalars = DeviceScalars(floats(numbers), device, dtype)
@@ -435,7 +452,7 @@ def with_scalars(own: ParamState) -> None:
         return
     dtypes = [getattr(own[name], "dtype", None) for name in SCALARS]
     dtype = torch.float64 if torch.float64 in dtypes else scalar_dtype()
-    for name, value in zip(SCALARS, floats(own.numbers()), strict=True):
+    for name, value in zip(SCALARS, floats(own.scalars()), strict=True):
         own[name] = torch.tensor(value, dtype=dtype)
 
 

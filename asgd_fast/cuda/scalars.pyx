@@ -6,8 +6,9 @@ kernels read them, nor which params have their scalars here.
 """
 
 from libc.stdint cimport uintptr_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport free
 
+from asgd_fast._rows.rows cimport with_room
 from asgd_fast._schedule cimport Plan
 
 
@@ -29,15 +30,9 @@ cdef class DeviceRows:
 
     cdef int add(self, const DeviceRow *row, scalars) except -1:
         """Add a row that has some scalars; returns its place, from 1."""
-        cdef Py_ssize_t n = self.n_rows
-        cdef void *room
-        if n & (n - 1) == 0:  # as many as there was room for
-            room = realloc(self.rows, max(1, 2 * n) * sizeof(DeviceRow))
-            if room == NULL:
-                raise MemoryError
-            self.rows = <DeviceRow *>room
+        self.rows = <DeviceRow *>with_room(self.rows, self.n_rows, sizeof(DeviceRow))
         self.scalars.append(scalars)
-        self.rows[n] = row[0]
+        self.rows[self.n_rows] = row[0]
         self.n_rows += 1
         return self.n_rows
 
