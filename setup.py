@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Line tracing for `make coverage`: slow loops, so never in a build that people use.
 TRACE = bool(os.environ.get("ASGD_FAST_TRACE"))
 
-# The bits of the result are part of the contract (DESIGN: Numerics), so the compiler may neither
+# The bits of the result are part of the contract (docs/numerics.md), so the compiler may neither
 # contract a product and a sum into one rounding, nor reorder sums, whatever CFLAGS says.
 EXACT = {"msvc": ["/fp:precise"], "unix": ["-ffp-contract=off", "-fno-fast-math"]}
 OPTIMISE = {"msvc": ["/O2"], "unix": ["-O3", "-fno-math-errno", "-fno-trapping-math"]}

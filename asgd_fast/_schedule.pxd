@@ -31,17 +31,3 @@ cdef void fill(Step *step, const Scalars *now, const Plan *plan) noexcept nogil
 cdef bint averages(const Step *step) noexcept nogil
 cdef double eta_of(double step, const Plan *plan) noexcept nogil
 cdef double mu_of(double step, const Plan *plan) noexcept nogil
-
-
-cdef inline bint same_scalars(const Scalars *one, const Scalars *other) noexcept nogil:
-    return one.step == other.step and one.eta == other.eta and one.mu == other.mu
-
-
-cdef inline bint same_plan(const Plan *one, const Plan *other) noexcept nogil:
-    return (
-        one.lr == other.lr and one.lambd == other.lambd and one.alpha == other.alpha
-        and one.t0 == other.t0 and one.average_every == other.average_every
-        and one.current == other.current and one.weight_decay == other.weight_decay
-        and one.grad_scale == other.grad_scale and one.float_step == other.float_step
-        and one.float_next == other.float_next
-    )

@@ -307,7 +307,7 @@ class ASGD(torch.optim.ASGD):
         return loss
 
     def _gather(self, unscale: float) -> Work:
-        """Find out what the step has to do; nothing is changed."""
+        """Find out what the step has to do; nothing is changed but where scalars are."""
         return gather(
             self.state,
             self.param_groups,
@@ -327,16 +327,19 @@ class ASGD(torch.optim.ASGD):
             capturable = all(group["capturable"] for group in self.param_groups)
             launches = launches_for(work.rows, capturable=capturable)
         if work.left:
-            fallback.check(work.left)
+            fallback.prepare(work.left)
         n_threads = threads_for(work.rows)
         work.begin()
-        if work.left:
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
-                fallback.step(work.left, unscale)
-        increment_versions(work.written)
-        if launches is not None:
-            launches.run()
-        _core.update(work.rows, n_threads)
+        try:
+            if work.left:
+                with torch.set_grad_enabled(self.defaults["differentiable"]):
+                    fallback.step(work.left, unscale)
+            increment_versions(work.written)
+            if launches is not None:
+                launches.run()
+            _core.update(work.rows, n_threads)
+        finally:
+            work.end()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or another process needs."""
@@ -348,7 +351,7 @@ class ASGD(torch.optim.ASGD):
         """Take over the state of a checkpoint, a copy or another process."""
         state.release(state_.get("state", {}))
         super().__setstate__(state_)  # type: ignore[no-untyped-call]
-        state.load(
+        self.state = state.loaded(
             self.state,
             self.param_groups,
             lazy=self.lazy_average,

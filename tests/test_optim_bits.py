@@ -317,3 +317,41 @@ def test_half_types_round_as_torch_rounds(simd_level, dtype):
     number = ~expected.isnan()
     assert torch.equal(param.detach()[number].view(torch.int16), expected[number].view(torch.int16))
     assert param.detach()[~number].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "lrs",
+    [
+        (torch.tensor(0.1), float(torch.tensor(0.1))),
+        (float(torch.tensor(0.1)), torch.tensor(0.1)),
+        (torch.tensor(0.1), torch.tensor(float(torch.tensor(0.1)), dtype=torch.float64)),
+        (0.0, -0.0),
+    ],
+    ids=["tensor, number", "number, tensor", "two dtypes", "two zeros"],
+)
+def test_groups_whose_lr_differs_in_kind_alone(lrs):
+    params = [nn.Parameter(torch.full((3,), -0.0)) for _ in lrs]
+
+    def groups(own):
+        return [{"params": [p], "lr": lr} for p, lr in zip(own, lrs, strict=True)]
+
+    twins = Twins(params, groups, lambd=0.3, alpha=0.7, t0=3)
+    for p, q in zip(twins.params, twins.theirs_params, strict=True):
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+    for _ in range(20):
+        twins.ours.step()
+        twins.theirs.step()
+        twins.check()
+
+
+def test_a_tensor_as_lr_where_torchs_function_steps_for_own_keywords():
+    """Each second iterate only: eta is still torch's."""
+    lr = torch.tensor(0.1)
+    twins = Twins([nn.Parameter(torch.ones(6)[::2])], lr=lr, lambd=0.3, alpha=0.7, t0=3)
+    every = ASGD([nn.Parameter(torch.ones(6)[::2])], lr=lr, lambd=0.3, alpha=0.7, average_every=2)
+    (p,) = every.param_groups[0]["params"]
+    for _ in range(20):
+        p.grad = torch.ones(3)
+        every.step()
+        twins.step([torch.ones(3)])
+        same(every.state[p]["eta"], twins.theirs.state[twins.theirs_params[0]]["eta"])

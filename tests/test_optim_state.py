@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from twins import NAMES, Twins, parameters, same, sealed_or_open
 
-from asgd_fast import ASGD
+from asgd_fast import ASGD, _core
 
 T0 = 4
 OPTIONS = {"lr": 0.3, "lambd": 1e-2, "t0": T0, "weight_decay": 0.01}
@@ -502,3 +502,80 @@ def test_shared_state_is_shared_with_spawned_processes():
     process.join()
     assert process.exitcode == 0
     assert optimizer.state[params[0]]["step"] == 4
+
+
+def test_states_that_another_thread_looks_at_during_the_update_show_the_step(monkeypatch):
+    """The update releases the GIL."""
+    twins = Twins(parameters((3,), (4,)), **OPTIONS)
+    twins.run(2)
+    held = {}
+    update = _core.update
+
+    def looked_at(*args):
+        held.update((p, twins.ours.state[p]["step"]) for p in twins.params[:1])
+        update(*args)
+
+    monkeypatch.setattr(_core, "update", looked_at)
+    twins.run(1)
+    monkeypatch.undo()
+    assert held[twins.params[0]] == 3
+    twins.run(T0 + 2)
+    assert held[twins.params[0]] == T0 + 5
+
+
+def test_scalars_are_the_hosts_whatever_the_default_device_is():
+    twins = Twins(parameters((3,), (4,)), **OPTIONS)
+    twins.run(2)
+    with torch.device("meta"):
+        twins.look()
+        scalars = twins.ours.state_dict()["state"][1]
+    assert {scalars[name].device.type for name in SCALARS} == {"cpu"}
+    twins.run(T0 + 2)
+
+
+def test_states_looked_at_in_inference_mode_can_be_started_outside():
+    params = parameters((3,), (4,))
+    optimizer = ASGD(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    with torch.inference_mode():
+        assert optimizer.state[params[1]]["mu"] == 1
+    optimizer.start_averaging()
+    optimizer.step()
+    assert all("ax" in optimizer.state[p] for p in params)
+
+
+def test_a_shallow_copy_leaves_the_original_as_it_is():
+    twins = Twins(parameters((3,)), **OPTIONS)
+    twins.run(1)
+    step = twins.ours.state[twins.params[0]]["step"]
+    copy.copy(twins.ours)
+    twins.run(1)
+    assert step == 2
+
+
+def test_one_dict_for_two_params_without_its_average_is_named():
+    params = parameters((3,), (3,))
+    optimizer = ASGD(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    shared = dict(optimizer.state[params[0]])
+    for p in params:
+        optimizer.state[p] = shared
+    with pytest.raises(KeyError, match="ax"):
+        optimizer.step()
+
+
+def test_groups_are_checked_before_any_scalar_is_replaced():
+    params = parameters((3,), (4,))
+    optimizer = ASGD([{"params": [p]} for p in params])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[params[0]]["eta"] = 0.25
+    optimizer.param_groups[1]["lambd"] = -1
+    with pytest.raises(ValueError, match="lambd"):
+        optimizer.step()
+    assert type(optimizer.state[params[0]]["eta"]) is float

@@ -1,7 +1,8 @@
 # The CPU's update of one row. This is the formula, and every other place that computes it has these
-# bits (DESIGN: Numerics contract); it knows addresses, a length and scalars, nothing else.
+# bits (docs/numerics.md); it knows addresses, a length and scalars, nothing else.
 #
-# The text is compiled once for each SIMD level (_loops_*.pyx) with that level's flags (setup.py).
+# The text is compiled once for each SIMD level (baseline, avx2, avx512.pyx) with that level's flags
+# (setup.py).
 # Each operation rounds once, and a product is fused with a sum only where fma is written.
 
 from cpython.pycapsule cimport PyCapsule_New

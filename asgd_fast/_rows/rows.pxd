@@ -24,7 +24,7 @@ cdef enum:  # the kinds of real numbers
     FLOAT64 = 3
     N_KINDS = 4
 
-# The update of one array, in one cache line: a step from cold caches waits for what it touches.
+# The update of one array, as small as a cache line: cold steps wait for what they touch.
 cdef struct Row:
     void *param
     const void *grad
@@ -68,6 +68,7 @@ cdef class Rows:
     cdef Span *_spans               # for the check
     cdef Step *_steps               # at most one for each row
     cdef Py_ssize_t _n_steps
+    cdef bint _shares_step          # whether the next row may have the last step
     cdef Scalars _now               # of the last step
     cdef Plan _plan                 # likewise
     cdef Mirror *mirrors
@@ -90,6 +91,7 @@ cdef class Rows:
     cdef readonly tuple names
     cdef list kept                  # what keeps the memory alive for as long as it is used
 
+    cdef int begin_group(self, Py_ssize_t n) except -1
     cdef int reserve(self, Py_ssize_t more) except -1
     cdef Row *begin(self) noexcept
     cdef str settle(self, int role)
@@ -100,7 +102,7 @@ cdef class Rows:
     cdef int note_stream(self, uintptr_t stream) except -1
     cdef void abandon(self) noexcept
     cdef void _give_back(self, Py_ssize_t keep) noexcept
-    cdef int _keep_lent(self, const Borrowed *borrowed) except -1
+    cdef int _keep_lent(self, Borrowed *borrowed) except -1
     cdef int _take(self, int role, object array) except -1
     cdef str _fault(self, int role)
     cdef str _mismatch(self, int role)

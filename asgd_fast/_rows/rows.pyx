@@ -7,7 +7,7 @@ This module knows what makes arrays fit for one in-place pass. It does not know 
 from libc.math cimport isnan
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy
 
 from asgd_fast._rows.describe cimport (
     data_of,
@@ -41,7 +41,7 @@ from asgd_fast._rows.dlpack cimport (
     kDLROCMHost,
 )
 from asgd_fast._rows.overlap cimport find_overlap
-from asgd_fast._schedule cimport Plan, Scalars, Step, averages, fill, same_plan, same_scalars
+from asgd_fast._schedule cimport Plan, Scalars, Step, averages, fill
 
 
 def is_array(candidate):
@@ -263,7 +263,7 @@ cdef class Rows:
         for each in (grads, axs, scalars, starts):
             if each is not None and len(each) != n:
                 raise ValueError(f"got {len(each)} for {n} params; expected one for each")
-        self.reserve(n)
+        self.begin_group(n)
         self.kept.append((params, grads, axs, scalars))
         try:
             for i in range(n):
@@ -339,6 +339,11 @@ cdef class Rows:
             ):
                 return True
         return False
+
+    cdef int begin_group(self, Py_ssize_t n) except -1:
+        """Make room for the n rows of a group, whose plans differ in t0 and in rounding alone."""
+        self._shares_step = False
+        return self.reserve(n)
 
     cdef int reserve(self, Py_ssize_t more) except -1:
         """Make room for rows that are to come."""
@@ -430,12 +435,20 @@ cdef class Rows:
         return True
 
     cdef Step *step_for(self, const Scalars *now, const Plan *plan) noexcept:
-        """The step of the row: a new one, unless the row before had the same scalars and plan."""
+        """The step of the row: a new one, unless the row before in its group had the same."""
         cdef Step *step = &self._steps[self._n_steps]
-        if self._n_steps > 0 and same_scalars(now, &self._now) and same_plan(plan, &self._plan):
+        if (
+            self._shares_step
+            and memcmp(now, &self._now, sizeof(Scalars)) == 0
+            # In all else the plans of a group are the same.
+            and plan.t0 == self._plan.t0
+            and plan.float_step == self._plan.float_step
+            and plan.float_next == self._plan.float_next
+        ):
             return step - 1
         fill(step, now, plan)
         self._now, self._plan = now[0], plan[0]
+        self._shares_step = True
         self._n_steps += 1
         return step
 
@@ -477,8 +490,12 @@ cdef class Rows:
             self._n_lent -= 1
             give_back(&self._lent[self._n_lent])
 
-    cdef int _keep_lent(self, const Borrowed *borrowed) except -1:
-        self._lent = <Borrowed *>with_room(self._lent, self._n_lent, sizeof(Borrowed))
+    cdef int _keep_lent(self, Borrowed *borrowed) except -1:
+        try:
+            self._lent = <Borrowed *>with_room(self._lent, self._n_lent, sizeof(Borrowed))
+        except MemoryError:
+            give_back(borrowed)
+            raise
         self._lent[self._n_lent] = borrowed[0]
         self._n_lent += 1
         return 0

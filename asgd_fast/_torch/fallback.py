@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.optim.asgd import asgd as torch_asgd
 
 from asgd_fast._schedule import next_scalars
-from asgd_fast._torch.groups import has_own_options
+from asgd_fast._torch.groups import eta_of_tensor, has_own_options
 from asgd_fast._torch.internals import FOREACH_TAKES_HOST_SCALARS
+from asgd_fast._torch.record import scalar_tensor
 from asgd_fast._torch.state import SCALARS, ParamState, new_average, to_device
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from asgd_fast._torch.groups import Group
 
-__all__ = ["Left", "check", "step"]
+__all__ = ["Left", "prepare", "step"]
 
 # A param that no engine takes, between its group and its state.
 Left: TypeAlias = "tuple[Group, Tensor, ParamState]"
@@ -34,7 +35,7 @@ _HYPERPARAMETERS = (
 )
 
 
-def check(left: Sequence[Left]) -> None:
+def prepare(left: Sequence[Left]) -> None:
     """Refuse what torch's function would refuse half-way, and let averages begin.
 
     Parameters
@@ -79,7 +80,7 @@ def step(left: Sequence[Left], unscale: float) -> None:
     Parameters
     ----------
     left : sequence of (dict, Tensor, ParamState)
-        Checked.
+        Prepared.
     unscale : float
         What the gradients are multiplied by first.
     """
@@ -136,13 +137,15 @@ def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> Non
         [param],
         [grad],
         [own["ax"] if mu != 0 else torch.empty_like(param)],
-        [torch.tensor(mu or 1.0, dtype=torch.float64)],
-        [torch.tensor(eta, dtype=torch.float64)],
-        [torch.tensor(step, dtype=torch.float64)],
+        [scalar_tensor(mu or 1.0, torch.float64)],
+        [scalar_tensor(eta, torch.float64)],
+        [scalar_tensor(step, torch.float64)],
         has_complex=param.is_complex(),
         **{**options, "foreach": False},
     )
     eta, mu = next_scalars(step + 1, lr, lambd, alpha, t0, every, is_current)
+    if isinstance(group["lr"], Tensor) and not is_current:
+        eta = eta_of_tensor(group["lr"], lambd, alpha, step + 1)
     for name, value in zip(SCALARS, (step + 1, eta, mu), strict=True):
         own[name].fill_(value)
 

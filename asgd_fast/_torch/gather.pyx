@@ -1,7 +1,7 @@
 """The rows of a torch optimizer's step, gathered from its groups, its gradients and its state.
 
-This module knows groups and state as torch lays them out. It changes neither before all of the step
-is known: see `Work.begin`. What no engine can take, it lists for torch's own function.
+This module knows groups and state as torch lays them out. It changes no value of either before all
+of the step is known: see `Work.begin`. What no engine can take, it lists for torch's own function.
 """
 
 from cpython.dict cimport PyDict_Next
@@ -18,7 +18,7 @@ from asgd_fast._torch.memory cimport is_ordinary, lend
 from asgd_fast._torch.record cimport Record
 from asgd_fast.cuda.scalars cimport DeviceRows, DeviceScalars
 
-from asgd_fast._torch.groups import check_group, number
+from asgd_fast._torch.groups import check_group, eta_of_tensor, number
 from asgd_fast._torch.state import (
     ParamState,
     average_as_param,
@@ -69,6 +69,7 @@ cdef class Work:
     cdef object _state
     cdef object _owners      # of the entries that were looked up: see `owners_of`
     cdef dict _new           # states that come into being with the step, by ids of params
+    cdef list _stepped       # the states of the rows
     cdef list _averages      # the same of averages, each with its state
     cdef list _converted     # gradients of which a copy is used
     cdef object _lr          # of the group, as it stands there
@@ -86,10 +87,14 @@ cdef class Work:
         self._state = state
         self._new = {}
         self._averages = []
+        self._stepped = []
         self._converted = []
 
     def begin(self):
         """Let the states and averages come into being that begin with this step."""
+        cdef Record stepped
+        for stepped in self._stepped:
+            stepped.is_in_step = True
         for record, ax in self._averages:
             if record.ax is None:
                 record.ax = ax
@@ -99,6 +104,12 @@ cdef class Work:
             self._state[param] = record
         if self.rows.on_device is not None:
             self.rows.on_device.count()
+
+    def end(self):
+        """Let states that another thread has looked at meanwhile show the step, too."""
+        cdef Record stepped
+        for stepped in self._stepped:
+            stepped.leave_step()
 
     def has_all_scalars_on_device(self):
         """Whether GPUs have the scalars of all rows."""
@@ -113,12 +124,11 @@ cdef class Work:
         cdef Common common
         cdef Record record
         cdef list params
-        check_group(group)
         by_torch = by_torch or group["differentiable"]
         self._read_group(group, unscale, &common)
         # A copy: another thread may change the list, and room is made for these alone.
         params = list(group["params"])
-        self.rows.reserve(len(params))
+        self.rows.begin_group(len(params))
         for param in params:
             grad = _grad_of(param)
             record = self._next(param)
@@ -225,20 +235,20 @@ cdef class Work:
         if ax is None and (begins or common.capturable or not record.is_lazy):
             # The step copies the param into it, or has to find there what it was before.
             ax = new_average(record, copies=row.step == NULL or row.step.mu != 1)
-            self._averages.append((record, ax))
         if ax is not None and (row.step == NULL or row.step.mu != 0):
             if not self._lend(AX, ax, not record.is_shown):
                 ax = average_as_param(ax, param)
                 if ax is None or not self._lend(AX, ax):
                     rows.abandon()
                     return False
-                self._averages.append((record, ax))
             if record.is_shown and shown is not None:  # else no graph of autograd has it
                 self.written.append(shown)
             rows.kept.append(ax)
+        if ax is not shown:
+            self._averages.append((record, ax))
         self.written.append(param)
         rows.kept.append(grad)
-        rows.kept.append(record)
+        self._stepped.append(record)
         if record.is_open:
             self.written += record.scalars()
             if row.step != NULL:
@@ -284,7 +294,7 @@ cdef class Work:
         plan.float_next = self._round_scalars or not record.is_double
         step = self.rows.step_for(&record.now, &plan)
         if common.lr_is_tensor and not plan.current:
-            step.next.eta = _eta_after(self._lr, plan.lambd, plan.alpha, step.next.step)
+            step.next.eta = eta_of_tensor(self._lr, plan.lambd, plan.alpha, step.next.step)
             if not record.is_double:
                 step.next.eta = rounded(step.next.eta)
         elif plan.lr < 0 and not isfinite(step.next.eta):
@@ -323,6 +333,7 @@ cdef class Work:
                 return 0
         self.rows.clear()
         self.written.clear()
+        self._stepped.clear()
         self._averages.clear()
         self.left = [
             (group, param, self._find(param, group))
@@ -371,6 +382,8 @@ def gather(
     work._average_dtype = average_dtype
     work._round_scalars = torch.get_default_dtype() is not torch.float64
     for group in groups:
+        check_group(group)
+    for group in groups:
         work._add_group(group, unscale, by_torch)
     work._check_memory(groups)
     return work
@@ -389,9 +402,3 @@ cdef inline object _grad_of(param):
     if is_ordinary(param):
         return _get_grad(_grad, param, type(param))
     return param.grad
-
-
-cdef double _eta_after(lr, double lambd, double alpha, double step) except? -1:
-    """eta where lr is a tensor: torch then computes it in the dtype of lr."""
-    lr = lr.squeeze()
-    return float(lr / ((1 + lambd * lr * step) ** alpha))

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from math import inf, isfinite
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
 
-__all__ = ["OWN_HYPERPARAMETERS", "Group", "check_group", "has_own_options", "number"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "OWN_HYPERPARAMETERS",
+    "Group",
+    "check_group",
+    "eta_of_tensor",
+    "has_own_options",
+    "number",
+]
 
 Group: TypeAlias = dict[str, Any]
 
@@ -41,6 +51,12 @@ def check_group(group: Group) -> None:
     check_average_every(group["average_every"])
     if group["differentiable"] and has_own_options(group):
         raise ValueError("differentiable: goes only with lr_schedule='torch' and average_every=1")
+
+
+def eta_of_tensor(lr: Tensor, lambd: float, alpha: float, step: float) -> float:
+    """Return eta after `step` steps where lr is a tensor: torch computes it in the dtype of lr."""
+    lr = lr.detach().squeeze()
+    return float(lr / ((1 + lambd * lr * step) ** alpha))
 
 
 def number(name: str, value: Any) -> float:

@@ -17,7 +17,10 @@ cdef class Record(dict):
     cdef readonly bint is_lazy       # whether there is no average before it begins
     cdef public bint has_average
     cdef bint is_shown               # whether anybody may have the average
+    cdef bint is_in_step             # whether an engine may be about to advance `now`
+    cdef bint is_behind              # whether its tensors are to be made those of `now` then
 
+    cdef int leave_step(self) except -1
     cdef bint is_empty(self) noexcept
     cdef object average(self)
     cdef int read(self, Mirror *mirror) except -1

@@ -9,6 +9,8 @@ from asgd_fast.cuda.scalars import DeviceScalars
 
 SCALARS: tuple[str, str, str]
 
+def scalar_tensor(value: float, dtype: torch.dtype) -> Tensor: ...
+
 @disjoint_base
 class Record(dict[str, Any]):
     ax: Tensor | None

@@ -21,6 +21,12 @@ SCALARS = ("step", "eta", "mu")
 cdef tuple _NAMES = SCALARS
 
 
+def scalar_tensor(double value, dtype):
+    """A number as a tensor of no dimension of the host, whatever modes and defaults torch is in."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
 cdef class Record(dict):
     """The state of one param.
 
@@ -84,6 +90,18 @@ cdef class Record(dict):
         self.is_open = self.is_shown = True
         dict.update(self, contents)
         self._ax = None
+        self.is_behind = self.is_in_step and self.device_scalars is None
+
+    cdef int leave_step(self) except -1:
+        """Let tensors show a step that another thread has opened the record in."""
+        self.is_in_step = False
+        if self.is_behind:
+            self.is_behind = False
+            with torch.no_grad(), torch.inference_mode(False):
+                for name, value in zip(
+                        _NAMES, (self.now.step, self.now.eta, self.now.mu), strict=True):
+                    dict.__getitem__(self, name).fill_(value)
+        return 0
 
     def contents(self):
         """The entries as a plain dict, of tensors of its own where the record is sealed.
@@ -98,7 +116,7 @@ cdef class Record(dict):
         if self.device_scalars is not None:
             scalars = self.device_scalars.views()
         else:
-            scalars = [torch.tensor(value, dtype=self.dtype) for value in self.scalars()]
+            scalars = [scalar_tensor(value, self.dtype) for value in self.scalars()]
         contents = dict(zip(_NAMES, scalars, strict=True))
         if self._ax is not None:
             contents["ax"] = self._ax
@@ -188,18 +206,20 @@ cdef class Record(dict):
         """
         cdef Borrowed borrowed
         cdef double values[3]
+        cdef bint is_fit
         cdef int i
         for i in range(3):
             tensor = dict.get(self, _NAMES[i])
             if not is_ordinary(tensor) or not lend(tensor, True, &borrowed):
                 return False
+            is_fit = (
+                borrowed.tensor.device.device_type == kDLCPU
+                and borrowed.tensor.dtype.code == kDLFloat
+                and borrowed.tensor.dtype.bits >= 32
+                and n_elements(&borrowed.tensor) == 1
+            )
             give_back(&borrowed)  # the record keeps the tensor
-            if (
-                borrowed.tensor.device.device_type != kDLCPU
-                or borrowed.tensor.dtype.code != kDLFloat
-                or borrowed.tensor.dtype.bits < 32
-                or n_elements(&borrowed.tensor) != 1
-            ):
+            if not is_fit:
                 return False
             if borrowed.tensor.data == NULL:
                 raise RuntimeError("state: the memory of step, eta and mu was taken away")
@@ -240,6 +260,6 @@ cdef class Record(dict):
             self.now.step, self.now.eta, self.now.mu = numbers
         if self.is_open:
             tensors = device_scalars.views() if device_scalars is not None else [
-                torch.tensor(value, dtype=self.dtype) for value in numbers]
+                scalar_tensor(value, self.dtype) for value in numbers]
             for name, tensor in zip(_NAMES, tensors, strict=True):
                 dict.__setitem__(self, name, tensor)

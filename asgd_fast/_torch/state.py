@@ -5,7 +5,7 @@ This module knows params, their states and checkpoints; it does not know how a s
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from contextlib import contextmanager
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -16,7 +16,7 @@ from torch import Tensor
 from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, number
 from asgd_fast._torch.memory import is_ordinary
-from asgd_fast._torch.record import SCALARS, Record
+from asgd_fast._torch.record import SCALARS, Record, scalar_tensor
 from asgd_fast.cuda.scalars import DeviceScalars
 from asgd_fast.threads import is_forked
 
@@ -33,7 +33,7 @@ __all__ = [
     "extent",
     "floats",
     "grad_as_param",
-    "load",
+    "loaded",
     "new_average",
     "owners_of",
     "plain",
@@ -167,7 +167,9 @@ def record_of(
     if is_known and found.param is not param and state.get(found.param) is found:
         return cast("ParamState", found)
     if owners is not None and owners[id(found)] > 1:
-        return ParamState(found)
+        own = ParamState(found)
+        own.has_average = True  # torch's function needs it
+        return own
     if is_known and found.param is param:
         return cast("ParamState", found)
     return _adopted(param, found, lazy=lazy, average_dtype=average_dtype)
@@ -187,7 +189,7 @@ def _created(
     started = group.get("averaging_started") and group["t0"] != _T0_BEFORE_FIRST
     own = ParamState.__new__(ParamState).seal(
         param,
-        (0.0, torch.tensor(lr, dtype=dtype).item(), 1.0),
+        (0.0, scalar_tensor(lr, dtype).item(), 1.0),
         is_double=dtype == torch.float64,
         is_lazy=lazy and not _is_shared(param),
         average_dtype=wide(param, average_dtype),
@@ -246,10 +248,10 @@ def _adopted(
     return own
 
 
-def load(
+def loaded(
     state: State, groups: Iterable[Group], *, lazy: bool, average_dtype: torch.dtype | None
-) -> None:
-    """Make a state that torch has loaded, or that was copied or unpickled, the optimizer's own.
+) -> State:
+    """Return a state that torch has loaded, or that was copied or unpickled, as an optimizer's own.
 
     Scalars and averages keep their precision, and averages get the dtype that they have in this
     optimizer. One that has not begun is given up: the next step would overwrite it. Tensors that
@@ -258,7 +260,7 @@ def load(
     Parameters
     ----------
     state : dict of Tensor to dict
-        The optimizer's; its entries are replaced.
+        It stays as it is.
     groups : iterable of dict
         The optimizer's param_groups. With capturable=True a GPU gets the scalars of its params, and
         all averages stay: the next step may be captured.
@@ -267,8 +269,9 @@ def load(
     average_dtype : torch.dtype, optional
         As for `wide`.
     """
+    result: State = defaultdict(dict, state)
     capturable = {id(p) for group in groups if group.get("capturable") for p in group["params"]}
-    for param, entry in list(state.items()):
+    for param, entry in state.items():
         if not (isinstance(param, Tensor) and isinstance(entry, dict)):
             continue
         is_capturable = id(param) in capturable and param.is_cuda
@@ -276,12 +279,12 @@ def load(
         if isinstance(ax, Tensor) and (param.is_floating_point() or ax.dtype == param.dtype):
             entry = {**entry, "ax": ax.to(wide(param, average_dtype))}
         if not entry.keys() >= set(SCALARS):
-            state[param] = entry
+            result[param] = entry
             continue
         is_shared = any(_is_shared(x) for x in entry.values() if isinstance(x, Tensor))
         others = entry.keys() - {*SCALARS, "ax", "t0"}
         if is_shared or others or not is_ordinary(param):
-            state[param] = _adopted(param, entry, lazy=lazy, average_dtype=average_dtype)
+            result[param] = _adopted(param, entry, lazy=lazy, average_dtype=average_dtype)
             continue
         dtypes = [x.dtype for x in map(entry.get, SCALARS) if isinstance(x, Tensor)]
         own = ParamState.__new__(ParamState).seal(
@@ -298,7 +301,8 @@ def load(
             own.has_average = True  # which is missing
         if is_capturable:
             to_device(own, param.device)
-        state[param] = own
+        result[param] = own
+    return result
 
 
 def protected(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -453,7 +457,7 @@ def with_scalars(own: ParamState) -> None:
     dtypes = [getattr(own[name], "dtype", None) for name in SCALARS]
     dtype = torch.float64 if torch.float64 in dtypes else scalar_dtype()
     for name, value in zip(SCALARS, floats(own.scalars()), strict=True):
-        own[name] = torch.tensor(value, dtype=dtype)
+        own[name] = scalar_tensor(value, dtype)
 
 
 def scalar_dtype() -> torch.dtype:
