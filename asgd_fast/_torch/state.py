@@ -250,7 +250,7 @@ def _adopted(
 
 def loaded(
     state: State, groups: Iterable[Group], *, lazy: bool, average_dtype: torch.dtype | None
-) -> State:
+) -> defaultdict[Tensor, Any]:
     """Return a state that torch has loaded, or that was copied or unpickled, as an optimizer's own.
 
     Scalars and averages keep their precision, and averages get the dtype that they have in this
@@ -269,7 +269,7 @@ def loaded(
     average_dtype : torch.dtype, optional
         As for `wide`.
     """
-    result: State = defaultdict(dict, state)
+    result: defaultdict[Tensor, Any] = defaultdict(dict, state)
     capturable = {id(p) for group in groups if group.get("capturable") for p in group["params"]}
     for param, entry in state.items():
         if not (isinstance(param, Tensor) and isinstance(entry, dict)):
