@@ -56,15 +56,10 @@ cdef struct Span:  # the memory of one array of a row
     int row
     int role
 
-cdef struct Room:  # of the rows, their steps and their spans
-    void *memory
-    size_t size
-
 cdef class Rows:
-    cdef Row *rows
+    cdef Row *rows                  # in one block of memory with the steps and the spans
     cdef Py_ssize_t n_rows
     cdef Py_ssize_t _capacity
-    cdef Room _room
     cdef Span *_spans               # for the check
     cdef Step *_steps               # at most one for each row
     cdef Py_ssize_t _n_steps

@@ -124,30 +124,6 @@ def whereabouts_of(array):
 cdef enum:
     ROOM = sizeof(Row) + sizeof(Step) + 6 * sizeof(Span)
 
-# The largest room that was given back, for the next step: the system takes the pages of large rooms
-# back, and clears others for the next.
-cdef Room _spare
-
-
-cdef Room _take_room(size_t size) except *:
-    global _spare
-    cdef Room room = _spare
-    if room.size >= size:
-        _spare.memory, _spare.size = NULL, 0
-        return room
-    room.memory, room.size = malloc(size), size
-    if room.memory == NULL:
-        raise MemoryError
-    return room
-
-
-cdef void _give_room(Room room) noexcept:
-    global _spare
-    if room.size > _spare.size:
-        room, _spare = _spare, room
-    free(room.memory)
-
-
 cdef class Rows:
     """The rows of one step, each a param with its grad and, unless none is kept, its average.
 
@@ -175,7 +151,7 @@ cdef class Rows:
         self._give_back(0)
         free(self._lent)
         free(self.mirrors)
-        _give_room(self._room)
+        free(self.rows)
 
     def __len__(self):
         return self.n_rows
@@ -348,14 +324,14 @@ cdef class Rows:
     cdef int reserve(self, Py_ssize_t more) except -1:
         """Make room for rows that are to come."""
         cdef Py_ssize_t needed = max(self.n_rows, self._n_steps) + more, i
-        cdef Room room
         cdef Row *rows
         cdef Step *steps
         if needed <= self._capacity:
             return 0
-        room = _take_room(max(needed, 2 * self._capacity) * ROOM)
-        needed = room.size // ROOM
-        rows = <Row *>room.memory
+        needed = max(needed, 2 * self._capacity)
+        rows = <Row *>malloc(needed * ROOM)
+        if rows == NULL:
+            raise MemoryError
         steps = <Step *>(rows + needed)
         if self.n_rows != 0:
             memcpy(rows, self.rows, self.n_rows * sizeof(Row))
@@ -364,8 +340,7 @@ cdef class Rows:
         for i in range(self.n_rows):
             if rows[i].step != NULL:  # NULL: a GPU has the scalars
                 rows[i].step = steps + (rows[i].step - self._steps)
-        _give_room(self._room)
-        self._room = room
+        free(self.rows)
         self.rows, self._steps, self._spans = rows, steps, <Span *>(steps + needed)
         self._capacity = needed
         return 0
