@@ -70,6 +70,31 @@ class Campaign:
         )
 
 
+def copy_sources(folder, appended=None):
+    """Copy the sources that differ, without what is built; return whether there were any.
+
+    Parameters
+    ----------
+    folder : Path
+    appended : dict of str to str, optional
+        More text for single files.
+    """
+    names = [ROOT / x for x in ("setup.py", "pyproject.toml", "README.md", "LICENSE")]
+    for suffix in ("py", "pyx", "pxd", "pxi", "pyi", "h", "typed"):
+        names += (ROOT / "asgd_fast").rglob(f"*.{suffix}")
+    names += [x for x in (ROOT / "tests").rglob("*") if x.suffix in (".py", ".c", ".cpp")]
+    has_changed = False
+    for path in names:
+        name = str(path.relative_to(ROOT))
+        content = path.read_text() + (appended or {}).get(name, "")
+        target = folder / name
+        if not target.exists() or target.read_text() != content:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(content)
+            has_changed = True
+    return has_changed
+
+
 def python(program, *arguments, timeout=600, **environment):
     """Run a program, or a file, in a process of its own, which must end well.
 
