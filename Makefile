@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard $(foreach d,. _cpu _rows _torch cuda,asgd_fast/$d/*.p[xy][xdi] asgd_fast/$d/*.pxi asgd_fast/$d/*.h))
 
-.PHONY: demo test cuda lint dist coverage performance bench bench-smoke bench-check bench-record
+.PHONY: demo test reliability cuda lint dist coverage performance bench bench-smoke bench-check bench-record
 .PHONY: annotate callgrind kernel clean
 
 demo: $(VENV)/demo
@@ -14,6 +14,10 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest $(TEST)
+
+# The campaign of docs/reliability.md: parts, --seed, --scale or --save in RELIABILITY. Needs gcc.
+reliability: $(VENV)/test
+	PYTHONPATH=.:tests $(BIN)/python -m reliability $(RELIABILITY)
 
 cuda: $(VENV)/cuda
 

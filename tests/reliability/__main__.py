@@ -20,6 +20,7 @@ PARTS = {
     "memory_errors": 1.0,
     "races": 1.0,
     "arrays": 0.1,
+    "array_lives": 0.2,
     "capsules": 0.1,
     "checkpoints": 0.1,
     "interrupts": 0.1,

@@ -172,7 +172,9 @@ class Walk(RuleBasedStateMachine):
         return all(p.dtype in (torch.float32, torch.complex64) for p in self.twins.params)
 
     @precondition(lambda self: self.may_cross())
-    @rule(way=st.sampled_from(["theirs to ours", "ours to theirs", "each its own"]), f=st.booleans())
+    @rule(
+        way=st.sampled_from(["theirs to ours", "ours to theirs", "each its own"]), f=st.booleans()
+    )
     def load(self, way, f):
         ours, theirs = self.twins.ours, self.twins.theirs
         if way == "theirs to ours" and self.wide is not None:

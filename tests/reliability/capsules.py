@@ -19,8 +19,7 @@ import asgd_fast
 from reliability.model import same, stepped
 
 KINDS = {
-    kind.__name__: kind
-    for kind in (*exporters.KINDS, exporters.Immutable, exporters.ExchangeFails)
+    kind.__name__: kind for kind in (*exporters.KINDS, exporters.Immutable, exporters.ExchangeFails)
 }
 HUGE = 2**62
 
@@ -195,9 +194,7 @@ def calls(draw):
     size = draw(st.integers(2, 40))
     roles = ["params", "grads"] + ["axs"] * draw(st.booleans())
     kinds = st.sampled_from(sorted(KINDS))
-    arrays = {
-        role: [(draw(kinds), *draw(faults())) for _ in range(n)] for role in roles
-    }
+    arrays = {role: [(draw(kinds), *draw(faults())) for _ in range(n)] for role in roles}
     return size, arrays, draw(st.integers(0, 2**32))
 
 

@@ -65,9 +65,7 @@ class Campaign:
     def walk(self, n, machine, n_steps):
         """Take n walks through a state machine."""
         machine = seed(self.seed)(machine)
-        run_state_machine_as_test(
-            machine, settings=self.settings(n, stateful_step_count=n_steps)
-        )
+        run_state_machine_as_test(machine, settings=self.settings(n, stateful_step_count=n_steps))
 
 
 def copy_sources(folder, appended=None):

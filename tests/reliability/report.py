@@ -33,10 +33,10 @@ def table(outcomes, seed, scale, minutes):
     commit = _git("rev-parse", "--short", "HEAD")
     dirty = " with changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
     today = datetime.datetime.now(datetime.timezone.utc).date()
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    where, how = f"{python} on {platform.machine()}", f"seed {seed}, scale {scale:g}"
     lines = [
-        f"{today}, commit {commit}{dirty}, {platform.python_implementation()} "
-        f"{platform.python_version()} on {platform.machine()}, seed {seed}, scale {scale:g}, "
-        f"{minutes:.0f} minutes:",
+        f"{today}, commit {commit}{dirty}, {where}, {how}, {minutes:.0f} minutes:",
         "",
         "| part | runs | planted faults found | result | minutes |",
         "| --- | --- | --- | --- | --- |",

@@ -42,7 +42,11 @@ def built(kind):
             status = subprocess.run(
                 [sys.executable, "setup.py", "build_ext", "--inplace", "-j2"],
                 cwd=folder,
-                env={**os.environ, "CC": f"gcc {flags} -g -fno-omit-frame-pointer"},
+                env={
+                    **os.environ,
+                    "CC": f"gcc {flags} -g -fno-omit-frame-pointer",
+                    "CFLAGS": "-fno-wrapv",  # with which CPython hides overflows from UBSan
+                },
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 check=False,
