@@ -1,8 +1,12 @@
-/* Memory that runs out: the n-th allocation after `fail_at(n)` fails, once, and so do all after it
-   if `forever`. For LD_PRELOAD with PYTHONMALLOC=malloc, in processes of one thread. */
+/* Memory that runs out: after `fail_at(n)`, the n-th allocation from then on fails, counted from 0.
+   For LD_PRELOAD with PYTHONMALLOC=malloc, in processes of one thread. The allocations of torch's
+   own C++ do not count: it ends the process where one fails. */
 
+#define _GNU_SOURCE
+#include <dlfcn.h>
 #include <errno.h>
 #include <stddef.h>
+#include <string.h>
 
 void *__libc_malloc(size_t);
 void *__libc_calloc(size_t, size_t);
@@ -22,21 +26,27 @@ long stop_failing(void) {
   return failed;
 }
 
-static int fails(void) {
-  if (remaining < 0 || remaining-- > 0) return 0;
+static int fails(const void *caller) {
+  Dl_info library;
+  if (remaining < 0) return 0;
+  if (dladdr(caller, &library) && library.dli_fname != NULL &&
+      (strstr(library.dli_fname, "/torch/") || strstr(library.dli_fname, "libstdc++")))
+    return 0;
+  if (remaining-- > 0) return 0;
   failed++;
   errno = ENOMEM;
   return 1;
 }
 
-void *malloc(size_t n) { return fails() ? NULL : __libc_malloc(n); }
-void *calloc(size_t n, size_t size) { return fails() ? NULL : __libc_calloc(n, size); }
-void *realloc(void *old, size_t n) { return fails() ? NULL : __libc_realloc(old, n); }
-void *memalign(size_t at, size_t n) { return fails() ? NULL : __libc_memalign(at, n); }
-void *aligned_alloc(size_t at, size_t n) { return memalign(at, n); }
+#define FAILS fails(__builtin_return_address(0))
+
+void *malloc(size_t n) { return FAILS ? NULL : __libc_malloc(n); }
+void *calloc(size_t n, size_t size) { return FAILS ? NULL : __libc_calloc(n, size); }
+void *realloc(void *old, size_t n) { return FAILS ? NULL : __libc_realloc(old, n); }
+void *memalign(size_t at, size_t n) { return FAILS ? NULL : __libc_memalign(at, n); }
+void *aligned_alloc(size_t at, size_t n) { return FAILS ? NULL : __libc_memalign(at, n); }
 int posix_memalign(void **out, size_t at, size_t n) {
-  void *got = memalign(at, n);
-  if (got == NULL) return ENOMEM;
-  *out = got;
-  return 0;
+  if (FAILS) return ENOMEM;
+  *out = __libc_memalign(at, n);
+  return *out == NULL ? ENOMEM : 0;
 }
