@@ -205,47 +205,19 @@ cdef class Work:
         return record
 
     cdef bint _add(self, param, grad, Record record, Common *common) except -1:
-        """Add the row of a param. False if no engine can take it."""
+        """Add the row of a param. False, and nothing is added, if no engine can take it."""
         cdef Rows rows = self.rows
         cdef Row *row = rows.begin()
         cdef Mirror mirror
-        cdef bint begins
         if not (
-            self._lend(PARAM, param)
-            and (self._lend(GRAD, grad) or self._lend_copy(grad, param))
+            self._lend_param(row, param, grad)
             and (row.device != CPU or not common.capturable)
             and not (record.is_open and record.missing())
+            and self._plan(row, param, record, common, &mirror)
+            and self._lend_average(row, param, record, common)
         ):
             rows.abandon()
             return False
-        if row.device != CPU:
-            if row.device != rows.device:  # all of torch's work on one stream of each GPU
-                rows.note_stream(stream_of(param, row.device))
-        if row.device != CPU and (self._scalars_on_device or common.capturable):
-            if common.lr_on_device != NULL and common.lr_device != row.device:
-                rows.abandon()
-                return False
-            begins = self._leave_to_device(row, param, record, common)
-        else:
-            if not self._schedule(row, record, common, &mirror):
-                rows.abandon()
-                return False
-            begins = averages(row.step)
-        ax = shown = record.average()
-        if ax is None and (begins or common.capturable or not record.is_lazy):
-            # The step copies the param into it, or has to find there what it was before.
-            ax = new_average(record, copies=row.step == NULL or row.step.mu != 1)
-        if ax is not None and (row.step == NULL or row.step.mu != 0):
-            if not self._lend(AX, ax, not record.is_shown):
-                ax = average_as_param(ax, param)
-                if ax is None or not self._lend(AX, ax):
-                    rows.abandon()
-                    return False
-            if record.is_shown and shown is not None:  # else no graph of autograd has it
-                self.written.append(shown)
-            rows.kept.append(ax)
-        if ax is not shown:
-            self._averages.append((record, ax))
         self.written.append(param)
         rows.kept.append(grad)
         self._stepped.append(record)
@@ -254,6 +226,35 @@ cdef class Work:
             if row.step != NULL:
                 rows.mirror(&mirror)
         rows.commit()
+        return True
+
+    cdef bint _lend_param(self, Row *row, param, grad) except -1:
+        """Put a param and its gradient into the row. False if they are not fit for it."""
+        if not self._lend(PARAM, param) or not (
+                self._lend(GRAD, grad) or self._lend_copy(grad, param)):
+            return False
+        if row.device != CPU and row.device != self.rows.device:
+            self.rows.note_stream(stream_of(param, row.device))  # of all of torch's work there
+        return True
+
+    cdef bint _lend_average(self, Row *row, param, Record record, Common *common) except -1:
+        """Put the average into the row, a new one where it begins. False if it is not fit."""
+        found = record.average()
+        ax = found
+        if ax is None and (
+                common.capturable or not record.is_lazy or self._may_average(row, record)):
+            # The step copies the param into it, or has to find there what it was before.
+            ax = new_average(record, copies=row.step == NULL or row.step.mu != 1)
+        if ax is not None and (row.step == NULL or row.step.mu != 0):
+            if not self._lend(AX, ax, not record.is_shown):
+                ax = average_as_param(ax, param)
+                if ax is None or not self._lend(AX, ax):
+                    return False
+            if record.is_shown and found is not None:  # else no graph of autograd has it
+                self.written.append(found)
+            self.rows.kept.append(ax)
+        if ax is not found:
+            self._averages.append((record, ax))
         return True
 
     cdef bint _lend(self, int role, tensor, bint is_own=False) except -1:
@@ -273,10 +274,17 @@ cdef class Work:
         self.rows.kept.append(copy)
         return True
 
-    cdef bint _schedule(
+    cdef bint _plan(
+        self, Row *row, param, Record record, Common *common, Mirror *mirror,
+    ) except -1:
+        """Find the row's step, or the scalars from which a GPU will. False if they are not fit."""
+        if row.device != CPU and (self._scalars_on_device or common.capturable):
+            return self._plan_on_device(row, param, record, common)
+        return self._plan_on_host(row, record, common, mirror)
+
+    cdef bint _plan_on_host(
         self, Row *row, Record record, Common *common, Mirror *mirror,
     ) except -1:
-        """Compute the step of a row whose scalars are with the host. False if they are unfit."""
         cdef Plan plan
         cdef Step *step
         if record.device_scalars is not None:
@@ -304,11 +312,12 @@ cdef class Work:
         row.scalars = &record.now
         return True
 
-    cdef bint _leave_to_device(self, Row *row, param, Record record, Common *common) except -1:
-        """Let the GPU advance the scalars of a row; whether the step may make an iterate."""
-        cdef DeviceScalars scalars = record.scalars_on(row.device)
+    cdef bint _plan_on_device(self, Row *row, param, Record record, Common *common) except -1:
+        cdef DeviceScalars scalars
         cdef Plan plan = common.plan
-        cdef double steps
+        if common.lr_on_device != NULL and common.lr_device != row.device:
+            return False
+        scalars = record.scalars_on(row.device)
         if scalars is None:
             scalars = to_device(record, param.device)
         if isnan(plan.lr) and common.lr_on_device == NULL:
@@ -317,11 +326,20 @@ cdef class Work:
             plan.t0 = record.t0
         if self.rows.on_device is None:
             self.rows.on_device = DeviceRows()
-        steps = scalars.steps
         row.step = NULL
         row.on_device = scalars.fill(
             self.rows.on_device, &plan, common.lr_on_device, common.double_lr)
-        return mu_of(steps, &plan) != 1 or mu_of(steps + 1, &plan) != 1
+        return True
+
+    cdef bint _may_average(self, const Row *row, Record record) except -1:
+        """Whether the step makes an iterate of the average, as far as the host knows."""
+        cdef const Plan *plan
+        cdef double steps
+        if row.step != NULL:
+            return averages(row.step)
+        plan = &(<DeviceRows>self.rows.on_device).rows[row.on_device - 1].plan
+        steps = record.device_scalars.steps
+        return mu_of(steps, plan) != 1 or mu_of(steps + 1, plan) != 1
 
     cdef int _check_memory(self, groups) except -1:
         """Leave everything to torch where memory is shared: its order of operations shows then."""

@@ -2,7 +2,13 @@
 
 A sealed record keeps step, eta and mu as numbers, which the engine may read and write without
 asking, since nobody else knows them. An open one has them as tensors, which somebody may hold,
-replace or move: they are asked for in each step. This module knows no groups and no steps.
+replace or move: they are asked for in each step. Where a record has what:
+
+            step, eta, mu                        average, once `has_average`
+    sealed  `now`, or a GPU (`device_scalars`)   `_ax`, nobody else's until a checkpoint `is_shown`
+    open    the dict's tensors, maybe a GPU's    the dict's "ax"; if not there, somebody removed it
+
+This module knows no groups and no steps.
 """
 
 from cpython.dict cimport PyDict_Size
