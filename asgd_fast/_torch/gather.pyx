@@ -6,7 +6,7 @@ of the step is known: see `Work.begin`. What no engine can take, it lists for to
 
 from cpython.dict cimport PyDict_Next
 from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
-from libc.math cimport NAN, isfinite, isnan
+from libc.math cimport NAN, fabs, isfinite, isnan
 
 import torch
 
@@ -18,6 +18,7 @@ from asgd_fast._torch.memory cimport is_ordinary, lend
 from asgd_fast._torch.record cimport Record
 from asgd_fast.cuda.scalars cimport DeviceRows, DeviceScalars
 
+from asgd_fast._torch.distributed import part_of, redistributed
 from asgd_fast._torch.groups import check_group, eta_of_tensor, number
 from asgd_fast._torch.state import (
     ParamState,
@@ -73,6 +74,7 @@ cdef class Work:
     cdef list _averages      # the same of averages, each with its state
     cdef list _converted     # gradients of which a copy is used
     cdef object _lr          # of the group, as it stands there
+    cdef object _placed      # the param of the row, if it is a DTensor
     cdef bint _lazy
     cdef object _average_dtype
     cdef bint _scalars_on_device
@@ -210,7 +212,7 @@ cdef class Work:
         cdef Row *row = rows.begin()
         cdef Mirror mirror
         if not (
-            self._lend_param(row, param, grad)
+            self._lend_param(row, param, grad, &common.plan)
             and (row.device != CPU or not common.capturable)
             and not (record.is_open and record.missing())
             and self._plan(row, param, record, common, &mirror)
@@ -228,10 +230,10 @@ cdef class Work:
         rows.commit()
         return True
 
-    cdef bint _lend_param(self, Row *row, param, grad) except -1:
+    cdef bint _lend_param(self, Row *row, param, grad, const Plan *plan) except -1:
         """Put a param and its gradient into the row. False if they are not fit for it."""
         if not self._lend(PARAM, param) or not (
-                self._lend(GRAD, grad) or self._lend_copy(grad, param)):
+                self._lend(GRAD, grad) or self._lend_copy(grad, param, plan)):
             return False
         if row.device != CPU and row.device != self.rows.device:
             self.rows.note_stream(stream_of(param, row.device))  # of all of torch's work there
@@ -259,18 +261,33 @@ cdef class Work:
 
     cdef bint _lend(self, int role, tensor, bint is_own=False) except -1:
         """Put a tensor into the row, if it is fit for it."""
+        cdef bint is_placed = not is_ordinary(tensor)
+        if role == PARAM:
+            self._placed = tensor if is_placed else None
+        elif is_placed != (self._placed is not None):
+            return False
+        if is_placed:
+            tensor = part_of(tensor, None if role == PARAM else self._placed)
+            if tensor is None:
+                return False
+            self.rows.kept.append(tensor)
         return (
-            is_ordinary(tensor)
-            and lend(tensor, role != GRAD, &self.rows.arrays[role], is_own)
+            lend(tensor, role != GRAD, &self.rows.arrays[role], is_own)
             and self.rows.settle(role) is None
         )
 
-    cdef bint _lend_copy(self, grad, param) except -1:
+    cdef bint _lend_copy(self, grad, param, const Plan *plan) except -1:
         """Put a gradient of another dtype or layout into the row, converted to the param's."""
-        copy = grad_as_param(grad, param)
+        if self._placed is None:
+            copy = grad_as_param(grad, param)
+        else:
+            # Where torch computes with the ranks' parts before it adds them, the bits are others.
+            copy = redistributed(
+                grad, param, sums=plan.weight_decay == 0 and fabs(plan.grad_scale) == 1)
         if copy is None or not self._lend(GRAD, copy):
             return False
-        self._converted.append(grad)
+        if self._placed is None:
+            self._converted.append(grad)
         self.rows.kept.append(copy)
         return True
 

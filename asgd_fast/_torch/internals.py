@@ -14,10 +14,12 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 __all__ = [
     "FOREACH_TAKES_HOST_SCALARS",
+    "alike",
     "check_graph_capture",
     "has_observers",
     "increment_versions",
     "is_watched",
+    "local_tensor",
 ]
 
 # As factors of tensors on a GPU; before 2.7 torch's loop over params takes them instead.
@@ -50,6 +52,19 @@ def check_graph_capture(optimizer: Any) -> None:
         optimizer._accelerator_graph_capture_health_check()
     else:
         optimizer._cuda_graph_capture_health_check()
+
+
+def alike(tensor: Any, other: Any) -> bool:
+    """Whether elements stand in the same places of two DTensors."""
+    one, two = tensor._spec, other._spec  # of all versions
+    return bool(
+        one.placements == two.placements and one.mesh == two.mesh and one.shape == two.shape
+    )
+
+
+def local_tensor(tensor: Any) -> Any:
+    """Return the tensor that a DTensor wraps; ``to_local`` is part of autograd's graph."""
+    return tensor._local_tensor  # of all versions
 
 
 def increment_versions(tensors: list[torch.Tensor]) -> None:

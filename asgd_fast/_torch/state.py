@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, number
-from asgd_fast._torch.memory import is_ordinary
+from asgd_fast._torch.distributed import has_memory
 from asgd_fast._torch.record import SCALARS, Record, scalar_tensor
 from asgd_fast.cuda.scalars import DeviceScalars
 from asgd_fast.threads import is_forked
@@ -195,7 +195,7 @@ def _created(
         average_dtype=wide(param, average_dtype),
         t0=_T0_BEFORE_FIRST if started else None,
     )
-    if not is_ordinary(param) or param.device.type not in DEVICES or group["differentiable"]:
+    if not has_memory(param) or param.device.type not in DEVICES or group["differentiable"]:
         for name in SCALARS:  # which torch's own function is to find where it makes them
             own[name] = own[name].to(param.device)
     return own
@@ -283,7 +283,7 @@ def loaded(
             continue
         is_shared = any(_is_shared(x) for x in entry.values() if isinstance(x, Tensor))
         others = entry.keys() - {*SCALARS, "ax", "t0"}
-        if is_shared or others or not is_ordinary(param):
+        if is_shared or others or not has_memory(param):
             result[param] = _adopted(param, entry, lazy=lazy, average_dtype=average_dtype)
             continue
         dtypes = [x.dtype for x in map(entry.get, SCALARS) if isinstance(x, Tensor)]
