@@ -16,9 +16,9 @@ from torch import Tensor
 
 from asgd_fast import _core
 from asgd_fast._engines import launches_for
-from asgd_fast._torch import averages, fallback, state
+from asgd_fast._torch import averages, checkpoints, fallback, state
 from asgd_fast._torch.gather import Work, gather
-from asgd_fast._torch.groups import check_group
+from asgd_fast._torch.groups import check_group, drop_usual
 from asgd_fast._torch.internals import (
     check_graph_capture,
     has_observers,
@@ -257,6 +257,7 @@ class ASGD(torch.optim.ASGD):
         if isinstance(param_group, dict):
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        drop_usual(self.param_groups[-1])
 
     @_hooked
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -349,14 +350,14 @@ class ASGD(torch.optim.ASGD):
 
     def __setstate__(self, state_: dict[str, Any]) -> None:
         """Take over the state of a checkpoint, a copy or another process."""
-        state.release(state_.get("state", {}))
-        super().__setstate__(state_)  # type: ignore[no-untyped-call]
-        self.state = state.loaded(
-            self.state,
-            self.param_groups,
-            lazy=self.lazy_average,
-            average_dtype=self.average_dtype,
+        own = checkpoints.unpack(
+            state_["state"],
+            state_["param_groups"],
+            lazy=state_.get("lazy_average", self.lazy_average),
+            average_dtype=state_.get("average_dtype", self.average_dtype),
         )
+        super().__setstate__({**state_, "state": {}})  # type: ignore[no-untyped-call]
+        self.state = own
         self._make_checkpoints_plain()
 
     def state_dict(self) -> dict[str, Any]:
@@ -395,7 +396,7 @@ class ASGD(torch.optim.ASGD):
         """
         self._refuse_exchanged("load_state_dict")
         # Added last, so that the user's own hooks see the dict that they were given.
-        hook = self.register_load_state_dict_pre_hook(state.protected)
+        hook = self.register_load_state_dict_pre_hook(checkpoints.check)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -556,7 +557,7 @@ class ASGD(torch.optim.ASGD):
         """
         self._refuse_exchanged("start_averaging")
         for own in self.param_groups if group is None else [self.param_groups[group]]:
-            state.start(self._states(own), own)
+            state.start(self.state, own, self._states(own))
 
     def reset_averages(self, group: int | None = None) -> None:
         """Forget the averages, and begin them anew: the same as `start_averaging`.
@@ -585,7 +586,7 @@ class ASGD(torch.optim.ASGD):
     def _make_checkpoints_plain(self) -> None:
         """Let checkpoints have torch's form, before the user's own hooks see them."""
         if not self._has_plain_checkpoints:  # of a copy: hooks are not copied
-            self.register_state_dict_post_hook(state.plain, prepend=True)
+            self.register_state_dict_post_hook(checkpoints.pack, prepend=True)
             self._has_plain_checkpoints = True
 
     def _refuse_exchanged(self, call: str) -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from asgd_fast import _engines
+from asgd_fast._torch.conversions import extent
 from asgd_fast._torch.internals import increment_versions
-from asgd_fast._torch.state import extent, floats
+from asgd_fast._torch.scalars import floats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

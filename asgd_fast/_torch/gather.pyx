@@ -18,20 +18,11 @@ from asgd_fast._torch.memory cimport is_ordinary, lend
 from asgd_fast._torch.record cimport Record
 from asgd_fast.cuda.scalars cimport DeviceRows, DeviceScalars
 
+from asgd_fast._torch.conversions import average_as_param, extent, grad_as_param
 from asgd_fast._torch.distributed import part_of, redistributed
 from asgd_fast._torch.groups import check_group, eta_of_tensor, number
-from asgd_fast._torch.state import (
-    ParamState,
-    average_as_param,
-    extent,
-    grad_as_param,
-    new_average,
-    owners_of,
-    record_of,
-    to_device,
-    to_host,
-    with_scalars,
-)
+from asgd_fast._torch.scalars import to_device, to_host, with_scalars
+from asgd_fast._torch.state import ParamState, find, new_average
 
 cdef object TENSOR = torch.Tensor
 
@@ -68,7 +59,7 @@ cdef class Work:
     cdef readonly list left
     cdef readonly list written
     cdef object _state
-    cdef object _owners      # of the entries that were looked up: see `owners_of`
+    cdef dict _adopted       # somebody else's entries: see `find`
     cdef dict _new           # states that come into being with the step, by ids of params
     cdef list _stepped       # the states of the rows
     cdef list _averages      # the same of averages, each with its state
@@ -88,6 +79,7 @@ cdef class Work:
         self.written = []
         self._state = state
         self._new = {}
+        self._adopted = {}
         self._averages = []
         self._stepped = []
         self._converted = []
@@ -161,8 +153,8 @@ cdef class Work:
         common.plan.lambd = group["lambd"]
         common.plan.alpha = group["alpha"]
         common.plan.t0 = group["t0"]
-        common.plan.average_every = group["average_every"]
-        common.plan.current = group["lr_schedule"] != "torch"
+        common.plan.average_every = group.get("average_every", 1)
+        common.plan.current = group.get("lr_schedule", "torch") != "torch"
         common.plan.weight_decay = number("weight_decay", group["weight_decay"])
         common.plan.grad_scale = -unscale if group["maximize"] else unscale
         common.capturable = group["capturable"]
@@ -195,14 +187,12 @@ cdef class Work:
         record = _fit_for(param, found)
         if record is not None:
             return record
-        if found and self._owners is None:
-            self._owners = owners_of(self._state)
-        record = record_of(
-            self._state, param, group, owners=self._owners, lazy=self._lazy,
+        record = find(
+            self._state, param, group, self._adopted, lazy=self._lazy,
             average_dtype=self._average_dtype)
         if record.param is not param:
             self._shares_state = True
-        elif record is not found:
+        if record is not found:
             self._new[id(param)] = param, record
         return record
 

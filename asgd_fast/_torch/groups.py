@@ -14,6 +14,7 @@ __all__ = [
     "OWN_HYPERPARAMETERS",
     "Group",
     "check_group",
+    "drop_usual",
     "eta_of_tensor",
     "has_own_options",
     "number",
@@ -21,13 +22,21 @@ __all__ = [
 
 Group: TypeAlias = dict[str, Any]
 
-# The hyperparameters that torch does not have, with the values by which steps are torch's.
+# The hyperparameters that torch does not have, with the values by which steps are torch's. A group
+# that lacks one has that value, so that the groups of a checkpoint can be torch's.
 OWN_HYPERPARAMETERS = {"lr_schedule": "torch", "average_every": 1}
 
 
 def has_own_options(group: Group) -> bool:
     """Whether a group has hyperparameters that torch's own function does not know."""
-    return bool(group["lr_schedule"] != "torch" or group["average_every"] != 1)
+    return any(group.get(name, usual) != usual for name, usual in OWN_HYPERPARAMETERS.items())
+
+
+def drop_usual(group: Group) -> None:
+    """Leave out the hyperparameters that torch does not have where steps are torch's."""
+    for name, usual in OWN_HYPERPARAMETERS.items():
+        if group.get(name, usual) == usual:
+            group.pop(name, None)
 
 
 def check_group(group: Group) -> None:
@@ -47,8 +56,8 @@ def check_group(group: Group) -> None:
         value = group[name]
         if type(value) is not float or not isfinite(value) or value < low:
             check_scalar(name, value, low=low)
-    check_lr_schedule(group["lr_schedule"])
-    check_average_every(group["average_every"])
+    check_lr_schedule(group.get("lr_schedule", "torch"))
+    check_average_every(group.get("average_every", 1))
     if group["differentiable"] and has_own_options(group):
         raise ValueError("differentiable: goes only with lr_schedule='torch' and average_every=1")
 
@@ -80,5 +89,5 @@ def number(name: str, value: Any) -> float:
         if isinstance(value, (str, bytes)):
             raise TypeError
         return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(f"{name}: expected a real number, got {value!r}") from error

@@ -58,27 +58,23 @@ cdef class Record(dict):
         self.is_open = self.is_shown = True
         self.t0 = NAN
 
-    def seal(self, param, scalars, *, bint is_double, bint is_lazy, average_dtype, t0=None):
-        """Become the sealed state of a param, which has no average yet.
+    def seal(self, scalars, *, bint is_double):
+        """Keep the entries, of which nobody else has the tensors, outside of the dict.
 
         Parameters
         ----------
-        param : Tensor
-        scalars : tuple of float
+        scalars : sequence of float
             step, eta and mu.
         is_double : bool
-            Whether the scalars are float64 rather than float32.
-        is_lazy : bool
-        average_dtype : torch.dtype
-        t0 : float, optional
-            Of this param alone.
+            Whether they are float64 rather than float32.
         """
-        self.bind(param, is_lazy=is_lazy, average_dtype=average_dtype)
-        self.is_open = self.is_shown = False
-        self.is_double = is_double
-        self.now.step, self.now.eta, self.now.mu = scalars
+        self._ax = dict.get(self, "ax")
+        t0 = dict.get(self, "t0")
         self.t0 = NAN if t0 is None else t0
-        return self
+        self.now.step, self.now.eta, self.now.mu = scalars
+        self.is_double = is_double
+        dict.clear(self)
+        self.is_open = self.is_shown = False
 
     def bind(self, param, *, bint is_lazy, average_dtype):
         """Become the state of a param, as it stands."""
