@@ -177,6 +177,31 @@ def test_nothing_happens_before_averaging_has_begun():
     assert params[1] not in optimizer.state
 
 
+def evaluate(optimizer):
+    with optimizer.averaged_parameters():
+        pass
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        evaluate,
+        lambda optimizer: optimizer.copy_averages_to([torch.zeros(3), torch.zeros(4, 5)]),
+        lambda optimizer: optimizer.start_averaging(),
+    ],
+    ids=["averaged_parameters", "copy_averages_to", "start_averaging"],
+)
+@pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
+def test_it_is_no_look_into_the_state(wide, call):
+    """After one, each step has tensors to read and write, and checkpoints hold these tensors."""
+    params = parameters((3,), (4, 5))
+    optimizer = stepped(params, average_dtype=wide)
+    call(optimizer)
+    saved = optimizer.state_dict()["state"][0]["step"]
+    step(optimizer, params)
+    assert saved == STEPS
+
+
 def test_groups_whose_averages_begin_each_at_its_time():
     params = parameters((3,), (4,))
     groups = [{"params": params[:1], "t0": 0}, {"params": params[1:], "t0": 100}]

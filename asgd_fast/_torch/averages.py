@@ -6,7 +6,6 @@ This module knows params and their state; it does not know how a step is made.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,35 +32,33 @@ class _Pair:
         The param's own, wherever the param itself may be put meanwhile.
     spare : Tensor or None
         Holds the param meanwhile; None where the memory of the average does.
+    for_engine : bool
+        Whether the engine makes the exchange, rather than torch.
     """
+
+    __slots__ = ("ax", "for_engine", "memory", "own", "param", "spare")
 
     def __init__(self, own: ParamState, ax: Tensor) -> None:
         param: Tensor = own.param
         self.param, self.own, self.ax = param, own, ax
-        if self.ax.shape != param.shape:
+        if ax.shape != param.shape:
             raise ValueError(
-                f"state: 'ax' of shape {tuple(self.ax.shape)} does not match its param of shape "
+                f"state: 'ax' of shape {tuple(ax.shape)} does not match its param of shape "
                 f"{tuple(param.shape)}"
             )
         self.memory = param.detach()
-        self.spare = self.memory.clone() if self.ax.dtype != param.dtype else None
-        self.for_engine = type(self.memory) is type(self.ax) is Tensor and _engines.are_fit(
-            [(self.memory, self.spare, self.ax)]
-        )
-
-    def leave_to_torch(self) -> None:
-        """Keep the param in spare memory, so that each half of the exchange can be repeated."""
-        self.for_engine = False
-        if self.spare is None:
-            self.spare = self.memory.clone()
+        self.spare = self.memory.clone() if ax.dtype != param.dtype else None
+        self.for_engine = type(self.memory) is type(ax) is Tensor
 
     def put_average(self) -> None:
+        """Let the param and the state show the exchange; torch's part of it is made here."""
         if not self.for_engine:
             self.param.detach().copy_(self.ax)
         elif self.spare is None:
             self.own.ax, self.own.source = None, self.memory
 
     def put_back(self) -> None:
+        """Let the param and the state be as before; may be repeated."""
         if self.own.source is self.memory:
             self.own.ax, self.own.source = self.ax, self.param
         if not self.for_engine:
@@ -69,12 +66,6 @@ class _Pair:
             self.param.detach().copy_(self.spare)
         elif self.param.data_ptr() != self.memory.data_ptr():  # it was given other memory
             self.param.detach().copy_(self.memory)
-
-    def written(self) -> list[Tensor]:
-        """Return the tensors whose memory an engine writes, as far as autograd is concerned."""
-        if not self.for_engine:
-            return []
-        return [self.memory] if self.spare is not None else [self.memory, self.ax]
 
 
 @contextmanager
@@ -95,14 +86,16 @@ def exchanged(states: Sequence[ParamState]) -> Iterator[None]:
         An average has another shape than its param. Nothing is changed.
     """
     pairs = _pairs(states)
+    exchanges = _for_engine(pairs)
+    written = _written(exchanges)
     try:
-        _touch(pairs)
-        with _engines.exchanged(_for_engine(pairs)):
+        increment_versions(written)
+        with _engines.exchanged(exchanges):
             _put_averages(pairs)
             yield
     finally:
         try:
-            _touch(pairs)
+            increment_versions(written)
             _put_back(pairs)
         finally:
             _put_back(pairs)  # what an interrupt has left
@@ -132,18 +125,35 @@ def _begun(states: Sequence[ParamState]) -> list[ParamState]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _pairs(states: Sequence[ParamState]) -> list[_Pair]:
-    """Find what is to be exchanged, and get all memory that it takes."""
+    """Return what is to be exchanged, with all the memory that the exchange takes."""
     pairs = [_Pair(own, own.ax) for own in _begun(states) if own.ax is not None]
-    others = [extent(pair.memory) for pair in pairs if not pair.for_engine]
-    share_memory = not _engines.are_fit(_for_engine(pairs), others)
+    if not _are_fit(pairs):
+        for pair in pairs:
+            pair.for_engine = pair.for_engine and _are_fit([pair])
+        if not _are_fit(pairs):  # they share memory
+            for pair in pairs:
+                pair.for_engine = False
     for pair in pairs:
-        if share_memory or not pair.for_engine:
-            pair.leave_to_torch()
+        if not pair.for_engine and pair.spare is None:
+            pair.spare = pair.memory.clone()
     return pairs
 
 
-def _for_engine(pairs: Iterable[_Pair]) -> list[_engines.Exchange]:
+def _are_fit(pairs: list[_Pair]) -> bool:
+    """Whether the engine can exchange all pairs that are for it beside those that are for torch."""
+    others = [extent(pair.memory) for pair in pairs if not pair.for_engine]
+    return _engines.are_fit(_for_engine(pairs), others)
+
+
+def _for_engine(pairs: list[_Pair]) -> list[_engines.Exchange]:
     return [(pair.memory, pair.spare, pair.ax) for pair in pairs if pair.for_engine]
+
+
+def _written(exchanges: list[_engines.Exchange]) -> list[Tensor]:
+    """Return the tensors whose memory the engine writes, as far as autograd is concerned."""
+    written = [memory for memory, _, _ in exchanges]
+    written += [ax for _, spare, ax in exchanges if spare is None]
+    return [tensor for tensor in written if not tensor.is_inference()]
 
 
 @torch.inference_mode(False)
@@ -159,9 +169,3 @@ def _put_back(pairs: list[_Pair]) -> None:
     while pairs:
         pairs[-1].put_back()
         pairs.pop()
-
-
-def _touch(pairs: list[_Pair]) -> None:
-    """Tell autograd that an engine changes the params."""
-    written = chain.from_iterable(pair.written() for pair in pairs)
-    increment_versions([tensor for tensor in written if not tensor.is_inference()])

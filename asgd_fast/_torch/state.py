@@ -217,12 +217,18 @@ def states_of(
     average_dtype : torch.dtype, optional
         As for `wide`.
     """
-    owners = owners_of(state)
+    owners = None
     states = []
     for group in groups:
         for param in group["params"]:
-            if not state.get(param):
+            found = state.get(param)
+            # A look at a sealed one, if only whether it is empty, would open it.
+            if type(found) is ParamState and found.param is param and (not found.is_open or found):
+                states.append(found)
                 continue
+            if not found:
+                continue
+            owners = owners or owners_of(state)
             own = record_of(
                 state, param, group, owners=owners, lazy=lazy, average_dtype=average_dtype
             )
@@ -498,8 +504,10 @@ def extent(tensor: Tensor | None) -> tuple[int, int]:
 
 
 def _copy_of(param: Tensor, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad(), _one_thread_if_forked():
-        return param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
+    if is_forked() or torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), _one_thread_if_forked():
+            return param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
+    return param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
 
 
 @contextmanager
