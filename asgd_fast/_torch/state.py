@@ -505,9 +505,13 @@ def extent(tensor: Tensor | None) -> tuple[int, int]:
 
 def _copy_of(param: Tensor, dtype: torch.dtype) -> Tensor:
     if is_forked() or torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), _one_thread_if_forked():
-            return param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
-    return param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
+        with torch.inference_mode(False), _one_thread_if_forked():  # as long as all the rest
+            return _copied(param.detach(), dtype)
+    return _copied(param.detach(), dtype)
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.clone() if tensor.dtype == dtype else tensor.to(dtype)
 
 
 @contextmanager
