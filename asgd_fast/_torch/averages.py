@@ -5,14 +5,16 @@ This module knows params and their state; it does not know how a step is made.
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from asgd_fast import _engines
-from asgd_fast._torch.internals import increment_versions
+from asgd_fast._torch.internals import forget_copies, increment_versions
 from asgd_fast._torch.state import extent, floats
 
 if TYPE_CHECKING:
@@ -20,7 +22,12 @@ if TYPE_CHECKING:
 
     from asgd_fast._torch.state import ParamState
 
-__all__ = ["copy_to", "exchanged"]
+__all__ = ["average_of", "begun", "copy_to", "exchanged", "params_named", "shipped"]
+
+# What wrappers put into the names of the params of the models in them.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 
 class _Pair:
@@ -72,13 +79,14 @@ class _Pair:
 def exchanged(states: Sequence[ParamState]) -> Iterator[None]:
     """Hold the averages in the params for as long as the context lasts.
 
-    Params whose averaging has not begun are left unchanged. An average in its param's dtype trades
-    places with it, and the state then answers with what the param's memory holds; a wider one stays
-    where it is, rounded into the param, which is kept in spare memory.
+    An average in its param's dtype trades places with it, and the state then answers with what the
+    param's memory holds; a wider one stays where it is, rounded into the param, which is kept in
+    spare memory.
 
     Parameters
     ----------
     states : sequence of ParamState
+        Of params whose averages have begun.
 
     Raises
     ------
@@ -89,6 +97,7 @@ def exchanged(states: Sequence[ParamState]) -> Iterator[None]:
     exchanges = _for_engine(pairs)
     written = _written(exchanges)
     try:
+        forget_copies()
         increment_versions(written)
         with _engines.exchanged(exchanges):
             _put_averages(pairs)
@@ -99,6 +108,7 @@ def exchanged(states: Sequence[ParamState]) -> Iterator[None]:
             _put_back(pairs)
         finally:
             _put_back(pairs)  # what an interrupt has left
+            forget_copies()
 
 
 @torch.no_grad()
@@ -108,25 +118,89 @@ def copy_to(states: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor
     Parameters
     ----------
     states : sequence of ParamState
+        Of params whose averages have begun.
     targets : iterable of (Tensor, Tensor)
         Each a param of the optimizer and where its average goes.
     """
-    averages = {own.param: own.ax if own.ax is not None else own.source for own in _begun(states)}
+    averages = {own.param: own.ax if own.ax is not None else own.source for own in states}
     for param, target in targets:
         target.copy_(averages.get(param, param))
 
 
-def _begun(states: Sequence[ParamState]) -> list[ParamState]:
+def begun(states: Sequence[ParamState]) -> list[ParamState]:
     """Return the states of params whose averages have begun."""
     mus = floats([own.scalars()[2] for own in states])
     return [own for own, mu in zip(states, mus, strict=True) if mu != 1]
+
+
+def average_of(own: ParamState) -> Tensor:
+    """Return the average of a param, wherever it stands, or before it begins a copy of the param.
+
+    Somebody may keep it, so the state must know that it was shown.
+    """
+    source: Tensor = own.source
+    if source is not own.param:  # it stands in the param
+        return source
+    ax: Tensor | None = own.contents().get("ax")
+    return own.param_as_average() if ax is None else ax
+
+
+def params_named(model: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """Return the parameters of a model by their names, with or without those of wrappers.
+
+    Raises
+    ------
+    ValueError
+        The model has no parameters of some of the names.
+    """
+    by_name: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    plain_names = [_WRAPPERS.sub("", name) for name in names]
+    if not by_name.keys() >= set(names) and len(set(plain_names)) == len(set(names)):
+        by_plain_name = {_WRAPPERS.sub("", name): param for name, param in by_name.items()}
+        if len(by_plain_name) == len(by_name):  # no two of them have become one
+            by_name = {
+                name: by_plain_name[plain]
+                for name, plain in zip(names, plain_names, strict=True)
+                if plain in by_plain_name
+            }
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise ValueError(f"target: has no parameters named {missing}")
+    return [by_name[name] for name in names]
+
+
+def shipped(model: torch.nn.Module) -> dict[str, Any]:
+    """Return a copy of the state dict of a model, by the names that it has without wrappers."""
+    state_dict: dict[str, Any] = deepcopy(model.state_dict())
+    prefixes = []  # each of a wrapper and of the model in it
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = path + "." if path else ""
+        if "_orig_mod" in module._modules:  # of torch.compile
+            prefixes.append((own + "_orig_mod.", own))
+        elif isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+            prefixes.append((own + "module.", own))
+    if not prefixes:
+        return state_dict
+
+    def plain(name: str) -> str:
+        for long, short in reversed(prefixes):  # the inner ones first
+            if name.startswith(long):
+                name = short + name[len(long) :]
+        return name
+
+    renamed = type(state_dict)((plain(name), value) for name, value in state_dict.items())
+    if hasattr(state_dict, "_metadata"):  # of each module
+        renamed._metadata = {  # type: ignore[attr-defined]
+            plain(path + ".")[:-1]: version for path, version in state_dict._metadata.items()
+        }
+    return renamed
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def _pairs(states: Sequence[ParamState]) -> list[_Pair]:
     """Return what is to be exchanged, with all the memory that the exchange takes."""
-    pairs = [_Pair(own, own.ax) for own in _begun(states) if own.ax is not None]
+    pairs = [_Pair(own, own.ax) for own in states if own.ax is not None]
     if not _are_fit(pairs):
         for pair in pairs:
             pair.for_engine = pair.for_engine and _are_fit([pair])

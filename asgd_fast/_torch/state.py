@@ -30,6 +30,7 @@ __all__ = [
     "ParamState",
     "State",
     "average_as_param",
+    "copied",
     "extent",
     "floats",
     "grad_as_param",
@@ -508,6 +509,11 @@ def _copy_of(param: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False), _one_thread_if_forked():  # as long as all the rest
             return _copied(param.detach(), dtype)
     return _copied(param.detach(), dtype)
+
+
+def copied(param: Tensor, average_dtype: torch.dtype | None) -> Tensor:
+    """Return a copy of a param in the dtype of its average, as for `wide`."""
+    return _copy_of(param, wide(param, average_dtype))
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
