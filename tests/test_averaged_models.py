@@ -15,6 +15,7 @@ from averaging import (
     facts,
     model_with_batch_norm,
     same_values,
+    saves_inside,
     stepped,
     trained,
 )
@@ -24,6 +25,7 @@ from twins import Twins, parameters, same
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
+@saves_inside
 @pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
 def test_a_checkpoint_taken_inside_is_that_of_outside(wide):
     params = [*parameters((3,), (4, 5)), nn.Parameter(torch.randn(20)[::2])]
@@ -67,6 +69,7 @@ def test_the_models_own_state_dict_holds_the_averages_inside():
     assert not torch.equal(inside["0.weight"], before["0.weight"])
 
 
+@saves_inside
 @pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
 def test_data_replaced_inside(make, wide):
@@ -167,3 +170,17 @@ def test_under_the_modes_in_which_models_are_evaluated(mode, order, wide):
     assert all(p.requires_grad and not p.is_inference() for p in model.parameters())
     model(x).sum().backward()
     optimizer.step()
+
+
+def test_a_checkpoint_taken_inside_comes_with_a_warning():
+    """Once: with the model's state dict it has lost the iterate."""
+    model = model_with_batch_norm()
+    optimizer = trained(model)
+    optimizer.state_dict()
+    with optimizer.averaged_parameters():
+        with pytest.warns(UserWarning, match="^state_dict: called inside .* has lost") as caught:
+            optimizer.state_dict()
+        assert [warning.filename for warning in caught] == [__file__]
+        optimizer.state_dict()
+        optimizer.averaged_state_dict(model)
+    optimizer.state_dict()
