@@ -20,6 +20,7 @@ from averaging import (
     trained,
 )
 from torch import nn
+from torch.nn.utils import parametrize
 from twins import Twins, parameters, same
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -184,3 +185,41 @@ def test_a_checkpoint_taken_inside_comes_with_a_warning():
         optimizer.state_dict()
         optimizer.averaged_state_dict(model)
     optimizer.state_dict()
+
+
+def halved(model):
+    """Each forward computes the weight from its parameter, once within `cached`."""
+
+    class Half(nn.Module):
+        def forward(self, x):
+            return x / 2
+
+    parametrize.register_parametrization(model, "weight", Half())
+    return model
+
+
+KEPT = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "parametrize.cached": parametrize.cached,
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
+def test_forwards_read_the_params_where_torch_has_kept_copies(wide, name):
+    """Inside and afterwards, and where the averages are copied into the model itself."""
+    model = halved(nn.Linear(3, 4))
+    optimizer = trained(model, average_dtype=wide)
+    x = torch.randn(5, 3)
+    with KEPT[name]():
+        iterate = model(x)
+    with optimizer.averaged_parameters(), KEPT[name]():
+        average = model(x)
+    assert not torch.equal(iterate, average)
+    with KEPT[name]():
+        assert torch.equal(model(x), iterate)
+        with optimizer.averaged_parameters():
+            assert torch.equal(model(x), average)
+        assert torch.equal(model(x), iterate)
+        optimizer.copy_averages_to(model)
+        assert torch.equal(model(x), average)
