@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["average_of", "begun", "copy_to", "exchanged", "params_named", "shipped"]
 
-# What wrappers put into the names of the params of the models in them.
-_WRAPPERS = re.compile(
-    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
+# What wrappers put into the names of the params of the models in them: the last one of these may
+# be the name of a user's module, too.
+_WRAPPERS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+_PREFIXES = [re.compile(rf"(?<![^.])({names})\.") for names in (_WRAPPERS, _WRAPPERS + "|module")]
 
 
 class _Pair:
@@ -154,19 +154,16 @@ def params_named(model: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
         The model has no parameters of some of the names.
     """
     by_name: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    plain_names = [_WRAPPERS.sub("", name) for name in names]
-    if not by_name.keys() >= set(names) and len(set(plain_names)) == len(set(names)):
-        by_plain_name = {_WRAPPERS.sub("", name): param for name, param in by_name.items()}
-        if len(by_plain_name) == len(by_name):  # no two of them have become one
-            by_name = {
-                name: by_plain_name[plain]
-                for name, plain in zip(names, plain_names, strict=True)
-                if plain in by_plain_name
-            }
     missing = [name for name in names if name not in by_name]
-    if missing:
-        raise ValueError(f"target: has no parameters named {missing}")
-    return [by_name[name] for name in names]
+    if not missing:
+        return [by_name[name] for name in names]
+    for prefixes in _PREFIXES:
+        plain = {prefixes.sub("", name): param for name, param in by_name.items()}
+        wanted = [prefixes.sub("", name) for name in names]
+        are_one_to_one = len(plain) == len(by_name) and len(set(wanted)) == len(set(names))
+        if are_one_to_one and plain.keys() >= set(wanted):
+            return [plain[name] for name in wanted]
+    raise ValueError(f"target: has no parameters named {missing}")
 
 
 def shipped(model: torch.nn.Module) -> dict[str, Any]:
