@@ -69,6 +69,14 @@ class Trained:
             return self.output()
 
 
+def check_distributed_data_parallel():
+    """What is shipped has the names of the model inside."""
+    plain, parallel = Trained(), Trained(nn.parallel.DistributedDataParallel)
+    shipped = parallel.optimizer.averaged_state_dict(parallel.model)
+    plain.model.load_state_dict(shipped)
+    assert_close(plain.output(), parallel.averaged_output())
+
+
 def check_fully_shard():
     """The averages inside, and the iterates afterwards, whatever the forwards before have kept."""
     for reshards in (True, False, None):
