@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -328,7 +329,10 @@ def are_fit(arrays: Sequence[Exchange], others: Sequence[tuple[int, int]] = ()) 
 def _listed(arrays: Sequence[Exchange]) -> Rows:
     """Return the checked rows of what is to be exchanged."""
     rows = Rows(("params[{}]", "spare memory[{}]", "averages[{}]"))
-    for i, (param, spare, ax) in enumerate(arrays):
-        rows.extend([param], None if spare is None else [spare], [ax], first=i)
+    first = 0
+    for has_spare, run in groupby(arrays, lambda exchange: exchange[1] is not None):
+        params, spares, axs = map(list, zip(*run, strict=True))
+        rows.extend(params, spares if has_spare else None, axs, first=first)
+        first += len(params)
     rows.check_overlap()
     return rows

@@ -26,7 +26,12 @@ from asgd_fast._engines import (
     update,
 )
 from asgd_fast._rows.rows import Rows, dtype_of
-from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
+from asgd_fast.schedule import (
+    check_average_every,
+    check_lr_schedule,
+    check_place,
+    check_scalar,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -477,7 +482,7 @@ class ArrayASGD:
         if group is None:
             chosen = np.ones(len(self._starts), dtype=bool)
         else:
-            chosen = self._group_of_each() == range(len(self.param_groups))[group]
+            chosen = self._group_of_each() == check_place("group", group, len(self.param_groups))
         # The next one is number step + 1, and number t0 + 2 is the first.
         self._starts[chosen] = self._scalars[chosen, 0] - 1
         self._scalars[chosen, 2] = 1
@@ -656,7 +661,8 @@ class ArrayASGD:
     def _refuse_exchanged(self, call: str) -> None:
         if self._exchanged is not None:
             raise RuntimeError(
-                f"{call}: not inside averaged_parameters(), where the averages stand in the params"
+                f"{call}: is not possible inside averaged_parameters(), where the averages stand "
+                "in the params"
             )
 
     def _hyperparameters(self) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@ nor how the pass over the memory is made; what no engine takes goes to torch's o
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,18 @@ from torch import Tensor
 from asgd_fast import _core
 from asgd_fast._engines import launches_for
 from asgd_fast._torch import averages, checkpoints, fallback, state
+from asgd_fast._torch.conversions import copy_as
 from asgd_fast._torch.gather import Work, gather
 from asgd_fast._torch.groups import check_group, drop_usual
 from asgd_fast._torch.internals import (
+    are_flattened,
     check_graph_capture,
+    forget_copies,
     has_observers,
     increment_versions,
     is_watched,
 )
+from asgd_fast.schedule import AveragingNotBegunWarning, check_place
 from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
@@ -133,6 +137,10 @@ class ASGD(torch.optim.ASGD):
         which the last two are for the next step; and "ax", its average, in its layout, once that
         has begun. All are updated in place by the steps. "t0", a number, stands instead of the
         group's where `start_averaging` found params of different step counts.
+    averages : list of Tensor
+        The averages, in the order of the groups; copies of the params before they begin.
+    is_averaging : bool
+        Whether any average has begun.
 
     Raises
     ------
@@ -190,6 +198,9 @@ class ASGD(torch.optim.ASGD):
 
     # Whether the averages stand in the params.
     _is_exchanged = False
+
+    # The categories of the warnings that were given, each once.
+    _warned: frozenset[type[Warning]] = frozenset()
 
     lazy_average = True
     average_dtype: torch.dtype | None = None
@@ -365,14 +376,24 @@ class ASGD(torch.optim.ASGD):
 
         Averages are those of the state, or copies of the params before they begin. step, eta and mu
         are those of the state if somebody has looked into it, else copies. Inside
-        `averaged_parameters` it is the same checkpoint; but the model then saves its averages, and
-        neither has the iterate to go on from. So take a checkpoint to resume from outside.
+        `averaged_parameters` it is the same checkpoint, with a warning: the model then saves its
+        averages, and neither has the iterate to go on from. So take a checkpoint to resume from
+        outside.
 
         Returns
         -------
         dict
             For ``load_state_dict`` of this class and of ``torch.optim.ASGD``.
         """
+        if self._is_exchanged:
+            self._warn_once(
+                UserWarning,
+                "state_dict: called inside averaged_parameters(), where the params of the model "
+                "are the averages; a checkpoint with both has lost the iterate, from which "
+                "training goes on. To resume, save outside of it; to ship the averages, save "
+                "averaged_state_dict(model)",
+                stacklevel=3,
+            )
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -407,7 +428,9 @@ class ASGD(torch.optim.ASGD):
         """Hold the averages in the params for as long as the context lasts, to evaluate the model.
 
         They trade places in one pass; the params keep their memory, and get their bits back on the
-        way out, after an exception too. A param whose averaging has not begun stays as it is.
+        way out, after an exception too. A param whose averaging has not begun stays as it is; if
+        none has, there is an `AveragingNotBegunWarning`, once for each optimizer. Models wrapped by
+        ``fully_shard`` are resharded on both ways, so that they gather what stands in the params.
         Buffers are not touched. Averages that are wider than their params, and those that no engine
         takes, need memory of the size of the params meanwhile.
 
@@ -422,7 +445,8 @@ class ASGD(torch.optim.ASGD):
         Raises
         ------
         RuntimeError
-            The averages stand in the params already. Nothing is changed.
+            The averages stand in the params already, or the params are parts of a
+            ``FullyShardedDataParallel`` module, which may have copies of them. Nothing is changed.
         ValueError
             The state has an average of another shape than its param. Nothing is changed.
 
@@ -442,23 +466,30 @@ class ASGD(torch.optim.ASGD):
         -3.0
         """
         self._refuse_exchanged("averaged_parameters")
-        self._is_exchanged = True
+        self._refuse_flattened("averaged_parameters", self._params())
+        begun = self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
         try:
-            with averages.exchanged(self._states()):
+            self._is_exchanged = True
+            with averages.exchanged(begun):
                 yield
         finally:
-            self._is_exchanged = False
+            try:
+                self._is_exchanged = False
+            finally:
+                self._is_exchanged = False  # after an interrupt, too
 
     def copy_averages_to(self, target: torch.nn.Module | Iterable[Tensor]) -> None:
         """Copy the averages into a model, or into tensors.
 
-        A param whose averaging has not begun is copied itself.
+        A param whose averaging has not begun is copied itself; if none has, there is an
+        `AveragingNotBegunWarning`, once for each optimizer.
 
         Parameters
         ----------
         target : Module or iterable of Tensor
             The model that is trained, whose params are overwritten by their averages for good. Or
-            another model: its parameters go by name where the optimizer was given names; else they
+            another model: its parameters go by name where the optimizer was given names, whether
+            or not one of the two models is in a wrapper, such as of ``torch.compile``; else they
             must be, in their order, those of its only group. Or tensors, one for each param in the
             order of the groups. Values are rounded to the dtypes of the target.
 
@@ -469,13 +500,17 @@ class ASGD(torch.optim.ASGD):
         ValueError
             It has another number of tensors than the optimizer, other names or other shapes; or it
             is not clear which belongs to which. Nothing is changed.
+        RuntimeError
+            The parameters of the target are parts of a ``FullyShardedDataParallel`` module, which
+            may have copies of them. Nothing is changed.
 
         See Also
         --------
         averaged_state_dict : finds the params in any model, by names.
         """
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = self._params()
         targets: list[Any]
+        forget_copies()
         if isinstance(target, torch.nn.Module):
             targets = self._params_in(target, params)
         else:
@@ -485,6 +520,7 @@ class ASGD(torch.optim.ASGD):
                     "target: expected a torch.nn.Module or an iterable of tensors, got "
                     f"{type(target).__name__}"
                 )
+        self._refuse_flattened("copy_averages_to", targets)
         if len(targets) != len(params):
             raise ValueError(
                 f"target: got {len(targets)} tensors for {len(params)} params; expected one for "
@@ -496,7 +532,8 @@ class ASGD(torch.optim.ASGD):
                     f"target: tensor {i} of shape {tuple(other.shape)} does not match its param of "
                     f"shape {tuple(param.shape)}"
                 )
-        averages.copy_to(self._states(), zip(params, targets, strict=True))
+        begun = self._begun("copy_averages_to", stacklevel=4)
+        averages.copy_to(begun, zip(params, targets, strict=True))
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return the state dict of the model with the averages in it: the model to ship.
@@ -512,13 +549,19 @@ class ASGD(torch.optim.ASGD):
         -------
         dict
             What ``model.state_dict()`` returns, copied: averages for the params whose averaging has
-            begun, and the rest of the model as it is. Running statistics of batch normalization
-            stay those of the iterates: see ``torch.optim.swa_utils.update_bn``.
+            begun, and the rest of the model as it is. If none has, there is an
+            `AveragingNotBegunWarning`, once for each optimizer. The names are those of the model
+            inside of ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel``. Running
+            statistics of batch normalization stay those of the iterates: see
+            ``torch.optim.swa_utils.update_bn``.
 
         Raises
         ------
         ValueError
             The model has none of the optimizer's params.
+        RuntimeError
+            The params are parts of a ``FullyShardedDataParallel`` module, which may have copies of
+            them.
 
         Examples
         --------
@@ -530,11 +573,36 @@ class ASGD(torch.optim.ASGD):
         >>> shipped.load_state_dict(optimizer.averaged_state_dict(model))
         <All keys matched successfully>
         """
-        own = {id(param) for group in self.param_groups for param in group["params"]}
+        own = set(map(id, self._params()))
+        forget_copies()
         if not any(id(param) in own for param in model.parameters()):
             raise ValueError("model: has none of the optimizer's params")
+        self._refuse_flattened("averaged_state_dict", self._params())
+        self._begun("averaged_state_dict", stacklevel=4)
         with nullcontext() if self._is_exchanged else self.averaged_parameters():
-            return deepcopy(model.state_dict())
+            return averages.shipped(model)
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """The averages, one for each param in the order of the groups.
+
+        Each is the tensor that the steps update in place, in the dtype of its param or
+        `average_dtype`. Until averaging begins a copy of the param stands for it, which an average
+        equals until then, unless ``lazy_average=False`` has made it. Inside `averaged_parameters`
+        it is detached from the param, and shares its memory, if that has its dtype.
+        """
+        own = {own.param: own for own in self._states()}
+        return [
+            averages.average_of(own[param])
+            if param in own
+            else copy_as(param, state.wide(param, self.average_dtype))
+            for param in self._params()
+        ]
+
+    @property
+    def is_averaging(self) -> bool:
+        """Whether the average of any param has begun."""
+        return bool(averages.begun(self._states()))
 
     def start_averaging(self, group: int | None = None) -> None:
         """Make the next step's iterate the first one in the averages.
@@ -556,7 +624,10 @@ class ASGD(torch.optim.ASGD):
             The averages stand in the params: see `averaged_parameters`.
         """
         self._refuse_exchanged("start_averaging")
-        for own in self.param_groups if group is None else [self.param_groups[group]]:
+        groups = self.param_groups
+        if group is not None:
+            groups = [groups[check_place("group", group, len(groups))]]
+        for own in groups:
             state.start(self.state, own, self._states(own))
 
     def reset_averages(self, group: int | None = None) -> None:
@@ -573,6 +644,30 @@ class ASGD(torch.optim.ASGD):
             As `start_averaging`.
         """
         self.start_averaging(group)
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _begun(self, call: str, *, stacklevel: int) -> list[ParamState]:
+        """Return the states whose averages have begun, for a call that asks for averages."""
+        states = self._states()
+        begun = averages.begun(states)
+        step = 0.0 if begun else max(state.floats([own.scalars()[0] for own in states]), default=0)
+        if step:
+            t0 = min(float(group["t0"]) for group in self.param_groups)
+            self._warn_once(
+                AveragingNotBegunWarning,
+                f"{call}: no average has begun, as t0 is {t0:g} and the number of steps is "
+                f"{step:g}; these are the params as they are. start_averaging() begins with the "
+                "next step; or choose a smaller t0",
+                stacklevel,
+            )
+        return begun
+
+    def _warn_once(self, category: type[Warning], message: str, stacklevel: int) -> None:
+        if category not in self._warned:
+            warnings.warn(message, category, stacklevel)
+            self._warned |= {category}
 
     def _states(self, *groups: Group) -> list[ParamState]:
         """Return the states that there are of the params of some groups, by default of all."""
@@ -592,7 +687,17 @@ class ASGD(torch.optim.ASGD):
     def _refuse_exchanged(self, call: str) -> None:
         if self._is_exchanged:
             raise RuntimeError(
-                f"{call}: not inside averaged_parameters(), where the averages stand in the params"
+                f"{call}: is not possible inside averaged_parameters(), where the averages stand "
+                "in the params"
+            )
+
+    def _refuse_flattened(self, call: str, params: list[Tensor]) -> None:
+        if are_flattened(params):
+            raise RuntimeError(
+                f"{call}: the params are parts of a FullyShardedDataParallel module, whose next "
+                "forward may read copies of them; use torch.distributed.fsdp.fully_shard instead, "
+                "or take the averages from FullyShardedDataParallel.optim_state_dict(model, "
+                "optimizer)['state'][name]['ax']"
             )
 
     def _params_in(self, model: torch.nn.Module, params: list[Tensor]) -> list[Tensor]:
@@ -602,11 +707,7 @@ class ASGD(torch.optim.ASGD):
             return params
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         if len(names) == len(params):
-            by_name = dict(model.named_parameters(remove_duplicate=False))
-            missing = [name for name in names if name not in by_name]
-            if missing:
-                raise ValueError(f"target: has no parameters named {missing}")
-            return [by_name[name] for name in names]
+            return averages.params_named(model, names)
         if len(self.param_groups) > 1:
             raise ValueError(
                 "target: it is not clear which of its parameters belong to which of the "

@@ -84,7 +84,7 @@ def test_calls_on_arrays_refused_inside_lose_nothing(name, wide):
     optimizer = ArrayASGD(arrays, average_dtype=wide, **OPTIONS)
     run(optimizer, arrays)
     before = [raw(x) for x in (*arrays, *optimizer.averages)]
-    message = f"^{name.strip()}: not inside averaged_parameters"
+    message = f"^{name.strip()}: is not possible inside averaged_parameters"
     with optimizer.averaged_parameters(), pytest.raises(RuntimeError, match=message):
         ARRAY_REFUSED[name](optimizer)
     assert [raw(x) for x in (*arrays, *optimizer.averages)] == before

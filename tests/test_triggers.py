@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from averaging import asks_early
 from runs import runs, saved_and_loaded
 from torch import nn
 from twins import parameters
@@ -206,6 +207,7 @@ def test_the_iterate_after_it_fired_is_the_first_one(double_scalars, make):
     run.check(12, 12)
 
 
+@asks_early
 @runs
 def test_a_trigger_that_may_not_start_can_be_asked_again(make):
     """Inside averaged_parameters(), nothing is lost and the check does not count."""
@@ -214,7 +216,7 @@ def test_a_trigger_that_may_not_start_can_be_asked_again(make):
     run.step()
     with run.optimizer.averaged_parameters():
         assert not trigger.step(1.0)
-        with pytest.raises(RuntimeError, match=r"^start_averaging: not inside"):
+        with pytest.raises(RuntimeError, match=r"^start_averaging: is not possible inside"):
             trigger.step(2.0)
     assert trigger.state_dict() == {"patience": 0, "losses": [1.0], "has_fired": False}
     assert trigger.step(2.0)

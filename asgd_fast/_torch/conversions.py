@@ -79,8 +79,14 @@ def average_as_param(ax: Any, param: Tensor) -> Tensor | None:
 
 def copy_as(param: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a copy of a param in some dtype, in its layout."""
-    with torch.inference_mode(False), torch.no_grad(), _one_thread_if_forked():
-        return param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
+    if is_forked() or torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), _one_thread_if_forked():  # as long as all the rest
+            return _copied(param.detach(), dtype)
+    return _copied(param.detach(), dtype)
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.clone() if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def extent(tensor: Tensor | None) -> tuple[int, int]:

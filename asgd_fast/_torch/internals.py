@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._C import _len_torch_dispatch_stack  # 2.4 and later
@@ -10,12 +11,18 @@ from torch._C._autograd import _profiler_enabled  # 2.4 and later
 from torch._C._functorch import peek_interpreter_stack  # 2.4 and later
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.nn.utils import parametrize
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = [
     "FOREACH_TAKES_HOST_SCALARS",
     "alike",
+    "are_flattened",
     "check_graph_capture",
+    "forget_copies",
     "has_observers",
     "increment_versions",
     "is_watched",
@@ -74,6 +81,27 @@ def increment_versions(tensors: list[torch.Tensor]) -> None:
     else:
         for tensor in tensors:
             increment_version(tensor)
+
+
+def forget_copies() -> None:
+    """Let the next forward of each model read the params, where torch has kept copies of them.
+
+    Autocast keeps them in other dtypes, `parametrize.cached` what was computed from them, and
+    `fully_shard` the params gathered from all ranks.
+    """
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
+    composable = sys.modules.get("torch.distributed._composable_state")  # where fully_shard is used
+    for module in [] if composable is None else list(composable._module_state_mapping):
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def are_flattened(params: Iterable[torch.Tensor]) -> bool:
+    """Whether some are parts of a FullyShardedDataParallel module, which keeps copies of them."""
+    return "torch.distributed.fsdp" in sys.modules and any(
+        getattr(param, "_fsdp_flattened", False) for param in params
+    )
 
 
 def _takes_lists() -> bool:

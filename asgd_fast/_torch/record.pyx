@@ -29,8 +29,10 @@ cdef tuple _NAMES = SCALARS
 
 def scalar_tensor(double value, dtype):
     """A number as a tensor of no dimension of the host, whatever modes and defaults torch is in."""
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device="cpu")
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # 2 us, as long as all the rest
+            return torch.scalar_tensor(value, dtype=dtype, device="cpu")
+    return torch.scalar_tensor(value, dtype=dtype, device="cpu")
 
 
 cdef class Record(dict):
