@@ -28,6 +28,7 @@ from asgd_fast._torch.internals import (
     increment_versions,
     is_watched,
 )
+from asgd_fast._torch.scalars import floats
 from asgd_fast.schedule import AveragingNotBegunWarning, check_place
 from asgd_fast.threads import threads_for
 
@@ -652,7 +653,7 @@ class ASGD(torch.optim.ASGD):
         """Return the states whose averages have begun, for a call that asks for averages."""
         states = self._states()
         begun = averages.begun(states)
-        step = 0.0 if begun else max(state.floats([own.scalars()[0] for own in states]), default=0)
+        step = 0.0 if begun else max(floats([own.scalars()[0] for own in states]), default=0)
         if step:
             t0 = min(float(group["t0"]) for group in self.param_groups)
             self._warn_once(

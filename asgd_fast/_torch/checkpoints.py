@@ -21,7 +21,6 @@ from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, check_group, drop_usual
 from asgd_fast._torch.record import scalar_tensor
 from asgd_fast._torch.scalars import floats, scalar_dtype
 from asgd_fast._torch.state import (
-    BEFORE_FIRST,
     SCALARS,
     ParamState,
     State,
@@ -33,10 +32,9 @@ from asgd_fast._torch.state import (
 from asgd_fast.schedule import check_scalar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
-    from asgd_fast._torch.conversions import broadcasts
-from asgd_fast._torch.groups import Group
+    from asgd_fast._torch.groups import Group
 
 __all__ = ["check", "pack", "unpack"]
 
@@ -86,9 +84,7 @@ def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[
         key: _checked_copy(f"state[{key!r}]", entry, param_of[key]) if key in param_of else entry
         for key, entry in state_dict["state"].items()
     }
-    kept = [
-        {name: own[name] for name in OWN_HYPERPARAMETERS if name in own} for own in own_groups
-    ]
+    kept = [{name: own[name] for name in OWN_HYPERPARAMETERS if name in own} for own in own_groups]
     groups = [{**own, **group} for own, group in zip(kept, groups, strict=True)]
     for i, (own, group) in enumerate(zip(own_groups, groups, strict=True)):
         _check_group(f"param_groups[{i}]", {**own, **group})

@@ -1,7 +1,7 @@
 """The part of a DTensor on this rank, which an elementwise update needs alone.
 
-This module knows DTensors by what is the same on all ranks: whether one goes to an engine is decided
-alike everywhere, since other ranks wait for what this one redistributes.
+This module knows DTensors by what is the same on all ranks. So all decide alike whether an engine
+takes one; else some would wait for ever for a gradient that others do not redistribute.
 """
 
 from __future__ import annotations

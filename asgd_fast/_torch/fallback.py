@@ -23,8 +23,7 @@ from asgd_fast._torch.state import SCALARS, ParamState, new_average
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asgd_fast._torch.conversions import broadcasts
-from asgd_fast._torch.groups import Group
+    from asgd_fast._torch.groups import Group
 
 __all__ = ["Left", "prepare", "step"]
 
