@@ -126,13 +126,14 @@ class ASGD(torch.optim.ASGD):
     Attributes
     ----------
     param_groups : list of dict
-        The groups; hyperparameters, lr_schedule and average_every among them, may be changed
-        between steps.
+        The groups; hyperparameters may be changed between steps. lr_schedule and average_every are
+        among them where they are not the defaults, so that checkpoints have torch's keys.
     state : dict of Tensor to dict
         For each param that has been stepped: "step", "eta" and "mu", tensors of no dimension, of
         which the last two are for the next step; and "ax", its average, in its layout, once that
         has begun. All are updated in place by the steps. "t0", a number, stands instead of the
-        group's where `start_averaging` found params of different step counts.
+        group's where `start_averaging` found params of different step counts; alone, for a param
+        that had made none.
 
     Raises
     ------
@@ -368,6 +369,9 @@ class ASGD(torch.optim.ASGD):
         `averaged_parameters` it is the same checkpoint; but the model then saves its averages, and
         neither has the iterate to go on from. So take a checkpoint to resume from outside.
 
+        Where `start_averaging` found params of different step counts, the last bit of the group's
+        t0 is set, and "step" and "mu" tell where the average of each began.
+
         Returns
         -------
         dict
@@ -380,7 +384,7 @@ class ASGD(torch.optim.ASGD):
 
         As in torch; but the state is copied, step, eta and mu keep their precision, and averages
         get the dtype that they have in this optimizer. Where `lr_schedule` and `average_every` are
-        not in the checkpoint, as it is torch's, they stay.
+        not in the checkpoint, as in torch's and where they were the defaults, they stay.
 
         Parameters
         ----------
@@ -389,8 +393,9 @@ class ASGD(torch.optim.ASGD):
 
         Raises
         ------
-        ValueError
-            It has other groups, or other numbers of params in them.
+        KeyError, TypeError, ValueError
+            It has other groups, or other numbers of params in them; or an entry of it is missing,
+            or is not what it may be. Nothing is changed.
         RuntimeError
             The averages stand in the params: see `averaged_parameters`.
         """

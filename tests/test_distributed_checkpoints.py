@@ -46,7 +46,7 @@ class Side:
     def run(self, steps, *skipped, seed=0):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(steps):
-            for i, (p, made) in enumerate(zip(self.params, self.iterates, strict=True)):
+            for i, p in enumerate(self.params):
                 grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
                 p.grad = None if i in skipped else grad
             self.optimizer.step()
@@ -85,9 +85,7 @@ def by_tool(**options):
     def way(source, target, _path):
         own = StateDictOptions(strict=False, **options)
         saved = get_optimizer_state_dict(source.model, source.optimizer, options=own)
-        set_optimizer_state_dict(
-            target.model, target.optimizer, copy.deepcopy(saved), options=own
-        )
+        set_optimizer_state_dict(target.model, target.optimizer, copy.deepcopy(saved), options=own)
 
     return way
 
@@ -99,9 +97,7 @@ def by_distributed_file(**options):
         dcp.save({"optimizer": saved}, checkpoint_id=path)
         into = {"optimizer": get_optimizer_state_dict(target.model, target.optimizer, options=own)}
         dcp.load(into, checkpoint_id=path)
-        set_optimizer_state_dict(
-            target.model, target.optimizer, into["optimizer"], options=own
-        )
+        set_optimizer_state_dict(target.model, target.optimizer, into["optimizer"], options=own)
 
     return way
 

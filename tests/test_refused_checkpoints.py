@@ -202,10 +202,19 @@ def old_checkpoint(**group):
         "state": {0: entry(4.0), 1: entry(2.0, t0=1.0)},
         "param_groups": [
             {
-                **{"lr": 0.1, "lambd": 1e-4, "alpha": 0.75, "t0": 3.0, "weight_decay": 0},
-                **{"foreach": None, "maximize": False, "differentiable": False},
-                **{"capturable": False, "lr_schedule": "torch", "average_every": 1},
-                **{"averaging_started": True, "params": [0, 1, 2]},
+                "lr": 0.1,
+                "lambd": 1e-4,
+                "alpha": 0.75,
+                "t0": 3.0,
+                "weight_decay": 0,
+                "foreach": None,
+                "maximize": False,
+                "differentiable": False,
+                "capturable": False,
+                "lr_schedule": "torch",
+                "average_every": 1,
+                "averaging_started": True,
+                "params": [0, 1, 2],
                 **group,
             }
         ],

@@ -100,7 +100,7 @@ def extent(tensor: Tensor | None) -> tuple[int, int]:
 def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
     """Whether torch adds a tensor of one shape to one of the other, in place."""
     try:
-        return torch.broadcast_shapes(shape, to) == torch.Size(to)
+        return bool(torch.broadcast_shapes(shape, to) == torch.Size(to))
     except RuntimeError:
         return False
 
