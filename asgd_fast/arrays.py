@@ -589,7 +589,7 @@ class ArrayASGD:
                 f"the optimizer's as {expected['group'].tolist()}"
             )
         for name, low, high in (
-            ("step", 0, math.inf),
+            ("step", 0, 2.0**53),  # whose next whole number is no float
             ("eta", 0, math.inf),
             ("mu", 0, 1),
             ("start", -math.inf, math.inf),

@@ -131,13 +131,14 @@ class ASGD(torch.optim.ASGD):
     Attributes
     ----------
     param_groups : list of dict
-        The groups; hyperparameters, lr_schedule and average_every among them, may be changed
-        between steps.
+        The groups; hyperparameters may be changed between steps. lr_schedule and average_every are
+        among them where they are not the defaults, so that checkpoints have torch's keys.
     state : dict of Tensor to dict
         For each param that has been stepped: "step", "eta" and "mu", tensors of no dimension, of
         which the last two are for the next step; and "ax", its average, in its layout, once that
         has begun. All are updated in place by the steps. "t0", a number, stands instead of the
-        group's where `start_averaging` found params of different step counts.
+        group's where `start_averaging` found params of different step counts; alone, for a param
+        that had made none.
     averages : list of Tensor
         The averages, in the order of the groups; copies of the params before they begin.
     is_averaging : bool
@@ -381,6 +382,9 @@ class ASGD(torch.optim.ASGD):
         averages, and neither has the iterate to go on from. So take a checkpoint to resume from
         outside.
 
+        Where `start_averaging` found params of different step counts, the last bit of the group's
+        t0 is set, and "step" and "mu" tell where the average of each began.
+
         Returns
         -------
         dict
@@ -402,7 +406,7 @@ class ASGD(torch.optim.ASGD):
 
         As in torch; but the state is copied, step, eta and mu keep their precision, and averages
         get the dtype that they have in this optimizer. Where `lr_schedule` and `average_every` are
-        not in the checkpoint, as it is torch's, they stay.
+        not in the checkpoint, as in torch's and where they were the defaults, they stay.
 
         Parameters
         ----------
@@ -411,8 +415,9 @@ class ASGD(torch.optim.ASGD):
 
         Raises
         ------
-        ValueError
-            It has other groups, or other numbers of params in them.
+        KeyError, TypeError, ValueError
+            It has other groups, or other numbers of params in them; or an entry of it is missing,
+            or is not what it may be. Nothing is changed.
         RuntimeError
             The averages stand in the params: see `averaged_parameters`.
         """

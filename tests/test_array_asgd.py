@@ -260,6 +260,10 @@ def assert_unchanged(optimizer, before):
             r"state_dict\['step'\]: dtype float64 does not match the optimizer's int64",
         ),
         (lambda s: s.update(step=-s["step"]), r"Invalid state_dict\['step'\]\[0\]: -1"),
+        (  # which is not what would be saved again
+            lambda s: s.update(step=np.full(len(s["step"]), 2**63 - 1)),
+            r"Invalid state_dict\['step'\]\[0\]: 9223372036854775807",
+        ),
         (lambda s: s.update(eta=s["eta"] * np.nan), r"Invalid state_dict\['eta'\]\[0\]: nan"),
         (lambda s: s.update(mu=s["mu"] * 2), r"Invalid state_dict\['mu'\]\[0\]: 2"),
         (lambda s: s.update(lr=-s["lr"]), "Invalid learning rate: -0.2"),

@@ -18,23 +18,16 @@ from torch import Tensor
 
 from asgd_fast._torch.conversions import broadcasts
 from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, check_group, drop_usual, number
-from asgd_fast._torch.record import scalar_tensor
+from asgd_fast._torch.record import SCALARS, scalar_tensor
 from asgd_fast._torch.scalars import floats, scalar_dtype
-from asgd_fast._torch.state import (
-    SCALARS,
-    ParamState,
-    State,
-    adopt,
-    has_steps,
-    start_before_first,
-    wide,
-)
+from asgd_fast._torch.state import ParamState, adopt, has_steps, start_before_first, wide
 from asgd_fast.schedule import check_scalar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from asgd_fast._torch.groups import Group
+    from asgd_fast._torch.state import State
 
 __all__ = ["check", "pack", "unpack"]
 
@@ -164,9 +157,10 @@ def _start_of(entry: dict[str, Any], group: Group) -> float:
     step, mu = floats([entry["step"], entry["mu"]])
     if mu < _LITTLE * 2**40:
         return step - mu / _LITTLE
-    if not mu <= 1:  # which a param has that was changed by hand
+    if not mu <= 1:  # which somebody has put there
         return float(group["t0"])
-    return step - 1 - (round(1 / mu) - 1) * group.get("average_every", 1)
+    every: int = group.get("average_every", 1)
+    return step - 1 - (round(1 / mu) - 1) * every
 
 
 class _Kept:
@@ -185,54 +179,45 @@ def _released(param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _checked_copy(name: str, entry: Any, param: Tensor) -> Any:
+def _checked_copy(name: str, entry: Any, param: Tensor) -> dict[str, Any]:
     """Return an entry of a checkpoint with tensors of its own, or refuse it."""
     if not isinstance(entry, dict):
         raise TypeError(f"{name}: expected a dict, got {type(entry).__name__}")
     # An empty dict is what torch makes of an entry that a flattened checkpoint does not have.
-    entry = {
-        key: x
-        for key, x in entry.items()
-        if key not in (*SCALARS, "ax", "t0") or not isinstance(x, dict) or x
-    }
-    if not has_steps(entry):
-        return entry
-    if missing := [x for x in SCALARS if x not in entry]:
+    names = (*SCALARS, "ax", "t0")
+    nothing = {key for key in names if isinstance(x := entry.get(key), dict) and not x}
+    copies = {key: x for key, x in entry.items() if key not in nothing}
+    if not has_steps(copies):
+        return copies
+    if missing := [key for key in SCALARS if key not in copies]:
         raise KeyError(f"{name}: missing {missing}")
     for key in SCALARS:
-        _check_number(f"{name}[{key!r}]", entry[key])
-    if "t0" in entry:
-        entry["t0"] = check_scalar(f"{name}['t0']", entry["t0"], low=-inf)
-    if "ax" in entry:
-        _check_average(f"{name}['ax']", entry["ax"], param)
+        _check_number(f"{name}[{key!r}]", copies[key])
+    if "t0" in copies:
+        copies["t0"] = check_scalar(f"{name}['t0']", copies["t0"], low=-inf)
+    ax = copies.get("ax", param)
+    if not isinstance(ax, Tensor):
+        raise TypeError(f"{name}['ax']: expected a tensor, got {type(ax).__name__}")
+    if not broadcasts(param.shape, ax.shape):
+        raise ValueError(
+            f"{name}['ax']: shape {tuple(ax.shape)} does not match its param of shape "
+            f"{tuple(param.shape)}"
+        )
     with torch.inference_mode(False), torch.no_grad():  # which the copies are to outlive
-        return {
-            key: _Kept(x.detach().to(param.device, copy=True))
-            if isinstance(x, Tensor) and key in (*SCALARS, "ax")
-            else x
-            for key, x in entry.items()
-        }
+        for key in (*SCALARS, "ax"):
+            if isinstance(x := copies.get(key), Tensor):
+                copies[key] = _Kept(x.detach().to(param.device, copy=True))
+    return copies
 
 
 def _check_number(name: str, value: Any) -> None:
-    """Refuse what is no real number, nor a tensor that has one."""
+    """Refuse what is neither a real number nor a tensor that has one."""
     if not isinstance(value, Tensor):
         number(name, value)
     elif value.numel() != 1:
         raise ValueError(f"{name}: expected one number, got a tensor of shape {tuple(value.shape)}")
     elif value.is_complex():
         raise TypeError(f"{name}: expected a real number, got a tensor of {value.dtype}")
-
-
-def _check_average(name: str, ax: Any, param: Tensor) -> None:
-    """Refuse what no step could go on with."""
-    if not isinstance(ax, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(ax).__name__}")
-    if not broadcasts(param.shape, ax.shape):
-        raise ValueError(
-            f"{name}: shape {tuple(ax.shape)} does not match its param of shape "
-            f"{tuple(param.shape)}"
-        )
 
 
 def _check_group(name: str, group: Group) -> None:

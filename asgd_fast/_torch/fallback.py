@@ -16,9 +16,9 @@ from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.conversions import broadcasts
 from asgd_fast._torch.groups import eta_of_tensor, has_own_options
 from asgd_fast._torch.internals import FOREACH_TAKES_HOST_SCALARS
-from asgd_fast._torch.record import scalar_tensor
+from asgd_fast._torch.record import SCALARS, scalar_tensor
 from asgd_fast._torch.scalars import to_device
-from asgd_fast._torch.state import SCALARS, ParamState, new_average
+from asgd_fast._torch.state import ParamState, new_average
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

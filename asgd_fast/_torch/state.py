@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from math import isfinite
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from asgd_fast._torch.groups import Group
 
 __all__ = [
-    "BEFORE_FIRST",
-    "SCALARS",
     "ParamState",
     "State",
     "adopt",
@@ -44,7 +42,7 @@ State: TypeAlias = "MutableMapping[Tensor, Any]"
 _WIDENED = {torch.float16, torch.bfloat16, torch.float32, torch.complex32, torch.complex64}
 
 # The t0 with which the first iterate of all is the first one in the average.
-BEFORE_FIRST = -1.0
+_BEFORE_FIRST = -1.0
 
 
 class ParamState(Record):
@@ -155,12 +153,12 @@ def find(
     TypeError, ValueError, RuntimeError
         As `adopt`.
     """
-    found = state.get(param)
+    found: Any = state.get(param)
     if not has_steps(found):
         return adopt(param, found or {}, group, lazy=lazy, average_dtype=average_dtype)
-    if type(found) is ParamState and found.param is not None:
-        if found.param is param or state.get(found.param) is found:
-            return found
+    is_known = type(found) is ParamState and found.param is not None
+    if is_known and (found.param is param or state.get(found.param) is found):
+        return cast("ParamState", found)
     own = adopted.get(id(found))
     if own is None:
         own = adopt(param, found, group, lazy=lazy, average_dtype=average_dtype)
@@ -309,8 +307,8 @@ def start_before_first(state: State, group: Group) -> None:
     for param in group["params"]:
         if not has_steps(state.get(param)):
             state.pop(param, None)
-            if group["t0"] != BEFORE_FIRST:
-                state[param] = {"t0": BEFORE_FIRST}
+            if group["t0"] != _BEFORE_FIRST:
+                state[param] = {"t0": _BEFORE_FIRST}
 
 
 def new_average(own: ParamState, *, copies: bool) -> Tensor:
