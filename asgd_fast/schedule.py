@@ -80,7 +80,7 @@ def check_scalar(
 
 
 def check_place(name: str, value: Any, n: int) -> int:
-    """Check that a number is that of one of several things in a row.
+    """Check that a number is the place of one of several things in a row.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def check_place(name: str, value: Any, n: int) -> int:
             f"{name}: expected an integer, got {value!r} of type {type(value).__name__}"
         ) from None
     if not -n <= place < n:
-        raise IndexError(f"{name}: got {place}, but there are {n}; expected {-n} <= {name} < {n}")
+        raise IndexError(f"{name}: got {place} for {n} {name}s; expected {-n} <= {name} < {n}")
     return place % n
 
 

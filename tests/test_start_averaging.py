@@ -74,8 +74,8 @@ def test_one_group_of_several(double_scalars, make):
 @pytest.mark.parametrize(
     ("group", "error", "message"),
     [
-        (3, IndexError, "^group: got 3, but there are 3; expected -3 <= group < 3$"),
-        (-4, IndexError, "^group: got -4, but there are 3; expected"),
+        (3, IndexError, "^group: got 3 for 3 groups; expected -3 <= group < 3$"),
+        (-4, IndexError, "^group: got -4 for 3 groups; expected"),
         ("0", TypeError, "^group: expected an integer, got '0' of type str$"),
         (slice(0, 1), TypeError, "^group: expected an integer, got slice"),
         (1.0, TypeError, "^group: expected an integer, got 1.0 of type float$"),

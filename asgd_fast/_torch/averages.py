@@ -49,14 +49,19 @@ class _Pair:
     def __init__(self, own: ParamState, ax: Tensor) -> None:
         param: Tensor = own.param
         self.param, self.own, self.ax = param, own, ax
-        if ax.shape != param.shape:
-            raise ValueError(
-                f"state: 'ax' of shape {tuple(ax.shape)} does not match its param of shape "
-                f"{tuple(param.shape)}"
-            )
         self.memory = param.detach()
         self.spare = self.memory.clone() if ax.dtype != param.dtype else None
         self.for_engine = type(self.memory) is type(ax) is Tensor
+
+    def leave_to_torch(self) -> None:
+        """Keep the param in spare memory, so that each half of the exchange can be repeated."""
+        if self.ax.shape != self.param.shape:
+            raise ValueError(
+                f"state: 'ax' of shape {tuple(self.ax.shape)} does not match its param of shape "
+                f"{tuple(self.param.shape)}"
+            )
+        if self.spare is None:
+            self.spare = self.memory.clone()
 
     def put_average(self) -> None:
         """Let the param and the state show the exchange; torch's part of it is made here."""
@@ -206,8 +211,8 @@ def _pairs(states: Sequence[ParamState]) -> list[_Pair]:
             for pair in pairs:
                 pair.for_engine = False
     for pair in pairs:
-        if not pair.for_engine and pair.spare is None:
-            pair.spare = pair.memory.clone()
+        if not pair.for_engine:
+            pair.leave_to_torch()
     return pairs
 
 
