@@ -6,6 +6,7 @@ nor how the pass over the memory is made; what no engine takes goes to torch's o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import wraps
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from asgd_fast import _core
 from asgd_fast._engines import launches_for
 from asgd_fast._torch import averages, fallback, state
 from asgd_fast._torch.gather import Work, gather
-from asgd_fast._torch.groups import check_group
+from asgd_fast._torch.groups import Group, check_group
 from asgd_fast._torch.internals import (
     check_graph_capture,
     has_observers,
@@ -28,11 +30,6 @@ from asgd_fast._torch.internals import (
 from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from torch.optim.optimizer import ParamsT
-
-    from asgd_fast._torch.groups import Group
     from asgd_fast._torch.state import ParamState
 
 __all__ = ["ASGD"]
