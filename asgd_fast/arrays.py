@@ -7,10 +7,10 @@ pass over the memory is made.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -32,11 +32,6 @@ from asgd_fast.schedule import (
     check_place,
     check_scalar,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    import numpy.typing as npt
 
 __all__ = ["ArrayASGD", "asgd_"]
 
@@ -238,7 +233,7 @@ class ArrayASGD:
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        average_dtype: npt.DTypeLike | None = None,
+        average_dtype: np.typing.DTypeLike | None = None,
         lr_schedule: str = "torch",
         average_every: int = 1,
     ) -> None:
@@ -504,7 +499,7 @@ class ArrayASGD:
         """
         self.start_averaging(group)
 
-    def state_dict(self) -> dict[str, npt.NDArray[Any]]:
+    def state_dict(self) -> dict[str, Any]:
         """Return a snapshot of everything but the params: a flat dict of NumPy arrays.
 
         Returns
@@ -524,7 +519,7 @@ class ArrayASGD:
             Params were put into a group, or taken out, by hand.
         """
         hyperparameters = self._hyperparameters()
-        state: dict[str, npt.NDArray[Any]] = {
+        state: dict[str, np.typing.NDArray[Any]] = {
             "step": self._scalars[:, 0].astype(np.int64),
             "eta": self._scalars[:, 1].copy(),
             "mu": self._scalars[:, 2].copy(),
@@ -671,11 +666,11 @@ class ArrayASGD:
             for k, group in enumerate(self.param_groups)
         ]
 
-    def _t0_of_each(self) -> npt.NDArray[np.float64]:
+    def _t0_of_each(self) -> np.typing.NDArray[np.float64]:
         t0s = [float(group["t0"]) for group in self.param_groups]
         return np.array(t0s)[self._group_of_each()]
 
-    def _group_of_each(self) -> npt.NDArray[np.int64]:
+    def _group_of_each(self) -> np.typing.NDArray[np.int64]:
         return np.repeat(
             np.arange(len(self.param_groups), dtype=np.int64), [*map(len, self._params_of_groups())]
         )
@@ -722,7 +717,7 @@ def _one_for_each(name: str, arrays: Any, n: int) -> list[Array | None]:
     return list(arrays)
 
 
-def _saved(name: str, ax: Array) -> npt.NDArray[Any]:
+def _saved(name: str, ax: Array) -> np.typing.NDArray[Any]:
     """Return a copy of an average as a NumPy array."""
     try:
         return to_host(ax)

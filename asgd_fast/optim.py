@@ -7,19 +7,21 @@ nor how the pass over the memory is made; what no engine takes goes to torch's o
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from asgd_fast import _core
 from asgd_fast._engines import launches_for
 from asgd_fast._torch import averages, checkpoints, fallback, state
 from asgd_fast._torch.conversions import copy_as
 from asgd_fast._torch.gather import Work, gather
-from asgd_fast._torch.groups import check_group, drop_usual
+from asgd_fast._torch.groups import Group, check_group, drop_usual
 from asgd_fast._torch.internals import (
     are_flattened,
     check_graph_capture,
@@ -33,11 +35,6 @@ from asgd_fast.schedule import AveragingNotBegunWarning, check_place
 from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from torch.optim.optimizer import ParamsT
-
-    from asgd_fast._torch.groups import Group
     from asgd_fast._torch.state import ParamState
 
 __all__ = ["ASGD"]

@@ -7,13 +7,11 @@ scalars of many params.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from asgd_fast._schedule import next_scalars
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = [
     "AveragingNotBegunWarning",

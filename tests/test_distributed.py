@@ -64,9 +64,7 @@ def assert_bits(tensors, others, what):
         assert torch.equal(tensor, other), what
 
 
-def beside_torch(
-    mesh, placements, *, grads=None, steps=5, extra=0, shapes=SHAPES, **keywords
-):
+def beside_torch(mesh, placements, *, grads=None, steps=5, extra=0, shapes=SHAPES, **keywords):
     """Step the same params with ours and torch's, from before averaging begins to after."""
     params, others = (placed(mesh, placements, shapes=shapes) for _ in range(2))
     for each in (params, others):

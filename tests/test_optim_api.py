@@ -443,7 +443,7 @@ def test_the_array_interface_does_without_torch():
 
 
 def test_without_torch_the_error_says_so():
-    code = "import sys; sys.modules['torch'] = None; import asgd_fast; asgd_fast.ASGD"
+    code = "import sys; sys.modules['torch'] = None; from asgd_fast import ASGD"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )

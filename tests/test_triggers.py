@@ -152,6 +152,48 @@ def test_triggers_that_are_refused(arguments, error, message):
         NonMonotonicTrigger(*arguments)
 
 
+class Wrapper:
+    """Keeps an optimizer under some name, as training frameworks do."""
+
+    def __init__(self, **kept):
+        vars(self).update(kept)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: Wrapper(optimizer=x),
+        lambda x: Wrapper(opt=x),
+        lambda x: Wrapper(_optimizer=x),
+        lambda x: Wrapper(optimizer=None, opt=Wrapper(_optimizer=Wrapper(optimizer=x))),
+    ],
+    ids=["accelerate", "fastai", "lightning", "all"],
+)
+def test_an_optimizer_in_wrappers_is_found(wrap):
+    optimizer = Counting()
+    trigger = NonMonotonicTrigger(wrap(optimizer), patience=0)
+    assert [trigger.step(x) for x in (1.0, 2.0)] == [False, True]
+    assert optimizer.calls == 1
+
+
+def test_a_wrapper_that_starts_averages_itself_is_asked():
+    wrapper = Counting()
+    wrapper.optimizer = Counting()
+    trigger = NonMonotonicTrigger(wrapper, patience=0)
+    assert [trigger.step(x) for x in (1.0, 2.0)] == [False, True]
+    assert (wrapper.calls, wrapper.optimizer.calls) == (1, 0)
+
+
+def test_wrappers_of_something_else_are_refused():
+    (p,) = parameters((2,))
+    wrapper = Wrapper(opt=Wrapper(optimizer=torch.optim.SGD([p])))
+    with pytest.raises(TypeError, match=r"got Wrapper, which wraps Wrapper, which wraps SGD$"):
+        NonMonotonicTrigger(wrapper)
+    wrapper.opt = wrapper
+    with pytest.raises(TypeError, match=r"got Wrapper$"):
+        NonMonotonicTrigger(wrapper)
+
+
 @pytest.mark.parametrize(
     "way", [lambda x: x, copy.deepcopy, lambda x: json.loads(json.dumps(x)), saved_and_loaded]
 )
