@@ -20,12 +20,13 @@ from asgd_fast._torch import averages, fallback, state
 from asgd_fast._torch.gather import Work, gather
 from asgd_fast._torch.groups import check_group
 from asgd_fast._torch.internals import (
+    call_post_hooks,
     check_graph_capture,
     has_observers,
     increment_versions,
     is_watched,
 )
-from asgd_fast._torch.settings import Settings, Shared, checked_average_dtype
+from asgd_fast._torch.settings import KEYWORDS, Settings, Shared, checked_average_dtype
 from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
@@ -50,16 +51,19 @@ def _uncompiled(function: F) -> F:
 def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a step as torch does, with hooks and a profiler range, when there are any.
 
-    Torch's own wrapper takes 7 us, more than a step of few small params. A closure may register
-    hooks. Observers other than the profiler, such as ``ExecutionTraceObserver``, miss the range.
+    Torch's own wrapper takes 7 us, more than a step of few small params. Observers other than the
+    profiler, such as ``ExecutionTraceObserver``, miss the range.
     """
     in_full = torch.optim.Optimizer.profile_hook_step(step)
 
     @wraps(step)
     def wrapper(self: ASGD, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or has_observers(self):
+        if has_observers(self):
             return in_full(self, *args, **kwargs)
-        return step(self)
+        result = step(self, *args, **kwargs)
+        if args or kwargs:  # a closure may have registered hooks
+            call_post_hooks(self, (self, *args), kwargs)
+        return result
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it again
     return wrapper
@@ -115,11 +119,12 @@ class ASGD(torch.optim.ASGD):
         answers a copy of the param, and there is no such key. The step that makes the first iterate
         of the average allocates it. False does that in the first step, as torch does. Not kept in
         checkpoints, which hold averages either way.
-    average_dtype : torch.dtype, optional
-        float32 or float64: averages are kept in it where it is wider than their params (complex
-        ones as pairs of such numbers), and the lines of ax above are computed in it. By default
-        they are kept in the dtype of their params, as in torch; there they stop moving when their
-        changes become too small for it. Not kept in checkpoints, whose averages are converted.
+    average_dtype : torch.dtype or str, optional
+        float32 or float64, or its name: averages are kept in it where it is wider than their
+        params (complex ones as pairs of such numbers), and the lines of ax above are computed in
+        it. By default they are kept in the dtype of their params, as in torch; there they stop
+        moving when their changes become too small for it. Not kept in checkpoints, whose averages
+        are converted. Like `lazy_average` and `fused_amp`, it holds for all groups.
     lr_schedule : {"torch", "current"}, default="torch"
         "current" makes eta follow lr at once, and makes the steps before averaging begins those of
         ``torch.optim.SGD(lr, weight_decay=weight_decay)``, bit for bit in float32 and float64. In
@@ -244,8 +249,7 @@ class ASGD(torch.optim.ASGD):
 
     def __repr__(self) -> str:
         """Name the settings, and the hyperparameters of each group."""
-        own = ("average_dtype", "fused_amp", "lazy_average")
-        settings = "".join(f"\n{name}: {getattr(self, name)}" for name in own)
+        settings = "".join(f"\n{name}: {getattr(self, name)}" for name in KEYWORDS)
         return super().__repr__().replace("(", f"({settings}", 1)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -264,6 +268,8 @@ class ASGD(torch.optim.ASGD):
         # Torch's constructor comes here with its own defaults only.
         self.defaults = {**self.defaults, **self._own.own_defaults}
         if isinstance(param_group, dict):
+            for name in param_group.keys() & set(KEYWORDS):
+                raise TypeError(f"{name}: is set for the optimizer as a whole, not for a group")
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 

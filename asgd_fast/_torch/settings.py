@@ -13,11 +13,14 @@ import torch
 
 from asgd_fast._torch.groups import OWN_HYPERPARAMETERS
 
-__all__ = ["Settings", "Shared", "checked_average_dtype"]
+__all__ = ["KEYWORDS", "Settings", "Shared", "checked_average_dtype"]
 
 T = TypeVar("T")
+# The keywords that hold for all groups.
+KEYWORDS = ("average_dtype", "fused_amp", "lazy_average")
+
 # What copies and pickles have, by the names that it has there.
-_COPIED = ("lazy_average", "average_dtype", "fused_amp", "_own_defaults", "_scalars_on_device")
+_COPIED = (*KEYWORDS, "_own_defaults", "_scalars_on_device")
 
 _AVERAGE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
