@@ -7,6 +7,7 @@ schedules or how the pass is made.
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import contextmanager
 from functools import cache
 from itertools import groupby
@@ -36,6 +37,7 @@ __all__ = [
     "from_host",
     "is_on_gpu",
     "launches_for",
+    "refuse_recording",
     "run_on_gpus",
     "template",
     "to_host",
@@ -99,6 +101,32 @@ def update(rows: Rows) -> None:
     rows.check_overlap()
     run_on_gpus(rows, UPDATE)
     _core.update(rows, threads_for(rows))
+
+
+def refuse_recording(call: str) -> None:
+    """Refuse a call that torch's ``make_fx`` would leave out of the graph that it makes.
+
+    Parameters
+    ----------
+    call : str
+        What the message calls it.
+
+    Raises
+    ------
+    RuntimeError
+        Such a graph is being made, of torch's own operations alone.
+    """
+    modes = sys.modules.get("torch._C")
+    if modes is None or not (
+        modes._len_torch_dispatch_stack() or modes._len_torch_function_stack()
+    ):
+        return
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if get_proxy_mode() is not None:
+        raise RuntimeError(
+            f"{call}: make_fx makes a graph of torch's own operations, in which it would be missing"
+        )
 
 
 def launches_for(rows: Rows, job: int = UPDATE, *, capturable: bool = False) -> Launches | None:
@@ -283,6 +311,7 @@ def exchanged(arrays: Sequence[Exchange]) -> Iterator[None]:
     ValueError, BufferError
         As `Rows.extend` and `Rows.check_overlap`.
     """
+    refuse_recording("averaged_parameters")
     is_done = bytearray(1)
     try:
         _exchange(arrays, is_done)

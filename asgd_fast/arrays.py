@@ -21,6 +21,7 @@ from asgd_fast._engines import (
     exchanged,
     from_host,
     is_on_gpu,
+    refuse_recording,
     template,
     to_host,
     update,
@@ -102,6 +103,8 @@ def asgd_(
         must be; two arrays share memory of which one is written; a param is listed twice.
     BufferError
         The memory of a param or an average may not be written.
+    RuntimeError
+        ``make_fx`` of torch is at work, whose graph would lack the update.
 
     Notes
     -----
@@ -128,6 +131,7 @@ def asgd_(
     >>> ax
     array([0.375, 0.25 , 0.125])
     """
+    refuse_recording("asgd_")
     scale = 1.0 if grad_scale is None else check_scalar("grad_scale", grad_scale)
     names = template("params", params), template("grads", grads), template("axs", axs)
     param_list = as_arrays("params", params)
@@ -350,6 +354,7 @@ class ArrayASGD:
             (see `averaged_parameters`). Nothing is changed.
         """
         self._refuse_exchanged("step")
+        refuse_recording("step")
         grad_list = _one_for_each("grads", grads, len(self._averages))
         names = "params[{}]", template("grads", grads), "averages[{}]"
         # Taken down before any library is asked for memory, which may run anything.
@@ -444,6 +449,7 @@ class ArrayASGD:
         TypeError, ValueError, BufferError
             As `asgd_`. Nothing is changed.
         """
+        refuse_recording("copy_averages_to")
         targets = _one_for_each("arrays", arrays, len(self._averages))
         sources = self._params()
         for i, param in self._begun():

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from asgd_fast._torch.gather import Work, gather
 from asgd_fast._torch.groups import Group, check_group, drop_usual
 from asgd_fast._torch.internals import (
     are_flattened,
+    call_post_hooks,
     check_graph_capture,
     forget_copies,
     has_observers,
@@ -31,6 +32,7 @@ from asgd_fast._torch.internals import (
     is_watched,
 )
 from asgd_fast._torch.scalars import floats
+from asgd_fast._torch.settings import KEYWORDS, Settings, Shared, checked_average_dtype
 from asgd_fast.schedule import AveragingNotBegunWarning, check_place
 from asgd_fast.threads import threads_for
 
@@ -39,20 +41,31 @@ if TYPE_CHECKING:
 
 __all__ = ["ASGD"]
 
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+def _uncompiled(function: F) -> F:
+    """Leave a function as it is where ``torch.compile`` would take it apart."""
+    uncompiled: F = torch.compiler.disable(function)
+    return uncompiled
+
 
 def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a step as torch does, with hooks and a profiler range, when there are any.
 
-    Torch's own wrapper takes 7 us, more than a step of few small params. A closure may register
-    hooks. Observers other than the profiler, such as ``ExecutionTraceObserver``, miss the range.
+    Torch's own wrapper takes 7 us, more than a step of few small params. Observers other than the
+    profiler, such as ``ExecutionTraceObserver``, miss the range.
     """
     in_full = torch.optim.Optimizer.profile_hook_step(step)
 
     @wraps(step)
     def wrapper(self: ASGD, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or has_observers(self):
+        if has_observers(self):
             return in_full(self, *args, **kwargs)
-        return step(self)
+        result = step(self, *args, **kwargs)
+        if args or kwargs:  # a closure may have registered hooks
+            call_post_hooks(self, (self, *args), kwargs)
+        return result
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it again
     return wrapper
@@ -108,11 +121,12 @@ class ASGD(torch.optim.ASGD):
         answers a copy of the param, and there is no such key. The step that makes the first iterate
         of the average allocates it. False does that in the first step, as torch does. Not kept in
         checkpoints, which hold averages either way.
-    average_dtype : torch.dtype, optional
-        float32 or float64: averages are kept in it where it is wider than their params (complex
-        ones as pairs of such numbers), and the lines of ax above are computed in it. By default
-        they are kept in the dtype of their params, as in torch; there they stop moving when their
-        changes become too small for it. Not kept in checkpoints, whose averages are converted.
+    average_dtype : torch.dtype or str, optional
+        float32 or float64, or its name: averages are kept in it where it is wider than their
+        params (complex ones as pairs of such numbers), and the lines of ax above are computed in
+        it. By default they are kept in the dtype of their params, as in torch; there they stop
+        moving when their changes become too small for it. Not kept in checkpoints, whose averages
+        are converted. Like `lazy_average` and `fused_amp`, it holds for all groups.
     lr_schedule : {"torch", "current"}, default="torch"
         "current" makes eta follow lr at once, and makes the steps before averaging begins those of
         ``torch.optim.SGD(lr, weight_decay=weight_decay)``, bit for bit in float32 and float64. In
@@ -124,6 +138,13 @@ class ASGD(torch.optim.ASGD):
     average_every : int, default=1
         Average each so many-th iterate only, from the first one of the average on; the m-th has the
         weight mu = 1 / m. The other steps have mu = 0 and do not touch the average.
+    fused_amp : bool, default=False
+        Let the step do what a ``torch.amp.GradScaler`` otherwise does before it, as in torch's
+        fused optimizers: it divides by the scale as it reads the gradients, which stay scaled, and
+        is called, with its hooks, for gradients with an infinity or nan, too, where it changes
+        nothing. That saves a pass over the gradients, and on a GPU a wait of the host. What looks
+        at gradients between backward and the next one must not mind the scale, and what counts
+        calls of the step must not count on those that changed something.
 
     Attributes
     ----------
@@ -164,9 +185,8 @@ class ASGD(torch.optim.ASGD):
     The GIL is released while memory is updated, and the memory of a tensor must not be replaced or
     resized meanwhile by another thread (``p.data = other``).
 
-    A ``GradScaler`` leaves the unscaling to the step, which reads the gradients and does not write
-    them. Where a framework must unscale them first, to clip them, set
-    ``optimizer._step_supports_amp_scaling = False``.
+    Frameworks wrap optimizers in subclasses of their class. Such a wrapper has the same keywords,
+    and is refused the same inside `averaged_parameters`, as the optimizer itself.
 
     Examples
     --------
@@ -186,24 +206,16 @@ class ASGD(torch.optim.ASGD):
     True
     """
 
-    # GradScaler then sets grad_scale and found_inf, and leaves unscaling and skipping to the step.
-    _step_supports_amp_scaling = True
+    lazy_average = Shared[bool]("lazy_average")
+    average_dtype = Shared["torch.dtype | None"]("average_dtype")
+    fused_amp = Shared[bool]("fused_amp")
 
-    # Whether the scalars of a GPU's params are in its memory, because a scaler makes steps there.
-    _scalars_on_device = False
+    # A GradScaler that finds it set leaves the unscaling and skipping to the step.
+    _step_supports_amp_scaling = Shared[bool]("fused_amp")
 
-    # Whether the hook is there that gives checkpoints torch's form.
-    _has_plain_checkpoints = False
+    _is_exchanged = Shared[bool]("is_exchanged")
 
-    # Whether the averages stand in the params.
-    _is_exchanged = False
-
-    # The categories of the warnings that were given, each once.
-    _warned: frozenset[type[Warning]] = frozenset()
-
-    lazy_average = True
-    average_dtype: torch.dtype | None = None
-
+    @_uncompiled
     def __init__(
         self,
         params: ParamsT,
@@ -218,21 +230,16 @@ class ASGD(torch.optim.ASGD):
         capturable: bool = False,
         *,
         lazy_average: bool = True,
-        average_dtype: torch.dtype | None = None,
+        average_dtype: torch.dtype | str | None = None,
         lr_schedule: str = "torch",
         average_every: int = 1,
+        fused_amp: bool = False,
     ) -> None:
-        if average_dtype is not None and not isinstance(average_dtype, torch.dtype):
-            raise TypeError(
-                "average_dtype: expected None, torch.float32 or torch.float64, got "
-                f"{average_dtype!r} of type {type(average_dtype).__name__}"
-            )
-        if average_dtype not in (None, torch.float32, torch.float64):
-            raise ValueError(
-                f"Invalid average_dtype: {average_dtype} (expected None, torch.float32 or "
-                "torch.float64)"
-            )
-        self._own_defaults = {"lr_schedule": lr_schedule, "average_every": average_every}
+        self._own = Settings()
+        self._own.lazy_average = lazy_average
+        self._own.average_dtype = checked_average_dtype(average_dtype)
+        self._own.fused_amp = fused_amp
+        self._own.own_defaults = {"lr_schedule": lr_schedule, "average_every": average_every}
         super().__init__(
             params,
             lr,
@@ -246,8 +253,11 @@ class ASGD(torch.optim.ASGD):
             capturable,
         )
         self._make_checkpoints_plain()
-        self.lazy_average = lazy_average
-        self.average_dtype = average_dtype
+
+    def __repr__(self) -> str:
+        """Name the settings that are not the usual ones, and the hyperparameters of each group."""
+        settings = "".join(f"\n{name}: {value}" for name, value in self._own.unusual().items())
+        return super().__repr__().replace("(", f"({settings}", 1)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of params, as in torch.
@@ -263,8 +273,10 @@ class ASGD(torch.optim.ASGD):
             As the constructor.
         """
         # Torch's constructor comes here with its own defaults only.
-        self.defaults = {**self.defaults, **self._own_defaults}
+        self.defaults = {**self.defaults, **self._own.own_defaults}
         if isinstance(param_group, dict):
+            for name in param_group.keys() & set(KEYWORDS):
+                raise TypeError(f"{name}: is set for the optimizer as a whole, not for a group")
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         drop_usual(self.param_groups[-1])
@@ -301,11 +313,12 @@ class ASGD(torch.optim.ASGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # A GradScaler sets these for the step, and takes them away.
-        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        own, scale, found_inf = self._own, None, None
+        if own.fused_amp:  # a GradScaler sets these for the step, and takes them away
+            scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         if isinstance(found_inf, Tensor) and found_inf.is_cuda:
             # From now on the device has the scalars, as it alone knows whether it made a step.
-            self._scalars_on_device = True
+            own.scalars_on_device = True
             work = self._gather(1.0)
             if work.has_all_scalars_on_device() and not work.left:
                 if work.rows.on_device is not None:
@@ -319,14 +332,15 @@ class ASGD(torch.optim.ASGD):
 
     def _gather(self, unscale: float) -> Work:
         """Find out what the step has to do; nothing is changed but where scalars are."""
+        own = self._own
         return gather(
             self.state,
             self.param_groups,
             unscale=unscale,
-            scalars_on_device=self._scalars_on_device,
+            scalars_on_device=own.scalars_on_device,
             by_torch=is_watched(),
-            lazy=self.lazy_average,
-            average_dtype=self.average_dtype,
+            lazy=own.lazy_average,
+            average_dtype=own.average_dtype,
         )
 
     def _run(self, work: Work, unscale: float) -> None:
@@ -355,16 +369,20 @@ class ASGD(torch.optim.ASGD):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or another process needs."""
         self._refuse_exchanged("copying the optimizer")
-        own = ("lazy_average", "average_dtype", "_own_defaults", "_scalars_on_device")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), **self._own.copied()}
 
+    @_uncompiled
     def __setstate__(self, state_: dict[str, Any]) -> None:
         """Take over the state of a checkpoint, a copy or another process."""
+        if not hasattr(self, "_own"):  # a copy
+            self._own = Settings()
+        state_ = dict(state_)
+        self._own.take(state_)
         own = checkpoints.unpack(
             state_["state"],
             state_["param_groups"],
-            lazy=state_.get("lazy_average", self.lazy_average),
-            average_dtype=state_.get("average_dtype", self.average_dtype),
+            lazy=self.lazy_average,
+            average_dtype=self.average_dtype,
         )
         super().__setstate__({**state_, "state": {}})  # type: ignore[no-untyped-call]
         self.state = own
@@ -668,9 +686,9 @@ class ASGD(torch.optim.ASGD):
         return begun
 
     def _warn_once(self, category: type[Warning], message: str, stacklevel: int) -> None:
-        if category not in self._warned:
+        if category not in self._own.warned:
             warnings.warn(message, category, stacklevel)
-            self._warned |= {category}
+            self._own.warned.add(category)
 
     def _states(self, *groups: Group) -> list[ParamState]:
         """Return the states that there are of the params of some groups, by default of all."""
@@ -683,9 +701,9 @@ class ASGD(torch.optim.ASGD):
 
     def _make_checkpoints_plain(self) -> None:
         """Let checkpoints have torch's form, before the user's own hooks see them."""
-        if not self._has_plain_checkpoints:  # of a copy: hooks are not copied
+        if not self._own.has_plain_checkpoints:  # of a copy: hooks are not copied
             self.register_state_dict_post_hook(checkpoints.pack, prepend=True)
-            self._has_plain_checkpoints = True
+            self._own.has_plain_checkpoints = True
 
     def _refuse_exchanged(self, call: str) -> None:
         if self._is_exchanged:
@@ -720,8 +738,14 @@ class ASGD(torch.optim.ASGD):
         return others
 
 
-# Under torch.compile the step is left as it is: faster than what would be compiled.
-_step_uncompiled = torch.compiler.disable(ASGD._step)
+@_uncompiled
+def _step_uncompiled(optimizer: ASGD, closure: Callable[[], Any] | None) -> Any:
+    """Make a step as it is, which is faster than what would be compiled."""
+    for group in optimizer.param_groups:
+        # The compiler sets it where a compiled function changes a group. On the CPU it is refused.
+        if group["capturable"] and all(p.device.type == "cpu" for p in group["params"]):
+            group["capturable"] = False
+    return optimizer._step(closure)
 
 
 def _inverse(grad_scale: Any) -> float:

@@ -29,7 +29,7 @@ ERRORS = INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32)
 def test_it_is_a_torch_asgd_with_its_signature():
     assert issubclass(ASGD, torch.optim.ASGD)
     ours, theirs = inspect.signature(ASGD), inspect.signature(torch.optim.ASGD)
-    own = ["lazy_average", "average_dtype", "lr_schedule", "average_every"]
+    own = ["lazy_average", "average_dtype", "lr_schedule", "average_every", "fused_amp"]
     assert list(ours.parameters) == [*theirs.parameters, *own]
     for name in own:
         assert ours.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
@@ -42,7 +42,14 @@ def test_it_is_a_torch_asgd_with_its_signature():
     assert ours.defaults == defaults
     assert ours.param_groups == theirs.param_groups
     assert repr(ours) == repr(theirs)
-    assert "    average_every: 3" in repr(ASGD(params, average_every=3)).splitlines()
+    unusual = {
+        "average_every": 3,
+        "average_dtype": torch.float64,
+        "fused_amp": True,
+        "lazy_average": False,
+    }
+    lines = [line.strip() for line in repr(ASGD(params, **unusual)).splitlines()]
+    assert {f"{name}: {value}" for name, value in unusual.items()} <= set(lines)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: e.optimizer_error_input.desc)
@@ -342,6 +349,7 @@ def test_unscaling_does_not_write_the_gradients():
 
 def test_unscaling_where_torchs_function_steps():
     twins = Twins([nn.Parameter(torch.randn(10)[::2]), *parameters((4,))], lr=0.1, lambd=0.1)
+    twins.ours.fused_amp = True
     twins.ours.grad_scale = torch.tensor(4.0)
     twins.ours.found_inf = torch.tensor(0.0)
     for _ in range(4):

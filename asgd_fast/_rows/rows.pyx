@@ -235,7 +235,7 @@ cdef class Rows:
         cdef Row *row
         cdef Scalars now = Scalars(0, eta, mu)
         cdef Plan plan = Plan(
-            lr, lambd, alpha, t0, average_every, current, weight_decay, grad_scale, False, False)
+            lr, 0, lambd, alpha, t0, average_every, current, weight_decay, grad_scale, False, False)
         for each in (grads, axs, scalars, starts):
             if each is not None and len(each) != n:
                 raise ValueError(f"got {len(each)} for {n} params; expected one for each")

@@ -14,7 +14,7 @@ from torch.optim.asgd import asgd as torch_asgd
 
 from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.conversions import broadcasts
-from asgd_fast._torch.groups import eta_of_tensor, has_own_options
+from asgd_fast._torch.groups import has_own_options, is_of_floats, number, scalars_in_types
 from asgd_fast._torch.internals import FOREACH_TAKES_HOST_SCALARS
 from asgd_fast._torch.record import SCALARS, scalar_tensor
 from asgd_fast._torch.scalars import to_device
@@ -126,7 +126,7 @@ def _goes_foreach(param: Tensor, own: ParamState) -> bool:
 def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> None:
     """Update a param by torch's own function, with scalars that torch would not compute."""
     options = {name: group[name] for name in _HYPERPARAMETERS}
-    lr, lambd, alpha = (float(group[name]) for name in ("lr", "lambd", "alpha"))
+    lr, lambd, alpha = (number(name, group[name]) for name in ("lr", "lambd", "alpha"))
     step, eta, mu = (float(own[name]) for name in SCALARS)
     t0 = float(own["t0"] if "t0" in own else group["t0"])
     is_current = group.get("lr_schedule") == "current"
@@ -146,7 +146,7 @@ def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> Non
         **{**options, "foreach": False},
     )
     eta, mu = next_scalars(step + 1, lr, lambd, alpha, t0, every, is_current)
-    if isinstance(group["lr"], Tensor) and not is_current:
-        eta = eta_of_tensor(group["lr"], lambd, alpha, step + 1)
+    if not (is_current or is_of_floats(group)):
+        eta = number("eta", scalars_in_types(group, eta, step + 1)[1])
     for name, value in zip(SCALARS, (step + 1, eta, mu), strict=True):
         own[name].fill_(value)

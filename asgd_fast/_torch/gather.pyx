@@ -20,11 +20,14 @@ from asgd_fast.cuda.scalars cimport DeviceRows, DeviceScalars
 
 from asgd_fast._torch.conversions import average_as_param, extent, grad_as_param
 from asgd_fast._torch.distributed import part_of, redistributed
-from asgd_fast._torch.groups import check_group, eta_of_tensor, number
+from asgd_fast._torch.groups import check_group, number, scalars_in_types
 from asgd_fast._torch.scalars import to_device, to_host, with_scalars
 from asgd_fast._torch.state import ParamState, find, new_average
 
 cdef object TENSOR = torch.Tensor
+
+# Of a tensor as lr: those in which eta is computed here, with torch's bits.
+cdef tuple _COMPUTED_DTYPES = (torch.float32, torch.float64)
 
 # p.grad by its descriptor takes half the time.
 cdef object _grad = TENSOR.grad
@@ -36,7 +39,8 @@ cdef descrgetfunc _get_grad = (<PyTypeObject *>_kind_of_grad).tp_descr_get
 cdef struct Common:
     Plan plan
     bint capturable
-    bint lr_is_tensor
+    bint in_types        # whether scalars are computed in types of other arithmetic than float's
+    Step *computed       # the last one that was
     const void *lr_on_device  # where a GPU has lr; NULL: with the host
     int lr_device
     bint double_lr
@@ -64,6 +68,7 @@ cdef class Work:
     cdef list _stepped       # the states of the rows
     cdef list _averages      # the same of averages, each with its state
     cdef list _converted     # gradients of which a copy is used
+    cdef dict _group
     cdef object _lr          # of the group, as it stands there
     cdef object _placed      # the param of the row, if it is a DTensor
     cdef bint _lazy
@@ -118,8 +123,10 @@ cdef class Work:
         cdef Common common
         cdef Record record
         cdef list params
-        by_torch = by_torch or group["differentiable"]
         self._read_group(group, unscale, &common)
+        by_torch = (
+            by_torch or group["differentiable"]
+            or common.in_types and isinstance(group["lambd"], TENSOR))  # by which params are scaled
         # A copy: another thread may change the list, and room is made for these alone.
         params = list(group["params"])
         self.rows.begin_group(len(params))
@@ -136,11 +143,20 @@ cdef class Work:
 
     cdef int _read_group(self, group, double unscale, Common *common) except -1:
         cdef Borrowed borrowed
-        lr = group["lr"]
-        common.lr_is_tensor = isinstance(lr, TENSOR)  # 80 ns, so not for each param
-        self._lr = lr.detach() if common.lr_is_tensor else lr
+        lr, lambd, alpha, t0 = group["lr"], group["lambd"], group["alpha"], group["t0"]
+        cdef bint is_tensor = not _is_plain(lr) and isinstance(lr, TENSOR)  # 80 ns
+        self._group = group
+        self._lr = lr.detach() if is_tensor else lr
         common.lr_on_device = NULL
-        if common.lr_is_tensor and lr.is_cuda:
+        common.plan.lr_size = 0
+        # Power 0.5 is a root, which torch leaves to its own library.
+        if is_tensor and alpha != 0.5 and lr.is_cpu and lr.dtype in _COMPUTED_DTYPES:
+            common.plan.lr_size = lr.itemsize
+        common.in_types = not (
+            (_is_plain(lr) or common.plan.lr_size)
+            and _is_plain(lambd) and _is_plain(alpha) and _is_plain(t0))
+        common.computed = NULL
+        if is_tensor and lr.is_cuda:
             # The host reads it only where it has scalars: it would wait for the device.
             common.plan.lr = NAN
             if lr.is_floating_point() and lr.itemsize >= 4 and lend(self._lr, False, &borrowed):
@@ -150,9 +166,7 @@ cdef class Work:
                 common.double_lr = borrowed.tensor.dtype.bits == 64
         else:
             common.plan.lr = number("lr", self._lr)
-        common.plan.lambd = group["lambd"]
-        common.plan.alpha = group["alpha"]
-        common.plan.t0 = group["t0"]
+        common.plan.lambd, common.plan.alpha, common.plan.t0 = lambd, alpha, t0
         common.plan.average_every = group.get("average_every", 1)
         common.plan.current = group.get("lr_schedule", "torch") != "torch"
         common.plan.weight_decay = number("weight_decay", group["weight_decay"])
@@ -308,16 +322,34 @@ cdef class Work:
         plan.float_step = not record.is_double
         plan.float_next = self._round_scalars or not record.is_double
         step = self.rows.step_for(&record.now, &plan)
-        if common.lr_is_tensor and not plan.current:
-            step.next.eta = eta_of_tensor(self._lr, plan.lambd, plan.alpha, step.next.step)
-            if not record.is_double:
-                step.next.eta = rounded(step.next.eta)
-        elif plan.lr < 0 and not isfinite(step.next.eta):
+        if plan.lr < 0 and not isfinite(step.next.eta) and _is_plain(self._lr):
             raise ValueError(
                 f"Invalid learning rate: {self._lr} (1 + lambd * lr * step must stay above 0)")
+        if common.in_types and not plan.current and step != common.computed:
+            self._compute_in_types(step, &plan, record)
+            common.computed = step
         row.step = step
         row.scalars = &record.now
         return True
+
+    cdef int _compute_in_types(self, Step *step, const Plan *plan, Record record) except -1:
+        """Compute the scalars of a step as torch does of other types than float."""
+        decay, eta, mu = scalars_in_types(self._group, step.eta, step.next.step)
+        step.decay = number("decay", decay)
+        step.next.eta = self._stored(eta, record)
+        if plan.average_every == 1 and isnan(record.t0):
+            step.next.mu = self._stored(mu, record)
+        return 0
+
+    cdef double _stored(self, value, Record record) except? NAN:
+        """A scalar as a state has it, where torch puts it in the dtype that it finds.
+
+        Of a float it makes a tensor of its default dtype first.
+        """
+        cdef double stored = number("eta, mu", value)
+        if not record.is_double or self._round_scalars and _is_plain(value):
+            stored = rounded(stored)
+        return stored
 
     cdef bint _plan_on_device(self, Row *row, param, Record record, Common *common) except -1:
         cdef DeviceScalars scalars
@@ -412,6 +444,11 @@ def gather(
         work._add_group(group, unscale, by_torch)
     work._check_memory(groups)
     return work
+
+
+cdef inline bint _is_plain(value) noexcept:
+    """Whether a hyperparameter is a number of Python's own, whose arithmetic is that of doubles."""
+    return type(value) is float or type(value) is int
 
 
 cdef inline Record _fit_for(param, found):

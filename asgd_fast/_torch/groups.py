@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "OWN_HYPERPARAMETERS",
     "Group",
     "check_group",
     "drop_usual",
-    "eta_of_tensor",
     "has_own_options",
+    "is_of_floats",
     "number",
+    "scalars_in_types",
 ]
 
 Group: TypeAlias = dict[str, Any]
@@ -62,10 +62,34 @@ def check_group(group: Group) -> None:
         raise ValueError("differentiable: goes only with lr_schedule='torch' and average_every=1")
 
 
-def eta_of_tensor(lr: Tensor, lambd: float, alpha: float, step: float) -> float:
-    """Return eta after `step` steps where lr is a tensor: torch computes it in the dtype of lr."""
-    lr = lr.detach().squeeze()
-    return float(lr / ((1 + lambd * lr * step) ** alpha))
+def is_of_floats(group: Group) -> bool:
+    """Whether a group's scalars are Python's own numbers, whose arithmetic is that of doubles."""
+    return all(type(group[name]) in (float, int) for name in ("lr", "lambd", "alpha", "t0"))
+
+
+def scalars_in_types(group: Group, eta: float, step: float) -> tuple[Any, Any, Any]:
+    """Return what torch's expressions give in the types that a group's hyperparameters have.
+
+    NumPy's scalars and tensors have an arithmetic of their own, and other last bits than floats.
+
+    Parameters
+    ----------
+    group : dict
+    eta : float
+        Of the step that is made.
+    step : float
+        Its number.
+
+    Returns
+    -------
+    decay, eta, mu : float, NumPy scalar or array, or Tensor
+        What the step multiplies params by; the others for the next step. Each of one number.
+    """
+    lr, lambd = group["lr"], group["lambd"]
+    if isinstance(lr, Tensor):
+        lr = lr.detach().squeeze()
+    next_eta = lr / ((1 + lambd * lr * step) ** group["alpha"])
+    return 1 - lambd * eta, next_eta, 1 / max(1, step - group["t0"])
 
 
 def number(name: str, value: Any) -> float:
@@ -88,6 +112,6 @@ def number(name: str, value: Any) -> float:
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
-        return float(value)
+        return float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(f"{name}: expected a real number, got {value!r}") from error

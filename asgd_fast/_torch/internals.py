@@ -6,11 +6,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack  # 2.4 and later
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack  # 2.4 and later
 from torch._C._autograd import _profiler_enabled  # 2.4 and later
 from torch._C._functorch import peek_interpreter_stack  # 2.4 and later
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.fx.experimental.proxy_tensor import get_proxy_mode  # 2.4 and later
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -21,6 +22,7 @@ __all__ = [
     "FOREACH_TAKES_HOST_SCALARS",
     "alike",
     "are_flattened",
+    "call_post_hooks",
     "check_graph_capture",
     "forget_copies",
     "has_observers",
@@ -44,12 +46,22 @@ def has_observers(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def call_post_hooks(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Call what is to be called after the step of an optimizer."""
+    for hooks in (optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks):
+        for hook in hooks.values():
+            hook(optimizer, args, kwargs)
+
+
 def is_watched() -> bool:
     """Whether a mode or transform of torch is to see every operation, so that none is left out."""
     return (
         _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
+        or (_len_torch_function_stack() > 0 and get_proxy_mode() is not None)
     )
 
 
