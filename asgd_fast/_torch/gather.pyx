@@ -68,7 +68,7 @@ cdef class Work:
     cdef list _stepped       # the states of the rows
     cdef list _averages      # the same of averages, each with its state
     cdef list _converted     # gradients of which a copy is used
-    cdef dict _group
+    cdef object _group       # whose params are being added
     cdef object _lr          # of the group, as it stands there
     cdef object _placed      # the param of the row, if it is a DTensor
     cdef bint _lazy
