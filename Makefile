@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard $(foreach d,. _cpu _rows _torch cuda,asgd_fast/$d/*.p[xy][xdi] asgd_fast/$d/*.pxi asgd_fast/$d/*.h))
 
-.PHONY: demo test cuda lint dist coverage performance bench bench-smoke bench-check bench-record
+.PHONY: demo test test-pythons cuda lint dist coverage performance bench bench-smoke bench-check bench-record
 .PHONY: annotate callgrind kernel clean
 
 demo: $(VENV)/demo
@@ -14,6 +14,10 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest $(TEST)
+
+# On each Python that is found, or on those of PYTHONS, without torch.
+test-pythons:
+	.ci/test-pythons $(PYTHONS)
 
 cuda: $(VENV)/cuda
 

@@ -6,12 +6,12 @@ The numbers are small enough for every result to be exact, so the oracle is floa
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from itertools import chain
 
 import exporters
 import numpy as np
 import pytest
-import torch
 from exporters import assert_given_back, exchange_api, name_of
 from numpy.lib.stride_tricks import as_strided
 
@@ -399,10 +399,6 @@ def test_arrays_that_only_the_call_knows_live_until_it_is_done(kind):
 
 
 NOT_LENT = "did not lend its memory through DLPack: "
-CONJUGATED = torch.ones(4, dtype=torch.cfloat).conj()
-EMPTIED = torch.ones(4)
-EMPTIED.untyped_storage().resize_(0)
-REQUIRES_GRAD = torch.ones(4, requires_grad=True)
 REPEATED = r"strides \(0,\) of shape \(4,\) leave gaps or repeat elements"
 
 # What may be wrong with arrays of real libraries, with the error and its message.
@@ -412,14 +408,25 @@ UNFIT = {
     "NumPy, records": (np.ones(4, [("x", float)]), ValueError, f"ndarray {NOT_LENT}"),
     "NumPy, uint8": (np.ones(4, np.uint8), ValueError, f"dtype uint8 {FITS}"),
     "NumPy, broadcast": (as_strided(np.ones(1), (4,), (0,)), ValueError, REPEATED),
-    "torch, negated": (torch._neg_view(torch.ones(4)), ValueError, r".* its resolve_neg\(\)$"),
-    "torch, conjugated": (CONJUGATED, ValueError, r".* its resolve_conj\(\)$"),
-    "torch, sparse": (torch.ones(4).to_sparse(), ValueError, f"Tensor {NOT_LENT}.*storage$"),
-    "torch, meta": (torch.ones(4, device="meta"), ValueError, f"Tensor {NOT_LENT}.*meta$"),
-    "torch, expanded": (torch.ones(1).expand(4), ValueError, REPEATED),
-    "torch, emptied": (EMPTIED, ValueError, "its elements have no memory"),
-    "torch, requires grad": (REQUIRES_GRAD, BufferError, r"it requires grad, .*its detach\(\), "),
 }
+
+with suppress(ModuleNotFoundError):  # on Pythons that are tested without
+    import torch
+
+    CONJUGATED = torch.ones(4, dtype=torch.cfloat).conj()
+    EMPTIED = torch.ones(4)
+    EMPTIED.untyped_storage().resize_(0)
+    REQUIRES_GRAD = torch.ones(4, requires_grad=True)
+    DETACH = r"it requires grad, .*its detach\(\), "
+    UNFIT |= {
+        "torch, negated": (torch._neg_view(torch.ones(4)), ValueError, r".* its resolve_neg\(\)$"),
+        "torch, conjugated": (CONJUGATED, ValueError, r".* its resolve_conj\(\)$"),
+        "torch, sparse": (torch.ones(4).to_sparse(), ValueError, f"Tensor {NOT_LENT}.*storage$"),
+        "torch, meta": (torch.ones(4, device="meta"), ValueError, f"Tensor {NOT_LENT}.*meta$"),
+        "torch, expanded": (torch.ones(1).expand(4), ValueError, REPEATED),
+        "torch, emptied": (EMPTIED, ValueError, "its elements have no memory"),
+        "torch, requires grad": (REQUIRES_GRAD, BufferError, DETACH),
+    }
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -445,6 +452,7 @@ def test_a_read_only_array_of_numpy_is_only_read():
 
 
 def test_a_view_of_a_detached_parameter_is_all_that_is_updated():
+    torch = pytest.importorskip("torch")
     parameter = torch.nn.Parameter(torch.ones(3, 4))
     minus(parameter.detach()[1, 1:3], np.ones(2, np.float32))
     assert parameter.tolist() == [[1.0] * 4, [1.0, 0.0, 0.0, 1.0], [1.0] * 4]
