@@ -40,6 +40,8 @@ class Settings:
         Whether the hook is there that gives checkpoints torch's form.
     is_exchanged : bool
         Whether the averages stand in the params.
+    is_stepping : bool
+        Whether a step is being made, by whatever thread.
     """
 
     def __init__(self) -> None:
@@ -50,6 +52,7 @@ class Settings:
         self.scalars_on_device = False
         self.has_plain_checkpoints = False
         self.is_exchanged = False
+        self.is_stepping = False
 
     def copied(self) -> dict[str, Any]:
         """Return what a copy of the optimizer is to have, by its names there."""
