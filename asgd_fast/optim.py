@@ -298,8 +298,8 @@ class ASGD(torch.optim.ASGD):
         Raises
         ------
         RuntimeError
-            A gradient is sparse; or the averages stand in the params: see `averaged_parameters`.
-            Nothing is changed.
+            A gradient is sparse; or the averages stand in the params: see `averaged_parameters`; or
+            another thread is in a step of this optimizer. Nothing is changed.
         TypeError, ValueError
             A hyperparameter was changed to what the constructor refuses. Nothing is changed.
         """
@@ -313,6 +313,18 @@ class ASGD(torch.optim.ASGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        own = self._own
+        if own.is_stepping:  # between this look and the next line no other thread gets the GIL
+            raise RuntimeError("step: another thread is making a step of this optimizer")
+        own.is_stepping = True
+        try:
+            self._update()
+        finally:
+            own.is_stepping = False
+        return loss
+
+    def _update(self) -> None:
+        """Make the step with the gradients that there are, unless a GradScaler skips it."""
         own, scale, found_inf = self._own, None, None
         if own.fused_amp:  # a GradScaler sets these for the step, and takes them away
             scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
@@ -324,11 +336,10 @@ class ASGD(torch.optim.ASGD):
                 if work.rows.on_device is not None:
                     work.rows.on_device.scale(work.rows.streams, found_inf, scale)
                 self._run(work, 1.0)
-                return loss
+                return
         if found_inf is None or not found_inf:
             unscale = 1.0 if scale is None else _inverse(scale)
             self._run(self._gather(unscale), unscale)
-        return loss
 
     def _gather(self, unscale: float) -> Work:
         """Find out what the step has to do; nothing is changed but where scalars are."""

@@ -207,6 +207,30 @@ def test_each_kind_of_hook_alone(register):
     assert calls == [(optimizer, (optimizer,), {})]
 
 
+@pytest.mark.parametrize("passed", ["by place", "by name"])
+@pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
+def test_a_hook_that_a_closure_registers(register, passed):
+    """Those for after the step are called after the same step."""
+    calls = {}
+    for optimizer_type in (ASGD, torch.optim.ASGD):
+        (p,) = parameters((3,))
+        p.grad = torch.ones(3)
+        optimizer, own, handles = optimizer_type([p]), [], []
+
+        def closure(optimizer=optimizer, own=own, handles=handles):
+            def hook(given, args, kwargs):
+                own.append((given is optimizer, len(args), list(kwargs)))
+
+            handles.append(register(optimizer, hook))
+
+        for _ in range(2):
+            optimizer.step(closure) if passed == "by place" else optimizer.step(closure=closure)
+        for handle in handles:
+            handle.remove()
+        calls[optimizer_type] = own
+    assert calls[ASGD] == calls[torch.optim.ASGD] != []
+
+
 def test_the_profiler_range_without_hooks():
     (p,) = parameters((3,))
     optimizer = ASGD([p])
@@ -429,6 +453,55 @@ def test_optimizers_in_several_threads():
     for thread in threads:
         thread.join()
     assert sorted(done) == [0, 1, 2, 3]
+
+
+def test_a_step_that_comes_into_another_threads_is_refused_rather_than_lost():
+    """Those that are made are counted, and move the params."""
+    p = nn.Parameter(torch.zeros(300_000))
+    optimizer = ASGD([p], lr=1.0, lambd=0.0)
+    p.grad = torch.ones_like(p)
+    made, refused = [], []
+
+    def make_one():
+        try:
+            made.append(optimizer.step())
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def make_some():
+        for _ in range(60):
+            make_one()
+
+    threads = [threading.Thread(target=make_some) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) + len(refused) == 240
+    assert set(refused) <= {"step: another thread is making a step of this optimizer"}
+    assert optimizer.state[p]["step"] == len(made)
+    assert torch.equal(p, torch.full_like(p, -len(made)))
+
+
+def test_a_step_after_one_that_failed():
+    (p,) = parameters((3,))
+    optimizer = ASGD([p])
+    p.grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+
+
+def test_a_closure_that_makes_a_step_itself():
+    twins = Twins(parameters((3,), (4,)), lr=0.1, t0=1)
+    for k in range(6):
+        grads = twins.random_grads()
+        twins.set_grads(grads)
+        for optimizer, _ in twins.sides:
+            assert optimizer.step(lambda o=optimizer, k=k: (o.step(), k)[1]) == k
+        twins.check()
 
 
 def test_nothing_is_warned_of_with_an_lr_that_requires_grad():

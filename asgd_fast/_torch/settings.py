@@ -42,6 +42,8 @@ class Settings:
         Whether the averages stand in the params.
     warned : set of type
         The categories of the warnings that were given, each once.
+    is_stepping : bool
+        Whether a step is being made, by whatever thread.
     """
 
     def __init__(self) -> None:
@@ -52,6 +54,7 @@ class Settings:
         self.scalars_on_device = False
         self.has_plain_checkpoints = False
         self.is_exchanged = False
+        self.is_stepping = False
         self.warned: set[type[Warning]] = set()
 
     def unusual(self) -> dict[str, Any]:
