@@ -121,6 +121,33 @@ def test_an_unfit_array_is_refused(kind, role, fault):
     assert_refused(arrays, ValueError, rf"{role}\[1\]: {message}")
 
 
+# What no array can be: how it is lent instead, and the message.
+IMPOSSIBLE = {
+    "negative ndim": ({"ndim": -1}, "ndim -1 is impossible; expected ndim >= 0$"),
+    "no shape": ({"shape": None}, "its shape is NULL; expected the sizes of its 1 axes$"),
+    "negative size": ({"shape": (-3,)}, r"shape \(-3,\) is impossible; expected sizes >= 0 of an"),
+    "two negative sizes": ({"shape": (-2, -2), "ndim": 2}, r"shape \(-2, -2\) is impossible; "),
+    "negative and empty": ({"shape": (0, -2), "ndim": 2}, r"shape \(0, -2\) is impossible; "),
+    "too many bytes": ({"shape": (2**61,)}, r"shape \(2305843009213693952,\) is impossible; "),
+    "too many elements": ({"shape": (2**32, 2**32), "ndim": 2}, r"shape \(4294967296, 4294967296"),
+    "empty, but for that too many": (
+        {"shape": (2**62, 2**62, 0), "ndim": 3},
+        r"shape \(4611686018427387904, 4611686018427387904, 0\) is impossible; ",
+    ),
+}
+
+
+@each(exporters.KINDS)
+@pytest.mark.parametrize("what", IMPOSSIBLE)
+def test_an_impossible_description_is_not_believed(kind, what):
+    """Of all three arrays alike, so that they match, and of one alone."""
+    said, message = IMPOSSIBLE[what]
+    arrays = rows(kind)
+    for role in reversed(ROLES):
+        arrays[role][1] = kind(numbers(), strides=False, **said)
+        assert_refused(arrays, ValueError, rf"{role}\[1\]: {message}")
+
+
 @pytest.mark.parametrize("number", [-2, -1, 1 << 15, (1 << 16) - 1])
 def test_a_device_of_an_impossible_number_is_not_taken_for_the_cpu(number):
     arrays = rows(exporters.Exchange)
@@ -193,6 +220,22 @@ def test_legacy_capsules_of_a_type_without_in_place_operators_are_only_read(role
     assert_given_back([param, grad])
 
 
+@each([exporters.Legacy, exporters.Versioned])
+@pytest.mark.parametrize("library", ["mlx.core", "drjit.llvm.ad"])
+@pytest.mark.parametrize("role", ["params", "axs"])
+def test_arrays_that_are_values_in_their_library_are_only_read(kind, library, role):
+    """Their in-place operators bind a name to a new array."""
+    base = type("array", (kind,), {"__module__": library, "__iadd__": lambda self, _: self})
+    value = type("Value", (base,), {"__module__": "of_a_user"})
+    arrays = rows(kind)
+    arrays[role][1] = value(numbers())
+    message = rf"{role}\[1\]: Value arrays never change; expected an array that may be written$"
+    assert_refused(arrays, BufferError, message)
+    param, grad = kind(numbers()), value(numbers())
+    minus(param, grad)
+    assert param.array.tolist() == [0.0] * 4
+
+
 @each([exporters.Versioned, exporters.ExchangeManagedOnly])
 @pytest.mark.parametrize("role", ROLES)
 def test_a_tensor_of_another_major_version_is_given_back(kind, role):
@@ -244,14 +287,39 @@ def test_a_capsule_of_another_name_is_left_alone(kind, name):
     assert array.n_deleted == [0 if name.startswith(b"used_") else 1]
 
 
-def test_a_capsule_that_dies_in_a_refused_call_does_not_hide_the_error():
-    class Forgetful(exporters.Versioned):
-        def capsule(self, *options):
-            super().capsule(*options)
-            return self.capsules.pop()
+# What is wrong with an array whose capsule nobody else holds, and how its refusal reads.
+DYING = {
+    "another major version": (exporters.Versioned, {"version": (2, 7)}, r".*expected 1\.x$"),
+    "read-only": (exporters.Versioned, {"flags": exporters.READ_ONLY}, "it is read-only; "),
+    "copied": (exporters.Versioned, {"flags": exporters.IS_COPIED}, "Forgetful lent a copy; "),
+    "a type that never changes": (exporters.Immutable, {}, "Forgetful arrays never change; "),
+    "negative ndim": (exporters.Legacy, {"ndim": -1}, "ndim -1 is impossible; "),
+    "another dtype": (exporters.Legacy, {"lanes": 2}, "dtype float64x2 is not supported; "),
+}
 
-    with pytest.raises(ValueError, match=r"^params: .*version is 2\.7, expected 1\.x$"):
-        minus(Forgetful(numbers(), version=(2, 7)), numbers())
+
+@pytest.mark.parametrize("what", DYING)
+def test_a_capsule_that_dies_in_a_refused_call_does_not_hide_the_error(what):
+    """Its destructor runs Python code, in which no exception may be pending."""
+    kind, said, message = DYING[what]
+    arrays = rows(exporters.Versioned)
+    arrays["params"][1] = exporters.forgetful(kind)(numbers(), **said)
+    errors = BufferError, ValueError
+    with pytest.raises(errors, match=rf"^params\[1\]: {message}"):
+        step(arrays)
+    assert_given_back(chain.from_iterable(arrays.values()))
+
+
+@each([exporters.Legacy, exporters.Versioned, exporters.ExchangeManagedOnly])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+def test_what_an_array_raises_after_it_was_lent_does_not_keep_it(kind, error):
+    class Negatable(exporters.forgetful(kind)):
+        def is_neg(self):
+            raise error
+
+    arrays = rows(exporters.Versioned)
+    arrays["axs"][1] = Negatable(numbers())
+    assert_refused(arrays, error, "")
 
 
 def test_what_is_no_capsule_is_refused():
@@ -405,8 +473,19 @@ EMPTIED.untyped_storage().resize_(0)
 REQUIRES_GRAD = torch.ones(4, requires_grad=True)
 REPEATED = r"strides \(0,\) of shape \(4,\) leave gaps or repeat elements"
 
+class Masked(np.ndarray):
+    """As in astropy: an array of NumPy with a mask."""
+
+    mask = True
+
+
+MASK = "has a mask, which this update does not see; pass its data, which shares the memory, or"
+
 # What may be wrong with arrays of real libraries, with the error and its message.
 UNFIT = {
+    "NumPy, masked": (np.ma.array(np.ones(4), mask=[0, 1, 0, 0]), TypeError, f"MaskedArray {MASK}"),
+    "NumPy, masked nowhere": (np.ma.array(np.ones(4)), TypeError, f"MaskedArray {MASK}"),
+    "NumPy, masked otherwise": (np.ones(4).view(Masked), TypeError, f"Masked {MASK}"),
     "NumPy, big-endian": (np.ones(4, ">f8"), ValueError, f"ndarray {NOT_LENT}.*byte order"),
     "NumPy, objects": (np.ones(4, object), ValueError, f"ndarray {NOT_LENT}"),
     "NumPy, records": (np.ones(4, [("x", float)]), ValueError, f"ndarray {NOT_LENT}"),
