@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from asgd_fast.arrays import ArrayASGD, asgd_
-from asgd_fast.schedule import Schedule
+from asgd_fast.schedule import AveragingNotBegunWarning, Schedule
 from asgd_fast.threads import get_num_threads, set_num_threads
 from asgd_fast.triggers import NonMonotonicTrigger
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ASGD",
     "ArrayASGD",
+    "AveragingNotBegunWarning",
     "NonMonotonicTrigger",
     "Schedule",
     "asgd_",

@@ -15,7 +15,14 @@ from asgd_fast._schedule import next_scalars
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Schedule", "check_average_every", "check_lr_schedule", "check_scalar", "check_step"]
+__all__ = [
+    "AveragingNotBegunWarning",
+    "Schedule",
+    "check_average_every",
+    "check_lr_schedule",
+    "check_scalar",
+    "check_step",
+]
 
 LR_SCHEDULES = ("torch", "current")
 
@@ -23,6 +30,13 @@ LR_SCHEDULES = ("torch", "current")
 _TITLES = {"lr": "learning rate"} | {
     name: f"{name} value" for name in ("lambd", "alpha", "t0", "weight_decay")
 }
+
+
+class AveragingNotBegunWarning(UserWarning):
+    """Averages were asked for before any has begun, so that the params themselves stand for them.
+
+    ``warnings.simplefilter("ignore", asgd_fast.AveragingNotBegunWarning)`` silences it.
+    """
 
 
 def check_scalar(
