@@ -232,7 +232,7 @@ class ArrayASGD:
     True
     """
 
-    # Whether averages were asked for that had not begun. Here, as optimizers pickled before lack it.
+    # Whether it has warned. Here, for optimizers that were pickled by earlier versions.
     _has_warned = False
 
     def __init__(
@@ -779,15 +779,15 @@ def _checked_average_dtype(average_dtype: Any) -> np.dtype[Any] | None:
 
 
 def _one_for_each(name: str, arrays: Any, n: int) -> list[Array | None]:
-    arrays = as_arrays(name, arrays)
-    if len(arrays) == n:
-        return arrays
-    if arrays and not any(array is None or is_array(array) for array in arrays):
+    elements = as_arrays(name, arrays)
+    if len(elements) == n:
+        return elements
+    if elements and not any(array is None or is_array(array) for array in elements):
         raise TypeError(
-            f"{name}: got {len(arrays)} elements of type {type(arrays[0]).__name__} for {n} params; "
-            "expected one array for each, such as np.asarray makes of numbers"
+            f"{name}: got {len(elements)} elements of type {type(elements[0]).__name__} for {n} "
+            "params; expected one array for each, such as np.asarray makes of numbers"
         )
-    raise ValueError(f"{name}: got {len(arrays)} arrays for {n} params; expected one for each")
+    raise ValueError(f"{name}: got {len(elements)} arrays for {n} params; expected one for each")
 
 
 def _saved(name: str, ax: Array) -> npt.NDArray[Any]:

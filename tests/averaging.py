@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from twins import bits
 
 from asgd_fast import ASGD
+
+# For tests that look at averages in each step, those before the averages begin included.
+before_averages_begin = pytest.mark.filterwarnings("ignore::asgd_fast.AveragingNotBegunWarning")
 
 T0 = 2
 OPTIONS = {"lr": 0.3, "lambd": 1e-2, "t0": T0, "weight_decay": 0.01}

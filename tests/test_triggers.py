@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from averaging import before_averages_begin
 from runs import runs, saved_and_loaded
 from torch import nn
 from twins import parameters
@@ -207,6 +208,7 @@ def test_the_iterate_after_it_fired_is_the_first_one(double_scalars, make):
 
 
 @runs
+@before_averages_begin
 def test_a_trigger_that_may_not_start_can_be_asked_again(make):
     """Inside averaged_parameters(), nothing is lost and the check does not count."""
     run = make((3,))

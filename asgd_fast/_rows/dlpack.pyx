@@ -24,8 +24,8 @@ np.import_array()
 # More than any memory holds: as 16-byte numbers they fill an address space of 56 bits.
 cdef double MOST_ELEMENTS = 2.0 ** 52
 
-# Libraries whose arrays are values although they have in-place operators: these bind a name to a new
-# array. Others may share the memory, and expressions that read it may be pending.
+# Libraries whose arrays are values although they have in-place operators, which bind a name to a
+# new array. Other arrays may share the memory, and expressions that read it may be pending.
 cdef frozenset OF_VALUES = frozenset({"drjit", "mlx"})
 
 

@@ -239,9 +239,9 @@ cdef class Rows:
             The memory of a param or an average may not be written.
         """
         cdef Py_ssize_t i, n = len(params)
-        # By address, as a memoryview takes half a microsecond.
-        cdef Scalars *each_scalars = NULL if scalars is None else <Scalars *>np.PyArray_DATA(scalars)
-        cdef const double *each_start = NULL if starts is None else <double *>np.PyArray_DATA(starts)
+        # Of each param; by address, as a memoryview takes half a microsecond.
+        cdef Scalars *own = NULL if scalars is None else <Scalars *>np.PyArray_DATA(scalars)
+        cdef const double *start = NULL if starts is None else <double *>np.PyArray_DATA(starts)
         cdef bint partial = new_average is not None
         cdef Row *row
         cdef Scalars now = Scalars(0, eta, mu)
@@ -262,11 +262,11 @@ cdef class Rows:
                 if grads is not None:
                     self._take(GRAD, grads[i], copy_grads)
                 if scalars is not None:
-                    row.scalars = &each_scalars[i]
+                    row.scalars = &own[i]
                     now = row.scalars[0]
                     if now.step == 0:
                         now.eta = lr
-                    plan.t0 = t0 if starts is None or isnan(each_start[i]) else each_start[i]
+                    plan.t0 = t0 if starts is None or isnan(start[i]) else start[i]
                 row.step = self.step_for(&now, &plan)
                 ax = None if axs is None else axs[i]
                 if partial and ax is None and averages(row.step):
