@@ -55,7 +55,7 @@ def as_arrays(name: str, arrays: Any) -> list[Any]:
     ----------
     name : str
         What messages call the argument.
-    arrays : array or iterable of array
+    arrays : array, iterable of array, or scalar of NumPy
         The elements are not looked at.
 
     Returns
@@ -65,10 +65,19 @@ def as_arrays(name: str, arrays: Any) -> list[Any]:
     Raises
     ------
     TypeError
-        `arrays` is neither, or a set or mapping, which have no order to rely on.
+        `arrays` is neither; or a set or mapping, which have no order to rely on; or an array that
+        does not lend its memory, for its elements may be copies.
     """
-    if is_array(arrays):
+    if is_array(arrays) or isinstance(arrays, np.generic):
         return [arrays]
+    if type(arrays) is list or type(arrays) is tuple:
+        return list(arrays)
+    if any(hasattr(arrays, name) for name in ("shape", "dtype", "__array__")):
+        raise TypeError(
+            f"{name}: {type(arrays).__name__} does not lend its memory through DLPack; expected an "
+            "array of a library that speaks DLPack, such as NumPy, torch or CuPy, or a sequence of "
+            "such arrays"
+        )
     try:
         if isinstance(arrays, (str, bytes, set, frozenset)) or hasattr(arrays, "keys"):
             raise TypeError
@@ -350,7 +359,7 @@ def are_fit(arrays: Sequence[Exchange], others: Sequence[tuple[int, int]] = ()) 
     """
     try:
         rows = _listed(arrays)
-        return not any(rows.touches(start, stop) for start, stop in others)
+        return not rows.touches(list(others))
     except (TypeError, ValueError, BufferError):
         return False
 

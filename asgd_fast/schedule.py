@@ -32,7 +32,10 @@ _TITLES = {"lr": "learning rate"} | {
 
 
 class AveragingNotBegunWarning(UserWarning):
-    """Averages were asked for that have not begun: they are the params as they are."""
+    """Averages were asked for before any has begun, so that the params themselves stand for them.
+
+    ``warnings.simplefilter("ignore", asgd_fast.AveragingNotBegunWarning)`` silences it.
+    """
 
 
 def check_scalar(

@@ -386,7 +386,7 @@ cdef class Work:
             outside = list(self._converted)
             for _, param, record in self.left:
                 outside += [param, param.grad, record.ax]
-            if not any([self.rows.touches(*extent(tensor)) for tensor in outside]):
+            if not self.rows.touches([extent(tensor) for tensor in outside]):
                 return 0
         self.rows.clear()
         self.written.clear()
