@@ -1,8 +1,9 @@
 """Builds the Cython modules, with compiler flags that are tried before they are used.
 
-A flag that the compiler does not know costs speed, never the build: without the flags of a SIMD
-level that level is left out, and ``_core`` runs the best one that is both built and supported by
-the processor. Everything else about the package stands in pyproject.toml.
+A flag for speed that the compiler does not know costs speed, never the build: without the flags of
+a SIMD level that level is left out, and ``_core`` runs the best one that is both built and
+supported by the processor. Without a flag for exactness there is no build. Everything else about
+the package stands in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError, LinkError
+from setuptools.errors import CompileError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +30,10 @@ TRACE = bool(os.environ.get("ASGD_FAST_TRACE"))
 # contract a product and a sum into one rounding, nor reorder sums, whatever CFLAGS says.
 EXACT = {"msvc": ["/fp:precise"], "unix": ["-ffp-contract=off", "-fno-fast-math"]}
 OPTIMISE = {"msvc": ["/O2"], "unix": ["-O3", "-fno-math-errno", "-fno-trapping-math"]}
+
+# Compilers answer -ffast-math, -Ofast or -funsafe-math-optimizations in CFLAGS by linking code that
+# makes subnormal numbers 0 in the whole process, from the import on. Each of these takes one back.
+LINK = {"msvc": [], "unix": ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]}
 
 # The loops are compiled once for each level; a level without flags here is built everywhere.
 LEVELS: dict[str, dict[str, list[str]]] = {
@@ -59,18 +64,22 @@ class ProbingBuildExt(build_ext):
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
         # Where the user's own CFLAGS warn, a warning says nothing about the flag that is tried.
         self.strict = kind == "unix" and self.accepts(["-Werror"])
-        exact = [flag for flag in EXACT[kind] if self.accepts([flag])]
-        common = [flag for flag in OPTIMISE[kind] if self.accepts([flag])] + exact
+        if not self.accepts(EXACT[kind]):
+            raise CompileError(
+                f"the compiler does not build an empty program with {' '.join(EXACT[kind])}, "
+                "without which results would have other bits; its message stands above"
+            )
+        common = [flag for flag in OPTIMISE[kind] if self.accepts([flag])] + EXACT[kind]
 
         buildable = []
         for ext in self.extensions:
             level = ext.name.partition("._cpu.")[2]
             flags = LEVELS[level][kind] if level else []
-            # With fused multiply-add in the instruction set, contraction must be switched off.
-            if flags and not (EXACT[kind][0] in exact and self.accepts(flags)):
+            if flags and not self.accepts(flags):
                 self.announce(f"{ext.name}: left out, the compiler lacks {' '.join(flags)}", 2)
                 continue
             ext.extra_compile_args += common + flags
+            ext.extra_link_args += LINK[kind]
             buildable.append(ext)
             if ext.name == "asgd_fast._core":
                 ext.define_macros += [
@@ -81,19 +90,16 @@ class ProbingBuildExt(build_ext):
         super().build_extensions()
 
     def accepts(self, flags: Sequence[str]) -> bool:
-        """Whether a program compiles and links with `flags`, and without a warning if strict."""
+        """Whether a program compiles with `flags`, and without a warning if strict."""
         strict = ["-Werror"] if self.strict else []
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "probe.c")
             path.write_text("int main(void) { return 0; }\n")
             try:
-                objects = self.compiler.compile(
+                self.compiler.compile(
                     [str(path)], output_dir=folder, extra_postargs=[*strict, *flags]
                 )
-                self.compiler.link_executable(
-                    objects, "probe", output_dir=folder, extra_postargs=list(flags)
-                )
-            except (CompileError, LinkError):
+            except CompileError:
                 return False
         return True
 

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from asgd_fast.arrays import ArrayASGD, asgd_
-from asgd_fast.schedule import Schedule
-from asgd_fast.threads import get_num_threads, set_num_threads
-from asgd_fast.triggers import NonMonotonicTrigger
+try:
+    from asgd_fast.arrays import ArrayASGD, asgd_
+    from asgd_fast.schedule import AveragingNotBegunWarning, Schedule
+    from asgd_fast.threads import get_num_threads, set_num_threads
+    from asgd_fast.triggers import NonMonotonicTrigger
+except ImportError as error:
+    if PathFinder.find_spec("asgd_fast._core", __path__) is not None:
+        raise
+    raise ImportError(
+        f"asgd_fast was imported from {__path__[0]}, where its modules are not compiled for Python "
+        f"{sys.version_info.major}.{sys.version_info.minor}. If this is a clone, and the installed "
+        "package is wanted, start Python in another folder; to use the clone itself, run "
+        "'python -m pip install --editable .' there"
+    ) from error
 
 if TYPE_CHECKING:
     from asgd_fast.config import show_config
     from asgd_fast.optim import ASGD
 
+    __version__: str
+
 __all__ = [
     "ASGD",
     "ArrayASGD",
+    "AveragingNotBegunWarning",
     "NonMonotonicTrigger",
     "Schedule",
     "asgd_",
@@ -24,13 +40,23 @@ __all__ = [
     "show_config",
 ]
 
+# Whether torch is installed, found out without importing it. A name that is not there may not be
+# listed: `from asgd_fast import *` would fail.
+_has_torch = sys.modules["torch"] is not None if "torch" in sys.modules else find_spec("torch")
+if not TYPE_CHECKING and not _has_torch:
+    __all__.remove("ASGD")
 
-def __getattr__(name: str) -> Any:
+
+def _lazy(name: str) -> Any:
+    """Import what takes long only when it is asked for."""
     if name == "ASGD":
         try:
             from asgd_fast.optim import ASGD
-        except ModuleNotFoundError as error:
-            raise ImportError(
+        except (ImportError, OSError) as error:
+            # `from asgd_fast import ASGD` would put a message of its own in an AttributeError's
+            # place; everybody else expects one: hasattr, inspect, mock.
+            is_from_import = sys._getframe(1).f_globals.get("__name__") == "importlib._bootstrap"
+            raise (ImportError if is_from_import else AttributeError)(
                 "asgd_fast.ASGD needs torch, 2.4 or newer, which could not be imported; "
                 "asgd_fast.ArrayASGD does without"
             ) from error
@@ -47,5 +73,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+# Type checkers would take any name for one that is there.
+if not TYPE_CHECKING:
+    __getattr__ = _lazy
+
+
 def __dir__() -> list[str]:
-    return sorted([*globals(), "ASGD", "__version__", "show_config"])
+    return sorted({*globals(), *__all__, "__version__"})

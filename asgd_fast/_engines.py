@@ -7,8 +7,10 @@ schedules or how the pass is made.
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import contextmanager
 from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -35,6 +37,7 @@ __all__ = [
     "from_host",
     "is_on_gpu",
     "launches_for",
+    "refuse_recording",
     "run_on_gpus",
     "template",
     "to_host",
@@ -52,7 +55,7 @@ def as_arrays(name: str, arrays: Any) -> list[Any]:
     ----------
     name : str
         What messages call the argument.
-    arrays : array or iterable of array
+    arrays : array, iterable of array, or scalar of NumPy
         The elements are not looked at.
 
     Returns
@@ -62,10 +65,19 @@ def as_arrays(name: str, arrays: Any) -> list[Any]:
     Raises
     ------
     TypeError
-        `arrays` is neither, or a set or mapping, which have no order to rely on.
+        `arrays` is neither; or a set or mapping, which have no order to rely on; or an array that
+        does not lend its memory, for its elements may be copies.
     """
-    if is_array(arrays):
+    if is_array(arrays) or isinstance(arrays, np.generic):
         return [arrays]
+    if type(arrays) is list or type(arrays) is tuple:
+        return list(arrays)
+    if any(hasattr(arrays, name) for name in ("shape", "dtype", "__array__")):
+        raise TypeError(
+            f"{name}: {type(arrays).__name__} does not lend its memory through DLPack; expected an "
+            "array of a library that speaks DLPack, such as NumPy, torch or CuPy, or a sequence of "
+            "such arrays"
+        )
     try:
         if isinstance(arrays, (str, bytes, set, frozenset)) or hasattr(arrays, "keys"):
             raise TypeError
@@ -98,6 +110,32 @@ def update(rows: Rows) -> None:
     rows.check_overlap()
     run_on_gpus(rows, UPDATE)
     _core.update(rows, threads_for(rows))
+
+
+def refuse_recording(call: str) -> None:
+    """Refuse a call that torch's ``make_fx`` would leave out of the graph that it makes.
+
+    Parameters
+    ----------
+    call : str
+        What the message calls it.
+
+    Raises
+    ------
+    RuntimeError
+        Such a graph is being made, of torch's own operations alone.
+    """
+    modes = sys.modules.get("torch._C")
+    if modes is None or not (
+        modes._len_torch_dispatch_stack() or modes._len_torch_function_stack()
+    ):
+        return
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if get_proxy_mode() is not None:
+        raise RuntimeError(
+            f"{call}: make_fx makes a graph of torch's own operations, in which it would be missing"
+        )
 
 
 def launches_for(rows: Rows, job: int = UPDATE, *, capturable: bool = False) -> Launches | None:
@@ -282,6 +320,7 @@ def exchanged(arrays: Sequence[Exchange]) -> Iterator[None]:
     ValueError, BufferError
         As `Rows.extend` and `Rows.check_overlap`.
     """
+    refuse_recording("averaged_parameters")
     is_done = bytearray(1)
     try:
         _exchange(arrays, is_done)
@@ -320,7 +359,7 @@ def are_fit(arrays: Sequence[Exchange], others: Sequence[tuple[int, int]] = ()) 
     """
     try:
         rows = _listed(arrays)
-        return not any(rows.touches(start, stop) for start, stop in others)
+        return not rows.touches(list(others))
     except (TypeError, ValueError, BufferError):
         return False
 
@@ -328,7 +367,10 @@ def are_fit(arrays: Sequence[Exchange], others: Sequence[tuple[int, int]] = ()) 
 def _listed(arrays: Sequence[Exchange]) -> Rows:
     """Return the checked rows of what is to be exchanged."""
     rows = Rows(("params[{}]", "spare memory[{}]", "averages[{}]"))
-    for i, (param, spare, ax) in enumerate(arrays):
-        rows.extend([param], None if spare is None else [spare], [ax], first=i)
+    first = 0
+    for has_spare, run in groupby(arrays, lambda exchange: exchange[1] is not None):
+        params, spares, axs = map(list, zip(*run, strict=True))
+        rows.extend(params, spares if has_spare else None, axs, first=first)
+        first += len(params)
     rows.check_overlap()
     return rows

@@ -7,6 +7,7 @@ cdef struct Scalars:
 # The hyperparameters of a group, and how its scalars are rounded.
 cdef struct Plan:
     double lr
+    int lr_size          # bytes of an lr that is a tensor, in whose dtype eta is computed; else 0
     double lambd
     double alpha
     double t0
@@ -15,7 +16,7 @@ cdef struct Plan:
     double weight_decay
     double grad_scale    # negative to maximize
     bint float_step      # whether step is kept in float32
-    bint float_next      # whether the next eta and mu are
+    bint float_next      # whether the next eta and mu are, eta not if it is computed of a tensor
 
 # What one step does to a param, all in double. Params with the same scalars share it.
 cdef struct Step:

@@ -34,8 +34,9 @@ cdef void fill(Step *step, const Scalars *now, const Plan *plan) noexcept nogil:
     step.next.step = count
     step.next.eta = eta_of(count, plan)
     step.next.mu = mu_of(count, plan)
-    if plan.float_next:
+    if plan.float_step or plan.float_next and plan.lr_size == 0:
         step.next.eta = rounded(step.next.eta)
+    if plan.float_next:
         step.next.mu = rounded(step.next.mu)
 
 
@@ -50,7 +51,30 @@ cdef double eta_of(double step, const Plan *plan) noexcept nogil:
         step -= plan.t0
         if step <= 0:
             return plan.lr
+    elif plan.lr_size == sizeof(float):
+        return _eta_of_float(<float>plan.lr, <float>plan.lambd, plan.alpha, <float>step)
+    elif plan.lr_size == sizeof(double):
+        return plan.lr / _power(1.0 + plan.lambd * plan.lr * step, plan.alpha)
     return plan.lr / pow(1.0 + plan.lambd * plan.lr * step, plan.alpha)
+
+
+cdef double _eta_of_float(float lr, float lambd, double alpha, float step) noexcept nogil:
+    """eta as torch computes it of a float32 tensor: see `_power`."""
+    cdef float base = <float>1 + lambd * lr * step
+    if alpha == 2:
+        return lr / (base * base)
+    if alpha == 3:
+        return lr / (base * base * base)
+    return lr / <float>pow(base, alpha)
+
+
+cdef double _power(double base, double alpha) noexcept nogil:
+    """A power of a tensor of one element, some of which torch has ways of its own to."""
+    if alpha == 2:
+        return base * base
+    if alpha == 3:
+        return base * base * base
+    return pow(base, alpha)
 
 
 cdef double mu_of(double step, const Plan *plan) noexcept nogil:
@@ -84,5 +108,5 @@ def next_scalars(
     eta, mu : float
     """
     cdef Plan plan = Plan(
-        lr, lambd, alpha, t0, average_every, current, 0.0, 1.0, False, False)
+        lr, 0, lambd, alpha, t0, average_every, current, 0.0, 1.0, False, False)
     return eta_of(step, &plan), mu_of(step, &plan)

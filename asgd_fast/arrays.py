@@ -7,10 +7,11 @@ pass over the memory is made.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any, TypeAlias
+from itertools import chain
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -21,17 +22,19 @@ from asgd_fast._engines import (
     exchanged,
     from_host,
     is_on_gpu,
+    refuse_recording,
     template,
     to_host,
     update,
 )
-from asgd_fast._rows.rows import Rows, dtype_of
-from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    import numpy.typing as npt
+from asgd_fast._rows.rows import Rows, dtype_of, is_array
+from asgd_fast.schedule import (
+    AveragingNotBegunWarning,
+    check_average_every,
+    check_lr_schedule,
+    check_place,
+    check_scalar,
+)
 
 __all__ = ["ArrayASGD", "asgd_"]
 
@@ -74,7 +77,9 @@ def asgd_(
         (C-contiguous, Fortran-contiguous or another order of the axes), in the memory of the CPU or
         of a CUDA device, of any library that speaks DLPack. Written.
     grads : array or iterable of array
-        One for each param, of its shape, dtype and memory layout. Read, and may be read-only.
+        One for each param, of its shape and dtype. Read, and may be read-only. One in the memory of
+        the CPU whose layout is not its param's, whatever its strides, is copied first; on a CUDA
+        device the layout must be the param's. That of a 0-dimensional param may be a NumPy scalar.
     axs : array or iterable of array, optional
         The averages, one for each param, of its shape and memory layout, and of its dtype or a
         wider one: float32 or float64, or the complex type of such numbers. With a wider one the
@@ -102,6 +107,8 @@ def asgd_(
         must be; two arrays share memory of which one is written; a param is listed twice.
     BufferError
         The memory of a param or an average may not be written.
+    RuntimeError
+        ``make_fx`` of torch is at work, whose graph would lack the update.
 
     Notes
     -----
@@ -128,6 +135,7 @@ def asgd_(
     >>> ax
     array([0.375, 0.25 , 0.125])
     """
+    refuse_recording("asgd_")
     scale = 1.0 if grad_scale is None else check_scalar("grad_scale", grad_scale)
     names = template("params", params), template("grads", grads), template("axs", axs)
     param_list = as_arrays("params", params)
@@ -141,6 +149,7 @@ def asgd_(
         lambd=check_scalar("lambd", lambd),
         weight_decay=check_scalar("weight_decay", weight_decay),
         grad_scale=-scale if maximize else scale,
+        copy_grads=True,
     )
     update(rows)
 
@@ -223,6 +232,9 @@ class ArrayASGD:
     True
     """
 
+    # Whether it has warned. Here, for optimizers that were pickled by earlier versions.
+    _has_warned = False
+
     def __init__(
         self,
         params: Array | Iterable[Array] | Iterable[dict[str, Any]],
@@ -233,7 +245,7 @@ class ArrayASGD:
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        average_dtype: npt.DTypeLike | None = None,
+        average_dtype: np.typing.DTypeLike | None = None,
         lr_schedule: str = "torch",
         average_every: int = 1,
     ) -> None:
@@ -282,6 +294,15 @@ class ArrayASGD:
         return dict(vars(self))
 
     @property
+    def is_averaging(self) -> bool:
+        """Whether the average of any param has begun.
+
+        It begins with the step of its first iterate: number t0 + 2, or the first one after
+        `start_averaging`. Until then the param itself stands for it.
+        """
+        return bool((self._scalars[:, 2] != 1).any())
+
+    @property
     def averages(self) -> list[Array]:
         """The averages, one for each param in the order of the groups.
 
@@ -289,12 +310,42 @@ class ArrayASGD:
         the steps update in place. Until averaging begins there is none, and a copy of the param
         stands for it, which an average equals until then. Inside `averaged_parameters` it is the
         param itself, if that has its dtype.
+
+        Warns
+        -----
+        AveragingNotBegunWarning
+            Once, if steps were made and no average has begun.
         """
+        self._warn_unless_begun(stacklevel=3)
+        return self._averages_or_copies()
+
+    def _averages_or_copies(self) -> list[Array]:
         here = self._exchanged or {}
         return [
             here[i] if i in here else self._new_average(param) if ax is None else ax
             for i, (param, ax) in enumerate(zip(self._params(), self._averages, strict=True))
         ]
+
+    def _warn_unless_begun(self, stacklevel: int) -> None:
+        """Warn once if steps were made, no average has begun, and none was told to."""
+        steps = self._scalars[:, 0]
+        if (
+            self._has_warned
+            or self.is_averaging
+            or not steps.any()
+            or not np.isnan(self._starts).all()
+        ):
+            return
+        self._has_warned = True
+        t0 = self._t0_of_each()
+        nearest = np.argmin(t0 - steps)
+        warnings.warn(
+            f"averages were asked for after step {steps[nearest]:g}, but none has begun: t0 is "
+            f"{t0[nearest]:g}, so the params themselves stand for them; set t0, or call "
+            "start_averaging() to begin with the next step",
+            AveragingNotBegunWarning,
+            stacklevel=stacklevel,
+        )
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         """Add a group of params, for instance to train further arrays from now on.
@@ -337,8 +388,8 @@ class ArrayASGD:
         Parameters
         ----------
         grads : array or iterable of (array or None)
-            One for each param in the order of the groups, of its shape, dtype and memory layout;
-            None leaves the param as it is, its average and its step count too.
+            One for each param in the order of the groups, as for `asgd_`; None leaves the param as
+            it is, its average and its step count too.
 
         Raises
         ------
@@ -350,14 +401,14 @@ class ArrayASGD:
             (see `averaged_parameters`). Nothing is changed.
         """
         self._refuse_exchanged("step")
+        refuse_recording("step")
         grad_list = _one_for_each("grads", grads, len(self._averages))
         names = "params[{}]", template("grads", grads), "averages[{}]"
         # Taken down before any library is asked for memory, which may run anything.
         groups = self._params_of_groups()
         hyperparameters = self._hyperparameters()
-        param_list = list(chain.from_iterable(groups))
-        stops = list(accumulate(map(len, groups), initial=0))
-        parts = map(slice, stops, stops[1:])
+        param_list = [param for params in groups for param in params]
+        first = 0
         begun: dict[int, Array] = {}
 
         def new_average(i: int) -> Array:
@@ -365,7 +416,8 @@ class ArrayASGD:
             return begun[i]
 
         rows = Rows(names)
-        for params, own, part in zip(groups, hyperparameters, parts, strict=True):
+        for params, own in zip(groups, hyperparameters, strict=True):
+            part = slice(first, first + len(params))
             rows.extend(
                 params,
                 grad_list[part],
@@ -380,9 +432,11 @@ class ArrayASGD:
                 current=own["lr_schedule"] == "current",
                 weight_decay=own["weight_decay"],
                 grad_scale=-1.0 if own["maximize"] else 1.0,
-                first=part.start,
+                first=first,
                 new_average=new_average,
+                copy_grads=True,
             )
+            first = part.stop
         if begun:
             rows.check_overlap()
             for i, ax in begun.items():
@@ -408,8 +462,14 @@ class ArrayASGD:
         ------
         RuntimeError
             The averages stand in the params already. Nothing is changed.
+
+        Warns
+        -----
+        AveragingNotBegunWarning
+            As `averages`.
         """
         self._refuse_exchanged("averaged_parameters")
+        self._warn_unless_begun(stacklevel=4)  # contextlib comes between
         arrays = []
         exchanged_ones = {}
         for i, param in self._begun():
@@ -443,7 +503,14 @@ class ArrayASGD:
         ------
         TypeError, ValueError, BufferError
             As `asgd_`. Nothing is changed.
+
+        Warns
+        -----
+        AveragingNotBegunWarning
+            As `averages`.
         """
+        refuse_recording("copy_averages_to")
+        self._warn_unless_begun(stacklevel=3)
         targets = _one_for_each("arrays", arrays, len(self._averages))
         sources = self._params()
         for i, param in self._begun():
@@ -477,7 +544,7 @@ class ArrayASGD:
         if group is None:
             chosen = np.ones(len(self._starts), dtype=bool)
         else:
-            chosen = self._group_of_each() == range(len(self.param_groups))[group]
+            chosen = self._group_of_each() == check_place("group", group, len(self.param_groups))
         # The next one is number step + 1, and number t0 + 2 is the first.
         self._starts[chosen] = self._scalars[chosen, 0] - 1
         self._scalars[chosen, 2] = 1
@@ -499,7 +566,7 @@ class ArrayASGD:
         """
         self.start_averaging(group)
 
-    def state_dict(self) -> dict[str, npt.NDArray[Any]]:
+    def state_dict(self) -> dict[str, Any]:
         """Return a snapshot of everything but the params: a flat dict of NumPy arrays.
 
         Returns
@@ -519,7 +586,7 @@ class ArrayASGD:
             Params were put into a group, or taken out, by hand.
         """
         hyperparameters = self._hyperparameters()
-        state: dict[str, npt.NDArray[Any]] = {
+        state: dict[str, np.typing.NDArray[Any]] = {
             "step": self._scalars[:, 0].astype(np.int64),
             "eta": self._scalars[:, 1].copy(),
             "mu": self._scalars[:, 2].copy(),
@@ -528,7 +595,7 @@ class ArrayASGD:
         }
         for name in self.defaults:
             state[name] = np.array([own[name] for own in hyperparameters])
-        for i, ax in enumerate(self.averages):
+        for i, ax in enumerate(self._averages_or_copies()):
             state[f"ax.{i}"] = _saved(f"averages[{i}]", ax)
         return state
 
@@ -584,7 +651,7 @@ class ArrayASGD:
                 f"the optimizer's as {expected['group'].tolist()}"
             )
         for name, low, high in (
-            ("step", 0, math.inf),
+            ("step", 0, 2.0**53),  # whose next whole number is no float
             ("eta", 0, math.inf),
             ("mu", 0, 1),
             ("start", -math.inf, math.inf),
@@ -656,7 +723,8 @@ class ArrayASGD:
     def _refuse_exchanged(self, call: str) -> None:
         if self._exchanged is not None:
             raise RuntimeError(
-                f"{call}: not inside averaged_parameters(), where the averages stand in the params"
+                f"{call}: is not possible inside averaged_parameters(), where the averages stand "
+                "in the params"
             )
 
     def _hyperparameters(self) -> list[dict[str, Any]]:
@@ -665,11 +733,11 @@ class ArrayASGD:
             for k, group in enumerate(self.param_groups)
         ]
 
-    def _t0_of_each(self) -> npt.NDArray[np.float64]:
+    def _t0_of_each(self) -> np.typing.NDArray[np.float64]:
         t0s = [float(group["t0"]) for group in self.param_groups]
         return np.array(t0s)[self._group_of_each()]
 
-    def _group_of_each(self) -> npt.NDArray[np.int64]:
+    def _group_of_each(self) -> np.typing.NDArray[np.int64]:
         return np.repeat(
             np.arange(len(self.param_groups), dtype=np.int64), [*map(len, self._params_of_groups())]
         )
@@ -677,16 +745,20 @@ class ArrayASGD:
 
 def _checked_hyperparameters(group: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Return a group's hyperparameters alone, each a float in its range or a bool."""
-    missing = {*_LEAST, "maximize", "lr_schedule", "average_every"} - group.keys()
-    if missing:
-        raise ValueError(f"{where}missing {sorted(missing)}")
+    checked: dict[str, Any] = {}
     try:
-        checked: dict[str, Any] = {
-            name: check_scalar(name, group[name], low=low) for name, low in _LEAST.items()
-        }
+        for name, low in _LEAST.items():
+            value = group[name]
+            # Most values are such floats, and each step of a small array waits for these checks.
+            if type(value) is not float or not (low <= value and -math.inf < value < math.inf):
+                value = check_scalar(name, value, low=low)
+            checked[name] = value
         checked["maximize"] = bool(group["maximize"])
         checked["lr_schedule"] = check_lr_schedule(group["lr_schedule"])
         checked["average_every"] = check_average_every(group["average_every"])
+    except KeyError:
+        missing = {*_LEAST, "maximize", "lr_schedule", "average_every"} - group.keys()
+        raise ValueError(f"{where}missing {sorted(missing)}") from None
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}{error}") from None
     return checked
@@ -710,13 +782,18 @@ def _checked_average_dtype(average_dtype: Any) -> np.dtype[Any] | None:
 
 
 def _one_for_each(name: str, arrays: Any, n: int) -> list[Array | None]:
-    arrays = as_arrays(name, arrays)
-    if len(arrays) != n:
-        raise ValueError(f"{name}: got {len(arrays)} arrays for {n} params; expected one for each")
-    return list(arrays)
+    elements = as_arrays(name, arrays)
+    if len(elements) == n:
+        return elements
+    if elements and not any(array is None or is_array(array) for array in elements):
+        raise TypeError(
+            f"{name}: got {len(elements)} elements of type {type(elements[0]).__name__} for {n} "
+            "params; expected one array for each, such as np.asarray makes of numbers"
+        )
+    raise ValueError(f"{name}: got {len(elements)} arrays for {n} params; expected one for each")
 
 
-def _saved(name: str, ax: Array) -> npt.NDArray[Any]:
+def _saved(name: str, ax: Array) -> np.typing.NDArray[Any]:
     """Return a copy of an average as a NumPy array."""
     try:
         return to_host(ax)

@@ -7,15 +7,21 @@ scalars of many params.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from asgd_fast._schedule import next_scalars
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-__all__ = ["Schedule", "check_average_every", "check_lr_schedule", "check_scalar", "check_step"]
+__all__ = [
+    "AveragingNotBegunWarning",
+    "Schedule",
+    "check_average_every",
+    "check_lr_schedule",
+    "check_place",
+    "check_scalar",
+    "check_step",
+]
 
 LR_SCHEDULES = ("torch", "current")
 
@@ -23,6 +29,13 @@ LR_SCHEDULES = ("torch", "current")
 _TITLES = {"lr": "learning rate"} | {
     name: f"{name} value" for name in ("lambd", "alpha", "t0", "weight_decay")
 }
+
+
+class AveragingNotBegunWarning(UserWarning):
+    """Averages were asked for before any has begun, so that the params themselves stand for them.
+
+    ``warnings.simplefilter("ignore", asgd_fast.AveragingNotBegunWarning)`` silences it.
+    """
 
 
 def check_scalar(
@@ -65,6 +78,41 @@ def check_scalar(
         bounds = (f"{low:g} <= {name}" if math.isfinite(low) else name) + bounds
         raise ValueError(f"Invalid {_TITLES.get(name, name)}: {value} (expected a finite {bounds})")
     return float(value)
+
+
+def check_place(name: str, value: Any, n: int) -> int:
+    """Check that a number is the place of one of several things in a row.
+
+    Parameters
+    ----------
+    name : str
+        What the message calls it.
+    value : int
+        Counted from the end where negative.
+    n : int
+        How many things there are.
+
+    Returns
+    -------
+    int
+        From 0 on.
+
+    Raises
+    ------
+    TypeError
+        `value` is no integer.
+    IndexError
+        There is no such thing.
+    """
+    try:
+        place = index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected an integer, got {value!r} of type {type(value).__name__}"
+        ) from None
+    if not -n <= place < n:
+        raise IndexError(f"{name}: got {place} for {n} {name}s; expected {-n} <= {name} < {n}")
+    return place % n
 
 
 def check_step(name: str, value: Any) -> int:

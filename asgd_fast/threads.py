@@ -185,8 +185,9 @@ def _candidates(has_torch: bool) -> Iterator[str]:
     """Yield the libraries to ask, the best first."""
     if has_torch:
         # A library that is asked for a function asks those that it was linked with: torch's own.
-        folder = Path(sys.modules["torch"].__file__ or "").parent / "lib"
-        yield from map(str, sorted(folder.glob("libtorch_cpu.*")))
+        folder = Path(_torch().__file__).parent / "lib"
+        if folder.is_absolute():  # never what lies in the current directory
+            yield from map(str, sorted(folder.glob("libtorch_cpu.*")))
     # Imported when it is needed: most steps of most programs are too small for threads.
     from threadpoolctl import threadpool_info  # type: ignore[import-untyped]
 
@@ -206,6 +207,8 @@ def _own_number(runtime: ctypes.CDLL) -> int:
 def _torch() -> Any:
     """Return torch if the program has imported it, else None."""
     torch = sys.modules.get("torch")
+    if not isinstance(getattr(torch, "__file__", None), str):  # a stub
+        return None
     return torch if hasattr(torch, "get_num_threads") else None  # not while it is being imported
 
 

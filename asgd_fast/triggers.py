@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from operator import index
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any, Protocol, SupportsFloat
 
 __all__ = ["NonMonotonicTrigger"]
+
+# Where wrappers of training frameworks keep the optimizer: accelerate's and Fabric's, fastai's,
+# Lightning's.
+_WRAPPED = ("optimizer", "opt", "_optimizer")
 
 
 class Averaging(Protocol):
@@ -29,7 +31,8 @@ class NonMonotonicTrigger:
     ----------
     optimizer : ASGD or ArrayASGD
         Whose ``start_averaging()`` is called, for all of its groups. Make it with a `t0` that the
-        run does not reach, such as the default.
+        run does not reach, such as the default. It may be in wrappers that keep it as
+        ``optimizer``, ``opt`` or ``_optimizer``, as those of accelerate and fastai do.
     patience : int, default=5
         How many of the latest checks do not count as better ones yet, >= 0: the paper's n, the
         non-monotone interval.
@@ -45,7 +48,7 @@ class NonMonotonicTrigger:
     Raises
     ------
     TypeError
-        `optimizer` has no ``start_averaging``; `patience` is no integer.
+        `optimizer` has no ``start_averaging``, nor has what it wraps; `patience` is no integer.
     ValueError
         `patience` is negative.
 
@@ -65,18 +68,13 @@ class NonMonotonicTrigger:
     [False, False, False, False, True]
     """
 
-    def __init__(self, optimizer: Averaging, patience: int = 5) -> None:
-        if not callable(getattr(optimizer, "start_averaging", None)):
-            raise TypeError(
-                "optimizer: expected one with start_averaging(), such as asgd_fast.ASGD, got "
-                f"{type(optimizer).__name__}"
-            )
-        self.optimizer = optimizer
+    def __init__(self, optimizer: object, patience: int = 5) -> None:
+        self.optimizer = _unwrapped(optimizer)
         self.patience = _checked_patience(patience)
         self.losses: list[float] = []
         self.has_fired = False
 
-    def step(self, validation_loss: float) -> bool:
+    def step(self, validation_loss: SupportsFloat) -> bool:
         """Take note of a validation loss, and start averaging if it has stalled.
 
         Parameters
@@ -149,6 +147,22 @@ class NonMonotonicTrigger:
         if not isinstance(has_fired, bool):
             raise TypeError(f"state_dict['has_fired']: expected a bool, got {has_fired!r}")
         self.patience, self.losses, self.has_fired = patience, losses, has_fired
+
+
+def _unwrapped(optimizer: Any) -> Averaging:
+    """Return the outermost one that can start averages of an optimizer in wrappers."""
+    chain = [optimizer]
+    while not callable(getattr(chain[-1], "start_averaging", None)):
+        inside = (getattr(chain[-1], name, None) for name in _WRAPPED)
+        inner = next((x for x in inside if x is not None), None)
+        if inner is None or any(inner is x for x in chain):
+            got = ", which wraps ".join(type(x).__name__ for x in chain)
+            raise TypeError(
+                f"optimizer: expected one with start_averaging(), such as asgd_fast.ASGD, got {got}"
+            )
+        chain.append(inner)
+    found: Averaging = chain[-1]
+    return found
 
 
 def _checked_patience(patience: Any) -> int:

@@ -61,6 +61,8 @@ class Training:
         """Return the accuracy of the last iterate, and of the average."""
         assert isinstance(self.optimizer, ASGD)  # torch's has no averaged_parameters
         last = self.accuracy(images, labels)
+        if not self.optimizer.is_averaging:
+            return last, last
         with self.optimizer.averaged_parameters():
             return last, self.accuracy(images, labels)
 

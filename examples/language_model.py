@@ -123,6 +123,8 @@ def read(model: LanguageModel, text: Tensor, optimizer: ASGD | None = None) -> f
 def losses(model: LanguageModel, optimizer: ASGD, text: Tensor) -> tuple[float, float]:
     """Return the loss of the last iterate, and of the average; before averaging, they are equal."""
     last = read(model, text)
+    if not optimizer.is_averaging:
+        return last, last
     with optimizer.averaged_parameters():
         return last, read(model, text)
 

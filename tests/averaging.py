@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 from twins import bits
 
 from asgd_fast import ASGD
+
+# For tests that ask for averages before they begin, too.
+asks_early = pytest.mark.filterwarnings("ignore::asgd_fast.AveragingNotBegunWarning")
+# For tests that take checkpoints where the averages stand in the params.
+saves_inside = pytest.mark.filterwarnings("ignore:state_dict. called inside:UserWarning")
 
 T0 = 2
 OPTIONS = {"lr": 0.3, "lambd": 1e-2, "t0": T0, "weight_decay": 0.01}

@@ -18,7 +18,7 @@ class Twins:
         self.params = [on(p, devices[i % len(devices)]) for i, p in enumerate(params)]
         pick = groups or (lambda own: own)
         self.ours = ASGD(pick(self.params), **options)
-        own = ("lazy_average", "average_dtype", "capturable", "foreach")
+        own = ("lazy_average", "average_dtype", "capturable", "foreach", "fused_amp")
         options = {name: value for name, value in options.items() if name not in own}
         self.theirs = torch.optim.ASGD(pick(self.theirs_params), foreach=False, **options)
 
@@ -91,6 +91,7 @@ class Scaler:
         self.scale = torch.tensor([scale], device="cuda")
 
     def step(self, optimizer, is_infinite):
+        assert optimizer._step_supports_amp_scaling
         optimizer.grad_scale = self.scale
         optimizer.found_inf = torch.tensor([float(is_infinite)], device="cuda")
         before = fake_cuda.waits()

@@ -128,6 +128,9 @@ class Exporter:
         Owns the memory.
     version, flags, device_type, device_id, lanes : optional
         What is said of it.
+    ndim : int, optional
+    shape : tuple of int or None, optional
+        None: NULL.
     data : int, optional
         Its address, if another is to be said.
     byte_offset : int
@@ -151,6 +154,8 @@ class Exporter:
         device_type=CPU,
         device_id=0,
         lanes=1,
+        ndim=None,
+        shape=...,
         data=...,
         byte_offset=0,
         strides=True,
@@ -161,6 +166,8 @@ class Exporter:
         self.array = array
         self.version, self.flags, self.lanes = version, flags, lanes
         self.device_type, self.device_id = device_type, device_id
+        self.ndim = array.ndim if ndim is None else ndim
+        self.shape = array.shape if shape is ... else shape
         self.data = array.ctypes.data - byte_offset if data is ... else data
         self.byte_offset, self.strides, self.deleter = byte_offset, strides, deleter
         self.name, self.error = name, error
@@ -178,16 +185,18 @@ class Exporter:
 
     def fill(self, tensor):
         array = self.array
-        sizes = ctypes.c_int64 * array.ndim
-        shape = sizes(*array.shape)
-        strides = sizes(*(stride // array.itemsize for stride in array.strides))
+        said = self.shape or ()
+        shape = (ctypes.c_int64 * len(said))(*said)
+        strides = (ctypes.c_int64 * array.ndim)(
+            *(stride // array.itemsize for stride in array.strides)
+        )
         tensor.data = self.data
         tensor.device = DLDevice(self.device_type, self.device_id)
-        tensor.ndim = array.ndim
+        tensor.ndim = self.ndim
         bits = 8 * array.itemsize
         tensor.dtype = DLDataType(_TYPE_CODES[array.dtype.kind], bits, self.lanes)
         # An array without axes may say NULL of both.
-        tensor.shape = shape if array.ndim else None
+        tensor.shape = shape if said else None
         tensor.strides = strides if array.ndim and self.strides else None
         tensor.byte_offset = self.byte_offset
         return shape, strides
@@ -323,6 +332,17 @@ class ExchangeFails(Versioned):
 
 class ExchangeFailsSilently(Versioned):
     __dlpack_c_exchange_api__ = exchange_api((1, 3), fails="without a reason")
+
+
+def forgetful(kind):
+    """Make a kind that does not keep its capsules: they die with the borrower's reference."""
+
+    class Forgetful(kind):
+        def capsule(self, *options):
+            super().capsule(*options)
+            return self.capsules.pop()
+
+    return Forgetful
 
 
 # The kinds that can say what may be written, all that lend what may, and those that take an error.

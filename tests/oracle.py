@@ -2,16 +2,19 @@
 
 `Reference` is the algorithm as the paper and torch's first listing have it, in torch operations.
 `averaged` is its last line alone, on averages of any dtype. `exact_step` follows the numerics
-contract in rational arithmetic, with one rounding a line.
+contract in rational arithmetic, with one rounding a line, and does without torch.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from fractions import Fraction
 
 import numpy as np
-import torch
+
+with suppress(ModuleNotFoundError):
+    import torch
 
 
 class Reference:
@@ -79,13 +82,13 @@ def reals(tensor):
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-@torch.no_grad()
 def averaged(ax, p, mu):
     """The last lines of torch's step, in place on an average of any dtype."""
-    if mu == 1:
-        ax.copy_(p)
-    else:
-        reals(ax).add_(reals(p.to(ax.dtype)).sub(reals(ax)).mul_(mu))
+    with torch.no_grad():
+        if mu == 1:
+            ax.copy_(p)
+        else:
+            reals(ax).add_(reals(p.to(ax.dtype)).sub(reals(ax)).mul_(mu))
 
 
 def mu_of(step, t0):

@@ -12,6 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from averaging import asks_early
 
 from asgd_fast import ArrayASGD, get_num_threads
 
@@ -51,6 +52,7 @@ def assert_twins(optimizer, theirs):
             assert np.array_equal(ax, param)
 
 
+@asks_early
 def test_a_param_without_grad_keeps_its_own_schedule(double_scalars):
     params = make_params()
     _, theirs = torch_twin(params, **OPTIONS)
@@ -67,6 +69,7 @@ def test_a_param_without_grad_keeps_its_own_schedule(double_scalars):
     assert optimizer.state_dict()["step"].tolist() == [30, 20, 20]
 
 
+@asks_early
 def test_groups_hyperparameters_changed_between_steps_and_a_group_added(double_scalars):
     params = make_params()
     optimizer = ArrayASGD(
@@ -97,6 +100,7 @@ def test_groups_hyperparameters_changed_between_steps_and_a_group_added(double_s
         assert_twins(optimizer, theirs)
 
 
+@asks_early
 def test_one_array_alone_and_mixed_dtypes():
     single = np.ones(4)
     ArrayASGD(single, lr=0.5, lambd=0.0).step(np.ones(4))
@@ -260,6 +264,10 @@ def assert_unchanged(optimizer, before):
             r"state_dict\['step'\]: dtype float64 does not match the optimizer's int64",
         ),
         (lambda s: s.update(step=-s["step"]), r"Invalid state_dict\['step'\]\[0\]: -1"),
+        (  # which is not what would be saved again
+            lambda s: s.update(step=np.full(len(s["step"]), 2**63 - 1)),
+            r"Invalid state_dict\['step'\]\[0\]: 9223372036854775807",
+        ),
         (lambda s: s.update(eta=s["eta"] * np.nan), r"Invalid state_dict\['eta'\]\[0\]: nan"),
         (lambda s: s.update(mu=s["mu"] * 2), r"Invalid state_dict\['mu'\]\[0\]: 2"),
         (lambda s: s.update(lr=-s["lr"]), "Invalid learning rate: -0.2"),
@@ -299,6 +307,7 @@ def test_refuses_a_state_that_does_not_fit(change, message):
         (lambda: [*make_grads(1)[:2], "x"], TypeError, r"^grads\[2\]: str is not an array"),
         (lambda: np.ones(3), ValueError, "^grads: got 1 arrays for 3 params"),
         (lambda: None, TypeError, "^grads: expected an array or a sequence of arrays"),
+        (lambda: [1.0, 2.0], TypeError, "^grads: got 2 elements of type float for 3 params"),
     ],
 )
 @pytest.mark.parametrize("started", [0, 1], ids=["fresh", "started"])
@@ -327,6 +336,10 @@ def test_a_grad_that_is_an_average_is_refused_under_both_names():
         ("lambd", -1.0, "Invalid lambd"),
         ("alpha", -1.0, "Invalid alpha"),
         ("t0", np.inf, "Invalid t0"),
+        ("t0", -np.inf, "Invalid t0"),
+        ("t0", np.nan, "Invalid t0"),
+        ("lr", np.nan, "Invalid learning rate: nan"),
+        ("lr", np.inf, "Invalid learning rate: inf"),
         ("weight_decay", -1e-9, "Invalid weight_decay value"),
     ],
 )
@@ -363,6 +376,7 @@ def test_hyperparameters_of_other_types_are_saved_as_what_they_stand_for():
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
+@asks_early
 def test_a_library_without_copies_gets_averages_of_numpy():
     class Bare:
         def __init__(self, array):
@@ -466,6 +480,7 @@ def test_a_param_may_be_replaced_by_another_array():
 
 
 @pytest.mark.heavy
+@asks_early
 def test_an_interrupt_finds_arrays_and_scalars_of_one_step():
     params = np.ones(4_000_000), np.ones(4_000_000)
     optimizer = ArrayASGD(params, lr=0.5, lambd=0.0)

@@ -6,9 +6,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from averaging import arrays_of_all_kinds, grads_like, raw, run
+from averaging import arrays_of_all_kinds, asks_early, grads_like, raw, run
 
-from asgd_fast import ArrayASGD
+from asgd_fast import ArrayASGD, AveragingNotBegunWarning
 
 T0 = 3
 BEGINS = T0 + 2  # the step of the first iterate of the average
@@ -24,8 +24,13 @@ def copied(arrays):
 
 def everything(optimizer, arrays):
     """The bits of params, averages and the rest of the state."""
+    return [raw(x) for x in optimizer.averages], everything_but_averages(optimizer, arrays)
+
+
+def everything_but_averages(optimizer, arrays):
+    """The same where nobody asks for averages."""
     state = {name: value.tolist() for name, value in optimizer.state_dict().items()}
-    return [raw(x) for x in (*arrays, *optimizer.averages)], repr(state)
+    return [raw(x) for x in arrays], repr(state)
 
 
 @wide_or_not
@@ -91,6 +96,7 @@ def loaded(optimizer, arrays):
     ids=["new", "stepped once", "without some grads", "started anew", "loaded"],
 )
 @wide_or_not
+@asks_early
 def test_averages_read_before_they_begin_are_copies(situation, wide):
     """To write into them changes no params and no later averages."""
     kinds = arrays_of_all_kinds()[:-1]  # NumPy has no bfloat16
@@ -115,6 +121,7 @@ def test_averages_read_before_they_begin_are_copies(situation, wide):
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("steps", range(BEGINS + 3))
 @wide_or_not
+@asks_early
 def test_a_saved_state_goes_on_with_the_same_bits(through, wide, steps, every):
     """From each step around t0 on, one param of which has come later."""
     options = {**OPTIONS, "average_every": every}
@@ -138,3 +145,67 @@ def test_a_saved_state_goes_on_with_the_same_bits(through, wide, steps, every):
         step(ours, arrays, k)
         step(theirs, others, k)
     assert everything(ours, arrays) == everything(theirs, others)
+
+
+def test_is_averaging_from_the_first_iterate_of_any_average_on():
+    arrays = [np.ones(3), np.ones(2)]
+    optimizer = ArrayASGD([{"params": arrays[0]}, {"params": arrays[1], "t0": 1e6}], **OPTIONS)
+    assert optimizer.is_averaging is False
+    for k in range(1, BEGINS + 2):
+        run(optimizer, arrays, 1)
+        assert optimizer.is_averaging is (k >= BEGINS)
+    other = ArrayASGD([{"params": arrays[0]}, {"params": arrays[1]}])
+    other.load_state_dict(optimizer.state_dict())
+    assert other.is_averaging is True
+    with optimizer.averaged_parameters():
+        assert optimizer.is_averaging is True
+    optimizer.start_averaging()
+    assert optimizer.is_averaging is False
+    run(optimizer, arrays, 1)
+    assert optimizer.is_averaging is True
+
+
+def enter(optimizer):
+    with optimizer.averaged_parameters():
+        pass
+
+
+ASKED = {
+    "averages": lambda optimizer: optimizer.averages,
+    "averaged_parameters": enter,
+    "copy_averages_to": lambda optimizer: optimizer.copy_averages_to([np.ones(3), np.ones(2)]),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_who_asks_for_averages_that_have_not_begun_is_warned_once(asked):
+    arrays = [np.ones(3), np.ones(2)]
+    optimizer = ArrayASGD([{"params": arrays[0]}, {"params": arrays[1], "t0": 7}])
+    ASKED[asked](optimizer)  # no step was made
+    run(optimizer, arrays, 3)
+    optimizer.state_dict()  # nor does a checkpoint ask for averages
+    before = everything_but_averages(optimizer, arrays)
+    message = (
+        "^averages were asked for after step 3, but none has begun: t0 is 7, so the params "
+        r"themselves stand for them; set t0, or call start_averaging\(\) to begin with the next "
+        "step$"
+    )
+    with pytest.warns(AveragingNotBegunWarning, match=message) as caught:
+        ASKED[asked](optimizer)
+    assert [warning.filename for warning in caught] == [__file__]
+    for call in ASKED.values():
+        call(optimizer)  # warnings are errors here
+    assert everything_but_averages(optimizer, arrays) == before
+    with pytest.warns(AveragingNotBegunWarning):  # each optimizer has its own
+        ASKED[asked](stepped_once(ArrayASGD([x.copy() for x in arrays]), arrays))
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_nobody_is_warned_of_averages_that_have_begun_or_were_told_to(asked):
+    arrays = [np.ones(3), np.ones(2)]
+    optimizer = ArrayASGD(arrays, **OPTIONS)
+    run(optimizer, arrays, BEGINS)
+    ASKED[asked](optimizer)
+    other = stepped_once(ArrayASGD([x.copy() for x in arrays]), arrays)
+    other.start_averaging()
+    ASKED[asked](other)

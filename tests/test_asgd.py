@@ -6,17 +6,28 @@ import sys
 import threading
 import tracemalloc
 
+import exporters
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgd_fast import asgd_
+from asgd_fast import ArrayASGD, asgd_
 
 
 def f32(*shape):
     return np.ones(shape, np.float32)
+
+
+class IteratesIntoCopies:
+    """As HDF5 and Zarr have arrays: outside of memory, and read into new arrays of NumPy."""
+
+    def __init__(self, array):
+        self.array, self.shape = array, array.shape
+
+    def __iter__(self):
+        return (row.copy() for row in self.array)
 
 
 def read_only(array):
@@ -119,27 +130,27 @@ REFUSED = {
     "strided param": (
         lambda: (f32(6)[::2], f32(3), None, {}),
         ValueError,
-        r"^params: strides \(2,\) of shape \(3,\) leave gaps or repeat elements; expected a conti",
+        r"^params: strides \(2,\) of shape \(3,\) leave gaps .* np.ascontiguousarray makes$",
     ),
-    "reversed grad": (
-        lambda: (f32(3), f32(3)[::-1], None, {}),
+    "reversed average": (
+        lambda: (f32(3), f32(3), f32(3)[::-1], {}),
         ValueError,
-        r"^grads: strides \(-1,\) of shape \(3,\)",
+        r"^axs: strides \(-1,\) of shape \(3,\)",
     ),
     "column": (
         lambda: (f32(3, 4)[:, 1], f32(3), None, {}),
         ValueError,
         r"^params: strides \(4,\) of shape \(3,\)",
     ),
-    "expanded grad": (
-        lambda: (f32(3), np.broadcast_to(f32(1), 3), None, {}),
+    "strided grad of another shape": (
+        lambda: (f32(3), f32(8)[::2], None, {}),
         ValueError,
-        r"^grads: strides \(0,\) of shape \(3,\)",
+        r"^grads: strides \(2,\) of shape \(4,\)",
     ),
-    "grad in another axis order": (
-        lambda: (f32(3, 4), np.asfortranarray(f32(3, 4)), None, {}),
+    "transposed grad of another dtype": (
+        lambda: (f32(3, 3), np.ones((3, 3)).T, None, {}),
         ValueError,
-        r"^grads: strides \(1, 3\) does not match params of strides \(4, 1\)$",
+        "^grads: dtype float64 does not match params of dtype float32$",
     ),
     "average in another axis order": (
         lambda: (np.asfortranarray(f32(3, 4)), np.asfortranarray(f32(3, 4)), f32(3, 4), {}),
@@ -220,6 +231,36 @@ REFUSED = {
         lambda: ([f32(3), f32(3)], [f32(3)], None, {}),
         ValueError,
         "^grads: got 1 arrays for 2 params; expected one for each$",
+    ),
+    "numbers for one array": (
+        lambda: (f32(3), [1.0, 2.0, 3.0], None, {}),
+        TypeError,
+        "^grads: got 3 elements of type float for 1 params; expected one array .* np.asarray makes",
+    ),
+    "lists for one array": (
+        lambda: (f32(3, 1), [[1.0], [2.0], [3.0]], None, {}),
+        TypeError,
+        "^grads: got 3 elements of type list for 1 params",
+    ),
+    "a scalar of another dtype": (
+        lambda: (np.ones(()), np.float32(1), None, {}),
+        ValueError,
+        r"^grads\[0\]: dtype float32 does not match params of dtype float64$",
+    ),
+    "a scalar for a param": (
+        lambda: (np.float64(1), np.float64(1), None, {}),
+        TypeError,
+        r"^params\[0\]: float64 is not an array",
+    ),
+    "an array that iterates into copies": (
+        lambda: (IteratesIntoCopies(f32(2, 3)), [f32(3), f32(3)], None, {}),
+        TypeError,
+        "^params: IteratesIntoCopies does not lend its memory through DLPack; expected an array of",
+    ),
+    "averages that iterate into copies": (
+        lambda: ([f32(3), f32(3)], [f32(3), f32(3)], IteratesIntoCopies(f32(2, 3)), {}),
+        TypeError,
+        "^axs: IteratesIntoCopies does not lend its memory",
     ),
     "too many averages": (
         lambda: ([f32(3)], [f32(3)], [f32(3), f32(3)], {}),
@@ -306,7 +347,7 @@ def test_refuses_before_anything_is_written(what):
 @pytest.mark.parametrize("role", [0, 1, 2], ids=["param", "grad", "average"])
 @pytest.mark.parametrize(
     "bad",
-    [np.ones(3, np.int32), f32(4), f32(6)[::2]],
+    [np.ones(3, np.int32), f32(4), f32(8)[::2]],
     ids=["dtype", "shape", "strides"],
 )
 def test_rows_before_a_refused_one_are_not_written(role, bad):
@@ -316,6 +357,101 @@ def test_rows_before_a_refused_one_are_not_written(role, bad):
     with pytest.raises(ValueError, match=r"\[19\]: "):
         asgd_(*arguments, eta=0.5, mu=0.5)
     assert memory(*arguments) == before
+
+
+def records(dtype, n):
+    """Numbers within records of 11 bytes: neither aligned nor at multiples of their size."""
+    return np.zeros(n, np.dtype([("a", "S3"), ("x", dtype)], align=False))["x"]
+
+
+def filled(empty, values):
+    empty[...] = values
+    return empty
+
+
+VALUES = np.arange(24.0).reshape(2, 3, 4)
+GRADS = {
+    "fortran": lambda: np.asfortranarray(VALUES),
+    "permuted": lambda: filled(np.empty((4, 2, 3)).transpose(1, 2, 0), VALUES),
+    "reversed": lambda: filled(np.empty((2, 3, 4))[::-1, :, ::-1], VALUES),
+    "every other": lambda: filled(np.empty((4, 6, 8))[::2, 1::2, ::2], VALUES),
+    "broadcast": lambda: np.broadcast_to(VALUES[:, :1], VALUES.shape),
+    "read-only": lambda: read_only(np.asfortranarray(VALUES)),
+    "records": lambda: filled(records("f8", 24).reshape(2, 3, 4), VALUES),
+    "unaligned": lambda: filled(
+        np.frombuffer(bytearray(8 * 24 + 1), offset=1).reshape(2, 3, 4), VALUES
+    ),
+    "torch": lambda: torch.tensor(VALUES).permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    "legacy capsule": lambda: exporters.Legacy(np.asfortranarray(VALUES)),
+    "versioned capsule": lambda: exporters.Versioned(VALUES[::-1].copy()[::-1]),
+    "exchange API": lambda: exporters.Exchange(VALUES[::-1].copy()[::-1]),
+}
+
+
+@pytest.mark.parametrize("what", GRADS)
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1)], ids=["C", "permuted"])
+def test_a_grad_in_any_layout_is_taken(what, axes):
+    grad = GRADS[what]()
+    values = VALUES[:, :1] + 0 * VALUES if what == "broadcast" else VALUES
+    param, ax = (np.ones([VALUES.shape[i] for i in axes]).transpose(np.argsort(axes)) for _ in "pa")
+    expected = 1 - 0.5 * values
+    asgd_(param, grad, ax, eta=0.5, lambd=0.0, mu=0.25)
+    assert np.array_equal(param, expected)
+    assert np.array_equal(ax, 1 + (expected - 1) * 0.25)
+    optimizer = ArrayASGD(param, lr=0.5, lambd=0.0)
+    optimizer.step([grad])
+    assert np.array_equal(param, expected - 0.5 * values)
+    assert np.array_equal(grad.array if hasattr(grad, "array") else grad, values)
+    if hasattr(grad, "loans"):
+        exporters.assert_given_back([grad])
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    ],
+)
+def test_a_transposed_grad_keeps_its_bits(dtype, seeded):
+    grad = torch.randn(5, 7).to(dtype)
+    grad[0, 0] = float("nan")
+    param, theirs = torch.zeros(7, 5, dtype=dtype), torch.zeros(7, 5, dtype=dtype)
+    asgd_(param, grad.t(), eta=1.0, lambd=0.0)
+    asgd_(theirs, grad.t().contiguous(), eta=1.0, lambd=0.0)
+    assert torch.equal(param.view(torch.uint8), theirs.view(torch.uint8))
+
+
+def test_a_grad_that_is_a_view_of_its_param_in_another_layout_is_copied_first():
+    param = np.arange(9.0).reshape(3, 3)
+    expected = param - 0.5 * param.T
+    asgd_(param, param.T, eta=0.5, lambd=0.0)
+    assert np.array_equal(param, expected)
+
+
+def test_scalars_of_numpy_are_grads_of_params_without_axes():
+    param = np.ones(())
+    asgd_(param, np.float64(0.5), eta=1.0, lambd=0.0)
+    asgd_([param], [np.float64(0.25)], eta=1.0, lambd=0.0)
+    assert param == 0.25
+    optimizer = ArrayASGD([param, np.ones(2)], lr=1.0, lambd=0.0)
+    optimizer.step([np.float64(0.125), None])
+    assert param == 0.125
+
+
+@pytest.mark.parametrize("attribute", ["shape", "dtype", "__array__"])
+def test_what_iterates_into_copies_is_no_sequence_of_arrays(attribute):
+    """Its copies would be updated and dropped."""
+    rows = type("Dataset", (), {attribute: None, "__iter__": lambda _: iter([f32(2), f32(2)])})
+    message = "^params: Dataset does not lend its memory through DLPack; expected an array of"
+    with pytest.raises(TypeError, match=message):
+        asgd_(rows(), [f32(2), f32(2)], eta=0.5)
+    with pytest.raises(TypeError, match=message):
+        ArrayASGD(rows())
 
 
 def test_a_read_only_grad_is_only_read():

@@ -15,15 +15,18 @@ from averaging import (
     facts,
     model_with_batch_norm,
     same_values,
+    saves_inside,
     stepped,
     trained,
 )
 from torch import nn
+from torch.nn.utils import parametrize
 from twins import Twins, parameters, same
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
+@saves_inside
 @pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
 def test_a_checkpoint_taken_inside_is_that_of_outside(wide):
     params = [*parameters((3,), (4, 5)), nn.Parameter(torch.randn(20)[::2])]
@@ -67,6 +70,7 @@ def test_the_models_own_state_dict_holds_the_averages_inside():
     assert not torch.equal(inside["0.weight"], before["0.weight"])
 
 
+@saves_inside
 @pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
 def test_data_replaced_inside(make, wide):
@@ -167,3 +171,55 @@ def test_under_the_modes_in_which_models_are_evaluated(mode, order, wide):
     assert all(p.requires_grad and not p.is_inference() for p in model.parameters())
     model(x).sum().backward()
     optimizer.step()
+
+
+def test_a_checkpoint_taken_inside_comes_with_a_warning():
+    """Once: with the model's state dict it has lost the iterate."""
+    model = model_with_batch_norm()
+    optimizer = trained(model)
+    optimizer.state_dict()
+    with optimizer.averaged_parameters():
+        with pytest.warns(UserWarning, match="^state_dict: called inside .* has lost") as caught:
+            optimizer.state_dict()
+        assert [warning.filename for warning in caught] == [__file__]
+        optimizer.state_dict()
+        optimizer.averaged_state_dict(model)
+    optimizer.state_dict()
+
+
+def halved(model):
+    """Each forward computes the weight from its parameter, once within `cached`."""
+
+    class Half(nn.Module):
+        def forward(self, x):
+            return x / 2
+
+    parametrize.register_parametrization(model, "weight", Half())
+    return model
+
+
+KEPT = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "parametrize.cached": parametrize.cached,
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
+def test_forwards_read_the_params_where_torch_has_kept_copies(wide, name):
+    """Inside and afterwards, and where the averages are copied into the model itself."""
+    model = halved(nn.Linear(3, 4))
+    optimizer = trained(model, average_dtype=wide)
+    x = torch.randn(5, 3)
+    with KEPT[name]():
+        iterate = model(x)
+    with optimizer.averaged_parameters(), KEPT[name]():
+        average = model(x)
+    assert not torch.equal(iterate, average)
+    with KEPT[name]():
+        assert torch.equal(model(x), iterate)
+        with optimizer.averaged_parameters():
+            assert torch.equal(model(x), average)
+        assert torch.equal(model(x), iterate)
+        optimizer.copy_averages_to(model)
+        assert torch.equal(model(x), average)

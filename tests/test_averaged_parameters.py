@@ -15,10 +15,12 @@ from averaging import (
     OPTIONS,
     STEPS,
     InsideError,
+    asks_early,
     averages_of,
     facts,
     of_all_layouts,
     same_values,
+    saves_inside,
     step,
     stepped,
 )
@@ -30,6 +32,7 @@ from asgd_fast import ASGD
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
+@asks_early
 @pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
 @pytest.mark.parametrize("wide", [None, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -53,6 +56,7 @@ def test_params_are_averages_inside_and_get_their_bits_back(simd_level, dtype, w
     assert any(not torch.equal(p, ax.to(dtype)) for p, ax in zip(iterates, averages, strict=True))
 
 
+@asks_early
 @pytest.mark.parametrize("look", [False, True], ids=["sealed", "open"])
 def test_steps_afterwards_have_the_bits_of_torch(look):
     twins = Twins([*parameters((3,), (40, 5), ()), nn.Parameter(torch.randn(20)[::2])], **OPTIONS)
@@ -153,6 +157,8 @@ def test_large_params_with_two_threads(two_threads, dtype, wide):
         same(optimizer.state[p]["ax"], ax)
 
 
+@asks_early
+@saves_inside
 def test_nothing_happens_before_averaging_has_begun():
     """Nor without a step, nor to params that had no gradient yet."""
     params = parameters((3,), (4,))
@@ -177,6 +183,31 @@ def test_nothing_happens_before_averaging_has_begun():
     assert params[1] not in optimizer.state
 
 
+def evaluate(optimizer):
+    with optimizer.averaged_parameters():
+        pass
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        evaluate,
+        lambda optimizer: optimizer.copy_averages_to([torch.zeros(3), torch.zeros(4, 5)]),
+        lambda optimizer: optimizer.start_averaging(),
+    ],
+    ids=["averaged_parameters", "copy_averages_to", "start_averaging"],
+)
+@pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
+def test_it_is_no_look_into_the_state(wide, call):
+    """After one, each step has tensors to read and write, and checkpoints hold these tensors."""
+    params = parameters((3,), (4, 5))
+    optimizer = stepped(params, average_dtype=wide)
+    call(optimizer)
+    saved = optimizer.state_dict()["state"][0]["step"]
+    step(optimizer, params)
+    assert saved == STEPS
+
+
 def test_groups_whose_averages_begin_each_at_its_time():
     params = parameters((3,), (4,))
     groups = [{"params": params[:1], "t0": 0}, {"params": params[1:], "t0": 100}]
@@ -189,6 +220,7 @@ def test_groups_whose_averages_begin_each_at_its_time():
         same(params[1], other)
 
 
+@asks_early
 @pytest.mark.parametrize("average_every", [1, 3])
 def test_averages_of_some_iterates_only(average_every):
     params = parameters((3,))
@@ -283,6 +315,7 @@ def test_an_average_set_by_hand_before_averaging_begins():
             same(p, kept)
 
 
+@saves_inside
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
 def test_calls_refused_inside_lose_nothing(name, wide):
@@ -290,7 +323,8 @@ def test_calls_refused_inside_lose_nothing(name, wide):
     optimizer = stepped(params, average_dtype=wide)
     before, averages = facts(optimizer), averages_of(optimizer, params)
     with optimizer.averaged_parameters():
-        with pytest.raises(RuntimeError, match=f"^{name.strip()}: not inside averaged_parameters"):
+        message = f"^{name.strip()}: is not possible inside averaged_parameters"
+        with pytest.raises(RuntimeError, match=message):
             REFUSED[name](optimizer)
         for p, ax in zip(params, averages, strict=True):
             same(p, ax.float())

@@ -239,3 +239,82 @@ def test_batch_norm_of_the_model_to_ship():
     torch.testing.assert_close(shipped[1].running_mean, mean)
     torch.testing.assert_close(shipped[1].running_var, var)
     assert all(torch.equal(b, c) for b, c in zip(model.buffers(), before, strict=True))
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+class Holder(nn.Module):
+    """A model with a submodule that is wrapped."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+
+WRAPPERS = {
+    "plain": lambda model: model,
+    "compiled": compiled,
+    "parallel": nn.DataParallel,
+    "compiled parallel": lambda model: compiled(nn.DataParallel(model)),
+    "parallel compiled": lambda model: nn.DataParallel(compiled(model)),
+}
+
+
+@pytest.mark.parametrize("where", ["whole", "part"])
+@pytest.mark.parametrize("to", WRAPPERS)
+@pytest.mark.parametrize("by", WRAPPERS)
+def test_names_match_without_those_of_wrappers(by, to, where):
+    """Between models that differ by their wrappers alone; what is shipped fits the plain one."""
+
+    def wrapped(model, how):
+        return how(Holder(model)) if where == "whole" else Holder(how(model))
+
+    model, other = (wrapped(m, WRAPPERS[w]) for m, w in ((Straight(), by), (Turned(), to)))
+    params = dict(model.named_parameters())
+    optimizer = ASGD(params.items(), **OPTIONS)
+    for k in range(STEPS):
+        step(optimizer, list(params.values()), k)
+    optimizer.copy_averages_to(other)
+    own = {name.replace("module.", "").replace("_orig_mod.", ""): p for name, p in params.items()}
+    for name, q in other.named_parameters():
+        plain = name.replace("module.", "").replace("_orig_mod.", "")
+        same(q, optimizer.state[own[plain]]["ax"])
+    shipped = optimizer.averaged_state_dict(model)
+    plain = Holder(Straight())
+    plain.load_state_dict(shipped)
+    assert shipped._metadata == plain.state_dict()._metadata
+    for name, q in plain.named_parameters():
+        same(q, optimizer.state[own[name]]["ax"])
+
+
+def test_names_of_the_users_own_stay():
+    """A submodule called "module" is no wrapper; where names become the same, they must match."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(3, 3)
+            self.weight = nn.Parameter(torch.randn(3, 3))
+            self.bias = nn.Parameter(torch.randn(3))
+
+    model = Own()
+    optimizer = ASGD(model.named_parameters(), **OPTIONS)
+    for k in range(STEPS):
+        step(optimizer, list(model.parameters()), k)
+    assert optimizer.averaged_state_dict(model).keys() == model.state_dict().keys()
+    for other in (Own(), compiled(Own())):
+        optimizer.copy_averages_to(other)
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            same(q, optimizer.state[p]["ax"])
+    for target in (
+        nn.DataParallel(Own()),
+        nn.Linear(3, 3),
+        nn.ModuleDict({"module": nn.Linear(3, 3)}),
+    ):
+        before = [q.detach().clone() for q in target.parameters()]
+        with pytest.raises(ValueError, match=r"^target: has no parameters named \["):
+            optimizer.copy_averages_to(target)
+        for q, value in zip(target.parameters(), before, strict=True):
+            same(q, value)

@@ -14,6 +14,7 @@ from averaging import (
     STEPS,
     InsideError,
     arrays_of_all_kinds,
+    asks_early,
     grads_like,
     raw,
     rounded_to,
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("wide", [None, "float32", "float64"])
+@asks_early
 def test_arrays_are_averages_inside_and_get_their_bits_back(wide):
     arrays = arrays_of_all_kinds()
     optimizer = ArrayASGD(arrays, average_dtype=wide, **OPTIONS)
@@ -84,7 +86,7 @@ def test_calls_on_arrays_refused_inside_lose_nothing(name, wide):
     optimizer = ArrayASGD(arrays, average_dtype=wide, **OPTIONS)
     run(optimizer, arrays)
     before = [raw(x) for x in (*arrays, *optimizer.averages)]
-    message = f"^{name.strip()}: not inside averaged_parameters"
+    message = f"^{name.strip()}: is not possible inside averaged_parameters"
     with optimizer.averaged_parameters(), pytest.raises(RuntimeError, match=message):
         ARRAY_REFUSED[name](optimizer)
     assert [raw(x) for x in (*arrays, *optimizer.averages)] == before

@@ -17,6 +17,7 @@ import fake_gpu
 import numpy as np
 import pytest
 import torch
+from averaging import asks_early
 
 from asgd_fast import ArrayASGD, asgd_
 from asgd_fast._rows.rows import Rows
@@ -456,6 +457,7 @@ def test_the_default_stream_has_one_name(gpu, monkeypatch, stream):
     assert gpu.order == [("launch", 1)]
 
 
+@asks_early
 def test_copies_of_averages_are_ordered_too(gpu):
     params = [fake_gpu.Array(np.ones(3))]
     optimizer = ArrayASGD(params, t0=1)
@@ -693,12 +695,14 @@ def _run(steps, here, there, theirs, ours):
     ],
     ids=["usual", "weight decay", "wide", "current, every second"],
 )
+@asks_early
 def test_a_run_has_the_bits_of_the_cpu(gpu, options):
     here, there, theirs, ours, _ = _optimizers(lr=0.1, lambd=0.01, **options)
     _run(20, here, there, theirs, ours)
 
 
 @pytest.mark.parametrize("average_dtype", [None, "float64"], ids=["narrow", "wide"])
+@asks_early
 def test_averaged_parameters(gpu, average_dtype):
     here, there, theirs, ours, _ = _optimizers(t0=1, average_dtype=average_dtype)
     _run(6, here, there, theirs, ours)
@@ -712,6 +716,7 @@ def test_averaged_parameters(gpu, average_dtype):
     _run(3, here, there, theirs, ours)
 
 
+@asks_early
 def test_averaged_parameters_of_halves_keep_their_bits(gpu):
     """Not a number among them: they are moved, not converted."""
     here, there, theirs, ours, _ = _optimizers("float16", t0=1)
@@ -724,6 +729,7 @@ def test_averaged_parameters_of_halves_keep_their_bits(gpu):
 
 
 @pytest.mark.parametrize("average_dtype", [None, "float64"], ids=["narrow", "wide"])
+@asks_early
 def test_copy_averages_to(gpu, average_dtype):
     here, there, theirs, ours, _ = _optimizers(t0=1, average_dtype=average_dtype)
     _run(5, here, there, theirs, ours)
@@ -734,6 +740,7 @@ def test_copy_averages_to(gpu, average_dtype):
     assert all(np.array_equal(x, y) for x, y in zip(targets, others, strict=True))
 
 
+@asks_early
 def test_a_checkpoint_goes_from_one_device_to_the_other(gpu):
     here, there, theirs, ours, _ = _optimizers(t0=1)
     _run(5, here, there, theirs, ours)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -233,15 +235,103 @@ def test_another_version_compiles_anew(compiled, monkeypatch, package):
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda x: b"", lambda x: x[:-1], lambda x: x[:40] + b"?" + x[41:], lambda x: b"?" + x[1:]],
-    ids=["empty", "short", "changed", "another digest"],
+    [
+        lambda x: b"",
+        lambda x: x[:-1],
+        lambda x: x[:40] + b"?" + x[41:],
+        lambda x: b"?" + x[1:],
+        lambda x: hashlib.sha256(b"\xff\ncode").digest() + b"\xff\ncode",
+    ],
+    ids=["empty", "short", "changed", "another digest", "an entry that is no name"],
 )
 def test_a_damaged_file_is_made_anew(compiled, tmp_path, damage):
     build.stored(FLOAT32, (9, 0))
     (path,) = (tmp_path / "asgd_fast" / "cuda").iterdir()
     path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(RuntimeWarning, match=r"not taken from .*\.cubin: the file is damaged$"):
+        assert build.stored(FLOAT32, (9, 0)).cubin == b"code 2"
     assert build.stored(FLOAT32, (9, 0)).cubin == b"code 2"
+
+
+@pytest.fixture
+def umask(request):
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022], indirect=True, ids=oct)
+def test_only_the_user_may_write_to_the_folder(compiled, tmp_path, umask):
+    assert build.stored(FLOAT32, (9, 0)) == build.stored(FLOAT32, (9, 0))
+    folder = tmp_path / "asgd_fast" / "cuda"
+    (path,) = folder.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def _link(path):
+    path.rename(path.with_suffix(".other"))
+    path.symlink_to(path.with_suffix(".other"))
+
+
+def _fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.chmod(0o622),
+        lambda path: path.chmod(0o620),
+        pytest.param(lambda path: os.chown(path, 1234, -1), marks=needs_root),
+        _link,
+        _fifo,
+    ],
+    ids=["others write", "the group writes", "another user's", "link", "FIFO"],
+)
+def test_a_file_that_others_can_change_is_made_anew(compiled, tmp_path, change):
+    build.stored(FLOAT32, (9, 0))
+    (path,) = (tmp_path / "asgd_fast" / "cuda").iterdir()
+    change(path)
+    with pytest.warns(RuntimeWarning, match=rf"not taken from {re.escape(str(path))}: ") as warned:
+        assert build.stored(FLOAT32, (9, 0)).cubin == b"code 2"
+    assert len(warned) == 1
+    assert "\n" not in str(warned[0].message)
     assert build.stored(FLOAT32, (9, 0)).cubin == b"code 2"
+
+
+def test_a_folder_in_the_place_of_a_file_is_left_alone(compiled, tmp_path):
+    build.stored(FLOAT32, (9, 0))
+    (path,) = (tmp_path / "asgd_fast" / "cuda").iterdir()
+    path.unlink()
+    path.mkdir()
+    for code in (b"code 2", b"code 3"):
+        with pytest.warns(RuntimeWarning, match="Is a directory"):
+            assert build.stored(FLOAT32, (9, 0)).cubin == code
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: folder.chmod(0o777),
+        lambda folder: folder.chmod(0o770),
+        pytest.param(lambda folder: os.chown(folder, 1234, -1), marks=needs_root),
+    ],
+    ids=["others write", "the group writes", "another user's"],
+)
+def test_a_folder_that_others_can_change_is_not_used(compiled, tmp_path, change):
+    build.stored(FLOAT32, (9, 0))
+    folder = tmp_path / "asgd_fast" / "cuda"
+    change(folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for code in (b"code 2", b"code 3"):
+        with pytest.warns(RuntimeWarning, match=r"asgd_fast/cuda: others may write to it"):
+            assert build.stored(FLOAT32, (9, 0)).cubin == code
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_folder_that_cannot_be_written(compiled, tmp_path):

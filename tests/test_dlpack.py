@@ -6,12 +6,12 @@ The numbers are small enough for every result to be exact, so the oracle is floa
 from __future__ import annotations
 
 from collections import Counter
-from itertools import chain
+from contextlib import suppress
+from itertools import chain, product
 
 import exporters
 import numpy as np
 import pytest
-import torch
 from exporters import assert_given_back, exchange_api, name_of
 from numpy.lib.stride_tricks import as_strided
 
@@ -91,6 +91,7 @@ def test_a_missing_deleter_is_tolerated(kind):
 
 FITS = "is not supported; expected float16, bfloat16, float32, float64, complex64 or complex128$"
 UNALIGNED = numbers(5).view(np.uint8)[4:-4].view(np.float64)
+REPEATED = r"strides \(0,\) of shape \(4,\) leave gaps or repeat elements"
 GAPS = r"strides \(2,\) of shape \(4,\) leave gaps or repeat elements; expected a contiguous array"
 ADDRESS = "address 0x[0-9a-f]+ is not a multiple of its 8-byte numbers; expected aligned memory$"
 DEVICE = (
@@ -105,8 +106,6 @@ FAULTS = {
     "bool": (np.ones(4, dtype=bool), {}, f"dtype bool {FITS}"),
     "lanes": (numbers(), {"lanes": 2}, f"dtype float64x2 {FITS}"),
     "device": (numbers(), {"device_type": exporters.METAL}, DEVICE),
-    "strided": (numbers(8)[::2], {}, GAPS),
-    "unaligned": (UNALIGNED, {}, ADDRESS),
     "no address": (numbers(), {"data": None}, r"its elements have no memory \(the address is NULL"),
 }
 
@@ -119,6 +118,51 @@ def test_an_unfit_array_is_refused(kind, role, fault):
     arrays = rows(kind)
     arrays[role][1] = kind(array, **said)
     assert_refused(arrays, ValueError, rf"{role}\[1\]: {message}")
+
+
+# What may be wrong with arrays that are written; grads like these are copied.
+UNFIT_LAYOUTS = {
+    "strided": (numbers(8)[::2], {}, GAPS),
+    "unaligned": (UNALIGNED, {}, ADDRESS),
+    "repeated": (as_strided(numbers(1), (4,), (0,)), {}, REPEATED),
+}
+
+
+@each(exporters.KINDS)
+@pytest.mark.parametrize("role", ["params", "axs"])
+@pytest.mark.parametrize("fault", UNFIT_LAYOUTS)
+def test_an_unfit_layout_is_refused(kind, role, fault):
+    array, said, message = UNFIT_LAYOUTS[fault]
+    arrays = rows(kind)
+    arrays[role][1] = kind(array, **said)
+    assert_refused(arrays, ValueError, rf"{role}\[1\]: {message}")
+
+
+# What no array can be: how it is lent instead, and the message.
+IMPOSSIBLE = {
+    "negative ndim": ({"ndim": -1}, "ndim -1 is impossible; expected ndim >= 0$"),
+    "no shape": ({"shape": None}, "its shape is NULL; expected the sizes of its 1 axes$"),
+    "negative size": ({"shape": (-3,)}, r"shape \(-3,\) is impossible; expected sizes >= 0 of an"),
+    "two negative sizes": ({"shape": (-2, -2), "ndim": 2}, r"shape \(-2, -2\) is impossible; "),
+    "negative and empty": ({"shape": (0, -2), "ndim": 2}, r"shape \(0, -2\) is impossible; "),
+    "too many bytes": ({"shape": (2**61,)}, r"shape \(2305843009213693952,\) is impossible; "),
+    "too many elements": ({"shape": (2**32, 2**32), "ndim": 2}, r"shape \(4294967296, 4294967296"),
+    "empty, but for that too many": (
+        {"shape": (2**62, 2**62, 0), "ndim": 3},
+        r"shape \(4611686018427387904, 4611686018427387904, 0\) is impossible; ",
+    ),
+}
+
+
+@each(exporters.KINDS)
+@pytest.mark.parametrize("what", IMPOSSIBLE)
+def test_an_impossible_description_is_not_believed(kind, what):
+    """Of all three arrays alike, so that they match, and of one alone."""
+    said, message = IMPOSSIBLE[what]
+    arrays = rows(kind)
+    for role in reversed(ROLES):
+        arrays[role][1] = kind(numbers(), strides=False, **said)
+        assert_refused(arrays, ValueError, rf"{role}\[1\]: {message}")
 
 
 @pytest.mark.parametrize("number", [-2, -1, 1 << 15, (1 << 16) - 1])
@@ -193,6 +237,22 @@ def test_legacy_capsules_of_a_type_without_in_place_operators_are_only_read(role
     assert_given_back([param, grad])
 
 
+@each([exporters.Legacy, exporters.Versioned])
+@pytest.mark.parametrize("library", ["mlx.core", "drjit.llvm.ad"])
+@pytest.mark.parametrize("role", ["params", "axs"])
+def test_arrays_that_are_values_in_their_library_are_only_read(kind, library, role):
+    """Their in-place operators bind a name to a new array."""
+    base = type("array", (kind,), {"__module__": library, "__iadd__": lambda self, _: self})
+    value = type("Value", (base,), {"__module__": "of_a_user"})
+    arrays = rows(kind)
+    arrays[role][1] = value(numbers())
+    message = rf"{role}\[1\]: Value arrays never change; expected an array that may be written$"
+    assert_refused(arrays, BufferError, message)
+    param, grad = kind(numbers()), value(numbers())
+    minus(param, grad)
+    assert param.array.tolist() == [0.0] * 4
+
+
 @each([exporters.Versioned, exporters.ExchangeManagedOnly])
 @pytest.mark.parametrize("role", ROLES)
 def test_a_tensor_of_another_major_version_is_given_back(kind, role):
@@ -244,14 +304,39 @@ def test_a_capsule_of_another_name_is_left_alone(kind, name):
     assert array.n_deleted == [0 if name.startswith(b"used_") else 1]
 
 
-def test_a_capsule_that_dies_in_a_refused_call_does_not_hide_the_error():
-    class Forgetful(exporters.Versioned):
-        def capsule(self, *options):
-            super().capsule(*options)
-            return self.capsules.pop()
+# What is wrong with an array whose capsule nobody else holds, and how its refusal reads.
+DYING = {
+    "another major version": (exporters.Versioned, {"version": (2, 7)}, r".*expected 1\.x$"),
+    "read-only": (exporters.Versioned, {"flags": exporters.READ_ONLY}, "it is read-only; "),
+    "copied": (exporters.Versioned, {"flags": exporters.IS_COPIED}, "Forgetful lent a copy; "),
+    "a type that never changes": (exporters.Immutable, {}, "Forgetful arrays never change; "),
+    "negative ndim": (exporters.Legacy, {"ndim": -1}, "ndim -1 is impossible; "),
+    "another dtype": (exporters.Legacy, {"lanes": 2}, "dtype float64x2 is not supported; "),
+}
 
-    with pytest.raises(ValueError, match=r"^params: .*version is 2\.7, expected 1\.x$"):
-        minus(Forgetful(numbers(), version=(2, 7)), numbers())
+
+@pytest.mark.parametrize("what", DYING)
+def test_a_capsule_that_dies_in_a_refused_call_does_not_hide_the_error(what):
+    """Its destructor runs Python code, in which no exception may be pending."""
+    kind, said, message = DYING[what]
+    arrays = rows(exporters.Versioned)
+    arrays["params"][1] = exporters.forgetful(kind)(numbers(), **said)
+    errors = BufferError, ValueError
+    with pytest.raises(errors, match=rf"^params\[1\]: {message}"):
+        step(arrays)
+    assert_given_back(chain.from_iterable(arrays.values()))
+
+
+@each([exporters.Legacy, exporters.Versioned, exporters.ExchangeManagedOnly])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+def test_what_an_array_raises_after_it_was_lent_does_not_keep_it(kind, error):
+    class Negatable(exporters.forgetful(kind)):
+        def is_neg(self):
+            raise error
+
+    arrays = rows(exporters.Versioned)
+    arrays["axs"][1] = Negatable(numbers())
+    assert_refused(arrays, error, "")
 
 
 def test_what_is_no_capsule_is_refused():
@@ -380,11 +465,11 @@ def test_every_dense_layout_is_taken(kind, layout):
 
 @each([exporters.Legacy, exporters.Versioned, exporters.ExchangeManagedOnly])
 def test_an_array_without_strides_does_not_match_another_axis_order(kind):
-    param, grad = kind(numbers(6).reshape(2, 3), strides=False), kind(numbers(6).reshape(3, 2).T)
-    message = r"^grads: strides \(1, 2\) does not match params of strides \(3, 1\)$"
+    param, ax = kind(numbers(6).reshape(2, 3), strides=False), kind(numbers(6).reshape(3, 2).T)
+    message = r"^axs: strides \(1, 2\) does not match params of strides \(3, 1\)$"
     with pytest.raises(ValueError, match=message):
-        minus(param, grad)
-    assert_given_back([param, grad])
+        asgd_(param, np.ones((2, 3)), ax, **SCALARS)
+    assert_given_back([param, ax])
 
 
 @each(exporters.KINDS)
@@ -399,31 +484,56 @@ def test_arrays_that_only_the_call_knows_live_until_it_is_done(kind):
 
 
 NOT_LENT = "did not lend its memory through DLPack: "
-CONJUGATED = torch.ones(4, dtype=torch.cfloat).conj()
-EMPTIED = torch.ones(4)
-EMPTIED.untyped_storage().resize_(0)
-REQUIRES_GRAD = torch.ones(4, requires_grad=True)
 REPEATED = r"strides \(0,\) of shape \(4,\) leave gaps or repeat elements"
+
+
+class Masked(np.ndarray):
+    """As in astropy: an array of NumPy with a mask."""
+
+    mask = True
+
+
+MASK = "has a mask, which this update does not see; pass its data, which shares the memory, or"
 
 # What may be wrong with arrays of real libraries, with the error and its message.
 UNFIT = {
+    "NumPy, masked": (np.ma.array(np.ones(4), mask=[0, 1, 0, 0]), TypeError, f"MaskedArray {MASK}"),
+    "NumPy, masked nowhere": (np.ma.array(np.ones(4)), TypeError, f"MaskedArray {MASK}"),
+    "NumPy, masked otherwise": (np.ones(4).view(Masked), TypeError, f"Masked {MASK}"),
     "NumPy, big-endian": (np.ones(4, ">f8"), ValueError, f"ndarray {NOT_LENT}.*byte order"),
     "NumPy, objects": (np.ones(4, object), ValueError, f"ndarray {NOT_LENT}"),
     "NumPy, records": (np.ones(4, [("x", float)]), ValueError, f"ndarray {NOT_LENT}"),
     "NumPy, uint8": (np.ones(4, np.uint8), ValueError, f"dtype uint8 {FITS}"),
     "NumPy, broadcast": (as_strided(np.ones(1), (4,), (0,)), ValueError, REPEATED),
-    "torch, negated": (torch._neg_view(torch.ones(4)), ValueError, r".* its resolve_neg\(\)$"),
-    "torch, conjugated": (CONJUGATED, ValueError, r".* its resolve_conj\(\)$"),
-    "torch, sparse": (torch.ones(4).to_sparse(), ValueError, f"Tensor {NOT_LENT}.*storage$"),
-    "torch, meta": (torch.ones(4, device="meta"), ValueError, f"Tensor {NOT_LENT}.*meta$"),
-    "torch, expanded": (torch.ones(1).expand(4), ValueError, REPEATED),
-    "torch, emptied": (EMPTIED, ValueError, "its elements have no memory"),
-    "torch, requires grad": (REQUIRES_GRAD, BufferError, r"it requires grad, .*its detach\(\), "),
 }
 
+with suppress(ModuleNotFoundError):  # on Pythons that are tested without
+    import torch
 
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("what", UNFIT)
+    CONJUGATED = torch.ones(4, dtype=torch.cfloat).conj()
+    EMPTIED = torch.ones(4)
+    EMPTIED.untyped_storage().resize_(0)
+    REQUIRES_GRAD = torch.ones(4, requires_grad=True)
+    DETACH = r"it requires grad, .*its detach\(\), "
+    UNFIT |= {
+        "torch, negated": (torch._neg_view(torch.ones(4)), ValueError, r".* its resolve_neg\(\)$"),
+        "torch, conjugated": (CONJUGATED, ValueError, r".* its resolve_conj\(\)$"),
+        "torch, sparse": (torch.ones(4).to_sparse(), ValueError, f"Tensor {NOT_LENT}.*storage$"),
+        "torch, meta": (torch.ones(4, device="meta"), ValueError, f"Tensor {NOT_LENT}.*meta$"),
+        "torch, expanded": (torch.ones(1).expand(4), ValueError, REPEATED),
+        "torch, emptied": (EMPTIED, ValueError, "its elements have no memory"),
+        "torch, requires grad": (REQUIRES_GRAD, BufferError, DETACH),
+    }
+
+
+@pytest.mark.parametrize(
+    ("what", "role"),
+    [
+        (what, role)
+        for what, role in product(UNFIT, ROLES)
+        if role != "grads" or UNFIT[what][2] is not REPEATED  # such grads are copied
+    ],
+)
 def test_an_unfit_array_of_a_library_is_refused(what, role):
     array, error, message = UNFIT[what]
     arrays = {name: [np.ones(4, np.float32)] for name in ROLES} | {role: [array]}
@@ -445,6 +555,7 @@ def test_a_read_only_array_of_numpy_is_only_read():
 
 
 def test_a_view_of_a_detached_parameter_is_all_that_is_updated():
+    torch = pytest.importorskip("torch")
     parameter = torch.nn.Parameter(torch.ones(3, 4))
     minus(parameter.detach()[1, 1:3], np.ones(2, np.float32))
     assert parameter.tolist() == [[1.0] * 4, [1.0, 0.0, 0.0, 1.0], [1.0] * 4]

@@ -8,6 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from asgd_fast import _core, asgd_, threads
 from asgd_fast._rows.rows import Rows
@@ -170,3 +172,27 @@ def test_numpy_arrays_are_read_through_their_own_interface():
             wanted, _ = expected(torch.tensor(p), torch.tensor(g), None, None)
             asgd_(p, g, **SCALARS)
             assert np.array_equal(p, wanted.numpy())
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_rows_touch_what_shares_a_byte_with_them(data):
+    """Against each pair by itself; arrays outside may overlap, and be none."""
+    memory = np.zeros(64, np.uint8)
+    places = data.draw(st.lists(st.integers(0, 14), max_size=6, unique=True), "places")
+    rows = Rows(("params[{}]", "grads[{}]", "axs[{}]"))
+    arrays = [memory[4 * i : 4 * i + 4].view(np.float32) for i in places]
+    rows.extend(arrays, [np.zeros(1, np.float32) for _ in arrays])
+    spans = st.tuples(st.integers(0, 63), st.integers(0, 20))
+    start = memory.ctypes.data
+    others = [
+        (start + first, start + min(first + n, 64))
+        for first, n in data.draw(st.lists(spans, max_size=6), "others")
+    ]
+    shared = [
+        (i, first, stop)
+        for i in places
+        for first, stop in others
+        if set(range(start + 4 * i, start + 4 * i + 4)) & set(range(first, stop))
+    ]
+    assert rows.touches([*others, (0, 0)]) == bool(shared)

@@ -289,6 +289,7 @@ def test_a_graph_has_the_bits_of_steps_on_the_cpu(dtype, average_dtype):
 @pytest.mark.parametrize(("dtype", "average_dtype"), PAIRS, ids=str)
 def test_steps_that_a_scaler_skips(dtype, average_dtype):
     here, there, eager, skipping = _twins(dtype, average_dtype, **EXACT)
+    skipping.fused_amp = True
     for k in range(12):
         is_infinite = k in (0, 3, 4, 8)
         for p, q in zip(here, there, strict=True):
@@ -366,10 +367,11 @@ def test_a_learning_rate_changes_what_a_graph_does():
     assert param[0].item() == -(1 + 1 + 0.5 + 0.25)
 
 
-def test_a_grad_scaler():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler(fused):
     torch.manual_seed(0)
     model = torch.nn.Linear(32, 1).cuda()
-    optimizer = ASGD(model.parameters(), lr=0.1, t0=5)
+    optimizer = ASGD(model.parameters(), lr=0.1, t0=5, fused_amp=fused)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=1000)
     steps = 0
     for k in range(12):

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from averaging import asks_early
 from runs import lazy_or_eager, with_lr
 from torch import nn
 from twins import Twins, bits, parameters, same
@@ -92,6 +93,7 @@ def test_the_documented_formula_after_averaging_has_begun(gappy, dtype, t0, alph
 
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("t0", [0, 3, 2.5, -1])
+@asks_early
 def test_the_documented_formula_for_arrays(double_scalars, t0, every):
     x = np.random.default_rng(0).standard_normal((4, 3))
     options = {"lambd": 0.1, "alpha": 0.75, "t0": t0, "weight_decay": 0.05}

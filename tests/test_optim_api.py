@@ -29,7 +29,7 @@ ERRORS = INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32)
 def test_it_is_a_torch_asgd_with_its_signature():
     assert issubclass(ASGD, torch.optim.ASGD)
     ours, theirs = inspect.signature(ASGD), inspect.signature(torch.optim.ASGD)
-    own = ["lazy_average", "average_dtype", "lr_schedule", "average_every"]
+    own = ["lazy_average", "average_dtype", "lr_schedule", "average_every", "fused_amp"]
     assert list(ours.parameters) == [*theirs.parameters, *own]
     for name in own:
         assert ours.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
@@ -40,11 +40,16 @@ def test_it_is_a_torch_asgd_with_its_signature():
     ours, theirs = ASGD(params), torch.optim.ASGD(params)
     defaults = {**theirs.defaults, "lr_schedule": "torch", "average_every": 1}
     assert ours.defaults == defaults
-    assert ours.param_groups == [{"params": params, **defaults}]
-    assert set(repr(ours).splitlines()) - set(repr(theirs).splitlines()) == {
-        "    lr_schedule: torch",
-        "    average_every: 1",
+    assert ours.param_groups == theirs.param_groups
+    assert repr(ours) == repr(theirs)
+    unusual = {
+        "average_every": 3,
+        "average_dtype": torch.float64,
+        "fused_amp": True,
+        "lazy_average": False,
     }
+    lines = [line.strip() for line in repr(ASGD(params, **unusual)).splitlines()]
+    assert {f"{name}: {value}" for name, value in unusual.items()} <= set(lines)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: e.optimizer_error_input.desc)
@@ -202,6 +207,30 @@ def test_each_kind_of_hook_alone(register):
     assert calls == [(optimizer, (optimizer,), {})]
 
 
+@pytest.mark.parametrize("passed", ["by place", "by name"])
+@pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
+def test_a_hook_that_a_closure_registers(register, passed):
+    """Those for after the step are called after the same step."""
+    calls = {}
+    for optimizer_type in (ASGD, torch.optim.ASGD):
+        (p,) = parameters((3,))
+        p.grad = torch.ones(3)
+        optimizer, own, handles = optimizer_type([p]), [], []
+
+        def closure(optimizer=optimizer, own=own, handles=handles):
+            def hook(given, args, kwargs):
+                own.append((given is optimizer, len(args), list(kwargs)))
+
+            handles.append(register(optimizer, hook))
+
+        for _ in range(2):
+            optimizer.step(closure) if passed == "by place" else optimizer.step(closure=closure)
+        for handle in handles:
+            handle.remove()
+        calls[optimizer_type] = own
+    assert calls[ASGD] == calls[torch.optim.ASGD] != []
+
+
 def test_the_profiler_range_without_hooks():
     (p,) = parameters((3,))
     optimizer = ASGD([p])
@@ -344,6 +373,7 @@ def test_unscaling_does_not_write_the_gradients():
 
 def test_unscaling_where_torchs_function_steps():
     twins = Twins([nn.Parameter(torch.randn(10)[::2]), *parameters((4,))], lr=0.1, lambd=0.1)
+    twins.ours.fused_amp = True
     twins.ours.grad_scale = torch.tensor(4.0)
     twins.ours.found_inf = torch.tensor(0.0)
     for _ in range(4):
@@ -425,6 +455,55 @@ def test_optimizers_in_several_threads():
     assert sorted(done) == [0, 1, 2, 3]
 
 
+def test_a_step_that_comes_into_another_threads_is_refused_rather_than_lost():
+    """Those that are made are counted, and move the params."""
+    p = nn.Parameter(torch.zeros(300_000))
+    optimizer = ASGD([p], lr=1.0, lambd=0.0)
+    p.grad = torch.ones_like(p)
+    made, refused = [], []
+
+    def make_one():
+        try:
+            made.append(optimizer.step())
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def make_some():
+        for _ in range(60):
+            make_one()
+
+    threads = [threading.Thread(target=make_some) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) + len(refused) == 240
+    assert set(refused) <= {"step: another thread is making a step of this optimizer"}
+    assert optimizer.state[p]["step"] == len(made)
+    assert torch.equal(p, torch.full_like(p, -len(made)))
+
+
+def test_a_step_after_one_that_failed():
+    (p,) = parameters((3,))
+    optimizer = ASGD([p])
+    p.grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    p.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+
+
+def test_a_closure_that_makes_a_step_itself():
+    twins = Twins(parameters((3,), (4,)), lr=0.1, t0=1)
+    for k in range(6):
+        grads = twins.random_grads()
+        twins.set_grads(grads)
+        for optimizer, _ in twins.sides:
+            assert optimizer.step(lambda o=optimizer, k=k: (o.step(), k)[1]) == k
+        twins.check()
+
+
 def test_nothing_is_warned_of_with_an_lr_that_requires_grad():
     (p,) = parameters((3,))
     optimizer = ASGD([p], lr=torch.tensor(0.1, requires_grad=True))
@@ -445,7 +524,7 @@ def test_the_array_interface_does_without_torch():
 
 
 def test_without_torch_the_error_says_so():
-    code = "import sys; sys.modules['torch'] = None; import asgd_fast; asgd_fast.ASGD"
+    code = "import sys; sys.modules['torch'] = None; from asgd_fast import ASGD"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )

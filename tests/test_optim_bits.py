@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.optim import lr_scheduler
+from torch.optim import lr_scheduler, swa_utils
 from torch.optim import optimizer as torch_optimizer
 from torch.testing._internal.common_optimizers import optim_db
 from twins import NAMES, Twins, parameters, same, sealed_or_open
@@ -124,6 +124,7 @@ def test_torchs_schedulers(makers, looks):
         lambda o: lr_scheduler.MultiplicativeLR(o, lambda _: 0.9),
         lambda o: lr_scheduler.MultiStepLR(o, [3, 6]),
         lambda o: lr_scheduler.PolynomialLR(o, total_iters=6),
+        lambda o: swa_utils.SWALR(o, 0.05, anneal_epochs=4),
         lambda o: lr_scheduler.SequentialLR(
             o, [lr_scheduler.ConstantLR(o, 0.1, 3), lr_scheduler.ExponentialLR(o, 0.9)], [3]
         ),
@@ -140,6 +141,7 @@ def test_torchs_schedulers(makers, looks):
         "mult",
         "multi",
         "poly",
+        "swa",
         "seq",
         "chain",
     ],

@@ -41,7 +41,7 @@ def test_a_capture_needs_capturable(gpu):
 
 def test_a_capture_needs_capturable_with_a_scaler_too(gpu):
     """The device has the scalars then; but the host would not know of the graph's steps."""
-    twins = Twins(params_of((5,)), t0=20)
+    twins = Twins(params_of((5,)), t0=20, fused_amp=True)
     twins.run(1)
     (p,) = twins.params
     scaler = Scaler(4.0)
@@ -96,7 +96,7 @@ def test_replays_are_steps(gpu, options, average_dtype):
 
 def test_replays_of_a_scalers_step(gpu):
     """The graph reads found_inf and the scale where they are."""
-    twins = Twins(params_of((5, 3)), capturable=True, t0=3, lr=0.1)
+    twins = Twins(params_of((5, 3)), capturable=True, t0=3, lr=0.1, fused_amp=True)
     (ours,), (theirs,) = twins.params, twins.theirs_params
     scaler, found_inf = torch.tensor([8.0], device="cuda"), torch.zeros(1, device="cuda")
     ours.grad = torch.zeros_like(ours)
@@ -155,7 +155,7 @@ def test_params_without_elements_make_steps(gpu):
 @pytest.mark.parametrize("after_a_scaler", [False, True])
 def test_a_lazy_average_is_not_captured(gpu, after_a_scaler):
     """Its address would be missing in the graph, when averaging begins there."""
-    twins = Twins(params_of((5,)), t0=9)
+    twins = Twins(params_of((5,)), t0=9, fused_amp=True)
     twins.run(2)
     (param,) = twins.params
     if after_a_scaler:
@@ -234,7 +234,7 @@ def test_a_refused_capture_leaves_torchs_params_too(gpu):
 @pytest.mark.parametrize("options", [{}, {"capturable": True}, {"lazy_average": False}], ids=str)
 def test_a_scaler_skips_steps_without_a_wait(gpu, options):
     scaler, n_waits = Scaler(1024.0), 0
-    twins = Twins(params_of((5, 3), (1000,)), t0=3, lr=0.1, **options)
+    twins = Twins(params_of((5, 3), (1000,)), t0=3, lr=0.1, **options, fused_amp=True)
     for k in range(14):
         is_infinite = k in (0, 4, 5)
         twins.scaled_step(scaler, is_infinite)
@@ -247,7 +247,7 @@ def test_a_scaler_skips_steps_without_a_wait(gpu, options):
 def test_the_first_step_that_is_made_has_its_learning_rate(gpu):
     """As in torch, where a skipped step makes no state."""
     scaler = Scaler(1.0)
-    twins = Twins(params_of((50,), dtype=torch.float64), lr=0.1)
+    twins = Twins(params_of((50,), dtype=torch.float64), lr=0.1, fused_amp=True)
     twins.params[0].grad = torch.full_like(twins.params[0], float("inf"))
     scaler.step(twins.ours, True)
     for optimizer in (twins.ours, twins.theirs):
@@ -258,7 +258,7 @@ def test_the_first_step_that_is_made_has_its_learning_rate(gpu):
 def test_the_first_step_that_is_made_has_its_learning_rate_beside_the_cpu(gpu):
     """Where a param in CPU memory makes the host wait for the answer."""
     scaler = Scaler(1.0)
-    twins = Twins(params_of((5,), (6,)), devices=("cuda", "cpu"), lr=0.1, t0=1)
+    twins = Twins(params_of((5,), (6,)), devices=("cuda", "cpu"), lr=0.1, t0=1, fused_amp=True)
     for param in twins.params:
         param.grad = torch.full_like(param, float("inf"))
     scaler.step(twins.ours, True)
@@ -272,7 +272,7 @@ def test_the_first_step_that_is_made_has_its_learning_rate_beside_the_cpu(gpu):
 def test_a_param_whose_first_step_is_skipped_has_the_learning_rate_of_its_first(gpu):
     """Where the others have made steps before, and all scalars were on the device."""
     scaler = Scaler(1.0)
-    twins = Twins(params_of((5,), (6,)), devices=("cuda", "cpu"), lr=0.1)
+    twins = Twins(params_of((5,), (6,)), devices=("cuda", "cpu"), lr=0.1, fused_amp=True)
     for skip, is_infinite in (({1}, False), ((), True), ((), False), ((), False)):
         twins.scaled_step(scaler, is_infinite, skip)
         if is_infinite:
@@ -281,7 +281,7 @@ def test_a_param_whose_first_step_is_skipped_has_the_learning_rate_of_its_first(
 
 
 def test_a_loss_scale_may_be_a_number(gpu):
-    twins = Twins(params_of((50,)), t0=1)
+    twins = Twins(params_of((50,)), t0=1, fused_amp=True)
     scaler = Scaler(8.0)
     scaler.scale = 8.0
     for _ in range(3):
@@ -292,7 +292,7 @@ def test_a_loss_scale_may_be_a_number(gpu):
 @pytest.mark.parametrize("devices", [("cuda",), ("cuda", "cpu")], ids=" and ".join)
 def test_an_average_stays_lazy_under_a_scaler(gpu, devices):
     scaler = Scaler(2.0)
-    twins = Twins(params_of((50,), (50,)), devices, t0=4)
+    twins = Twins(params_of((50,), (50,)), devices, t0=4, fused_amp=True)
     begin = 6 if devices == ("cuda",) else 7  # where the host knows of the step that is skipped
     for k in range(1, 9):
         twins.scaled_step(scaler, k == 2)
@@ -305,7 +305,10 @@ def test_a_scaler_and_params_that_share_memory(gpu):
     params = [torch.nn.Parameter(memory[:5]), torch.nn.Parameter(memory[4:])]
     here = memory.cpu()
     theirs = [torch.nn.Parameter(here[:5]), torch.nn.Parameter(here[4:])]
-    one, other = ASGD(params, foreach=False), torch.optim.ASGD(theirs, foreach=False)
+    one, other = (
+        ASGD(params, foreach=False, fused_amp=True),
+        torch.optim.ASGD(theirs, foreach=False),
+    )
     scaler = Scaler(4.0)
     for is_infinite in (False, True, False):
         for p, q in zip(params, theirs, strict=True):
@@ -318,7 +321,7 @@ def test_a_scaler_and_params_that_share_memory(gpu):
 
 def test_a_scaler_and_a_param_on_the_cpu(gpu):
     scaler = Scaler(4.0)
-    twins = Twins(params_of((5,), (6,)), devices=("cuda", "cpu"), t0=1)
+    twins = Twins(params_of((5,), (6,)), devices=("cuda", "cpu"), t0=1, fused_amp=True)
     for k in range(6):
         twins.scaled_step(scaler, k == 3)
 
@@ -332,7 +335,7 @@ def test_a_scaler_and_a_param_on_the_cpu(gpu):
     ids=["channels last", "permuted"],
 )
 def test_a_gradient_of_another_layout_needs_no_answer(gpu, grad):
-    twins = Twins(params_of((8, 4, 3, 3)), t0=1)
+    twins = Twins(params_of((8, 4, 3, 3)), t0=1, fused_amp=True)
     scaler = Scaler(4.0)
     for k in range(6):
         new = grad()
@@ -347,7 +350,7 @@ def test_a_gradient_of_another_layout_needs_no_answer(gpu, grad):
 @pytest.mark.parametrize("switch", ["scaler", "capturable"])
 def test_scalars_go_to_the_device_after_a_param_got_other_memory(gpu, switch):
     """What it had before is not written to."""
-    twins = Twins(params_of((5,)), t0=5)
+    twins = Twins(params_of((5,)), t0=5, fused_amp=True)
     twins.run(2)
     (param,) = twins.params
     backup = param.data
@@ -365,7 +368,7 @@ def test_scalars_go_to_the_device_after_a_param_got_other_memory(gpu, switch):
 
 @pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")], ids="to".join)
 def test_a_param_moves_before_the_first_step_with_a_scaler(gpu, devices):
-    twins = Twins(params_of((5,), (6,)), devices=(devices[0], "cuda"), t0=4)
+    twins = Twins(params_of((5,), (6,)), devices=(devices[0], "cuda"), t0=4, fused_amp=True)
     twins.run(2)
     param, scaler = twins.params[0], Scaler(4.0)
     param.grad = None
@@ -378,7 +381,7 @@ def test_a_param_moves_before_the_first_step_with_a_scaler(gpu, devices):
 def test_a_lazy_average_keeps_its_dtype_on_the_way_to_the_device(gpu, switch):
     """As without the switch, where its param has become narrower."""
     param = torch.nn.Parameter(torch.ones(5, device="cuda"))
-    optimizer = ASGD([param], t0=5)
+    optimizer = ASGD([param], t0=5, fused_amp=True)
     for _ in range(2):
         param.grad = torch.ones_like(param)
         optimizer.step()

@@ -102,12 +102,14 @@ def test_keywords_that_are_refused(make, name, value, error, message):
     before = [run.value(i).tolist() for i in range(2)]
     averages = [run.average(i).tolist() for i in range(2)]
     (group,) = run.optimizer.param_groups
-    good, group[name] = group[name], value
+    good = dict(group)
+    group[name] = value
     with pytest.raises(error, match=message):
         run.step()
     assert [run.value(i).tolist() for i in range(2)] == before
     assert [run.average(i).tolist() for i in range(2)] == averages
-    group[name] = good
+    del group[name]
+    group.update(good)
     run.step()
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import shutil
 import subprocess
 import sys
+import typing
 from importlib.metadata import metadata, version
+from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import asgd_fast
+
+HAS_TORCH = find_spec("torch") is not None
 
 
 def test_every_public_name_is_there():
@@ -38,3 +47,108 @@ def test_the_import_brings_in_numpy_alone():
 def test_only_one_simd_level_is_loaded():
     loaded = said_by("import sys, asgd_fast; print(*sys.modules)")
     assert sum(name.startswith("asgd_fast._cpu.") for name in loaded) == 1
+
+
+WITHOUT_TORCH = """
+import contextlib, inspect, io, pydoc, rlcompleter, sys, unittest.mock
+sys.modules["torch"] = None
+import asgd_fast
+"""
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("hasattr(asgd_fast, 'ASGD')", False),
+        ("getattr(asgd_fast, 'ASGD', 1)", 1),
+        ("'ASGD' in dir(asgd_fast)", False),
+        ("'ASGD' in dict(inspect.getmembers(asgd_fast))", False),
+        ("'ArrayASGD' in dict(inspect.getmembers(asgd_fast))", True),
+        ("'class ArrayASGD' in pydoc.render_doc(asgd_fast, renderer=pydoc.plaintext)", True),
+        ("rlcompleter.Completer().complete('asgd_fast.Arr', 0)", "asgd_fast.ArrayASGD("),
+        ("rlcompleter.Completer().complete('asgd_fast.ASG', 0)", None),
+        ("exec('from asgd_fast import *') or 'ArrayASGD' in vars()", True),
+    ],
+)
+def test_without_torch_the_package_can_be_looked_into(expression, value):
+    code = f"{WITHOUT_TORCH}\nprint(repr({expression}).replace(' ', ''))"
+    assert said_by(code) == [repr(value)]
+
+
+@pytest.mark.parametrize(
+    ("statement", "error"),
+    [
+        ("asgd_fast.ASGD", "AttributeError: asgd_fast.ASGD needs torch, 2.4 or newer, which"),
+        ("from asgd_fast import ASGD", "ImportError: asgd_fast.ASGD needs torch, 2.4 or newer"),
+        ("from asgd_fast import Schedule, ASGD", "ImportError: asgd_fast.ASGD needs torch"),
+        ("with unittest.mock.patch('asgd_fast.ASGD'): pass", "AttributeError: "),
+        ("from asgd_fast import ASDG", "ImportError: cannot import name 'ASDG' from 'asgd_fast'"),
+    ],
+)
+def test_without_torch_each_way_to_its_name_has_its_error(statement, error):
+    result = subprocess.run(
+        [sys.executable, "-c", f"{WITHOUT_TORCH}\n{statement}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stderr.splitlines()[-1].startswith(error), result.stderr
+
+
+def test_a_clone_that_is_not_compiled_says_so(tmp_path):
+    """As where the package is installed and Python started in the clone."""
+    here = Path(asgd_fast.__file__).parent
+    # An editable installation would lend its modules to the copy.
+    site_packages = str(Path(np.__file__).parents[1])
+    shutil.copytree(here, tmp_path / "asgd_fast", ignore=shutil.ignore_patterns("*.so", "*.pyd"))
+    for arguments in (["-c", "import asgd_fast"], ["-m", "asgd_fast"]):
+        result = subprocess.run(
+            [sys.executable, "-S", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": site_packages},
+        )
+        assert result.returncode != 0
+        assert f"asgd_fast was imported from {tmp_path / 'asgd_fast'}" in result.stderr
+        assert "start Python in another folder" in result.stderr
+
+
+def test_an_import_that_fails_elsewhere_says_where():
+    code = "import sys; sys.modules['asgd_fast._schedule'] = None; import asgd_fast"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert "import of asgd_fast._schedule halted" in result.stderr.splitlines()[-1]
+
+
+def public_callables():
+    for name in asgd_fast.__all__:
+        if name != "ASGD" or HAS_TORCH:
+            x = getattr(asgd_fast, name)
+            if isinstance(x, type) and issubclass(x, Warning):  # its arguments are Python's
+                continue
+            yield name, x
+            for method, function in vars(x).items() if isinstance(x, type) else ():
+                if callable(function) and (method == "__init__" or not method.startswith("_")):
+                    yield f"{name}.{method}", getattr(x, method)
+
+
+@pytest.mark.parametrize(("name", "x"), [pytest.param(*p, id=p[0]) for p in public_callables()])
+def test_type_hints_can_be_resolved(name, x):
+    hints = typing.get_type_hints(x.__init__ if isinstance(x, type) else x)
+    parameters = inspect.signature(x, eval_str=True).parameters.values()
+    assert not [p for p in parameters if isinstance(p.annotation, str)]
+    annotated = {p.name for p in parameters if p.annotation is not p.empty}
+    assert annotated <= hints.keys()
+
+
+def test_type_hints_of_arrays_do_without_torch():
+    code = """
+import sys, typing, asgd_fast
+for x in (asgd_fast.asgd_, asgd_fast.ArrayASGD.__init__, asgd_fast.ArrayASGD.step):
+    typing.get_type_hints(x)
+print("torch" in sys.modules)
+"""
+    assert said_by(code) == ["False"]

@@ -71,14 +71,24 @@ def test_one_group_of_several(double_scalars, make):
     np.testing.assert_array_equal(run.average(0), run.value(0))
 
 
-@pytest.mark.parametrize(("group", "error"), [(3, IndexError), (-4, IndexError), ("0", TypeError)])
+@pytest.mark.parametrize(
+    ("group", "error", "message"),
+    [
+        (3, IndexError, "^group: got 3 for 3 groups; expected -3 <= group < 3$"),
+        (-4, IndexError, "^group: got -4 for 3 groups; expected"),
+        ("0", TypeError, "^group: expected an integer, got '0' of type str$"),
+        (slice(0, 1), TypeError, "^group: expected an integer, got slice"),
+        (1.0, TypeError, "^group: expected an integer, got 1.0 of type float$"),
+    ],
+)
+@pytest.mark.parametrize("call", ["start_averaging", "reset_averages"])
 @runs
-def test_a_group_that_is_not_there(double_scalars, make, group, error):
+def test_a_group_that_is_not_there(double_scalars, make, call, group, error, message):
     run = make((3,), (4,), (5,), groups=lambda own: [{"params": [p]} for p in own], t0=0)
     for _ in range(4):
         run.step()
-    with pytest.raises(error):
-        run.optimizer.start_averaging(group)
+    with pytest.raises(error, match=message):
+        getattr(run.optimizer, call)(group)
     run.step()
     run.check(1, 1, 1)
 

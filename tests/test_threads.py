@@ -229,6 +229,29 @@ def test_without_a_runtime_one_thread_does_it_all():
     assert run(program) == ["1", "not", "found", "1", "True"]
 
 
+@pytest.mark.parametrize("stub", ["", "stub.__file__ = None", "stub.__file__ = 'torch.py'"])
+def test_a_stub_of_torch_lends_no_threads(tmp_path, stub):
+    """Nor is a library of the current directory opened in its place."""
+    program = f"""
+        import os, sys, types
+        import numpy as np
+        import asgd_fast
+        from asgd_fast import threads
+        os.makedirs("lib")
+        open("lib/libtorch_cpu.so", "w").write("what is opened says that it is no library")
+        stub = sys.modules["torch"] = types.ModuleType("torch")
+        stub.get_num_threads = lambda: 2
+        {stub}
+        opened = []
+        sys.addaudithook(lambda event, x: event == "ctypes.dlopen" and opened.append(str(x[0])))
+        param = np.ones(1 << 20)
+        asgd_fast.asgd_(param, np.ones(1 << 20), eta=0.5, lambd=0.0)
+        print((param == 0.5).all(), [x for x in opened if "torch" in x])
+    """
+    result = started(f"import os; os.chdir({str(tmp_path)!r})\n" + textwrap.dedent(program))
+    assert result.stdout == "True []\n"
+
+
 @pytest.mark.parametrize(("given", "seen"), [(None, "PASSIVE"), ("active", "ACTIVE")])
 def test_threads_of_a_runtime_that_is_new_sleep_between_steps(given, seen):
     """Unless the user says otherwise; the environment is as before afterwards."""

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from averaging import asks_early
 from runs import runs, saved_and_loaded
 from torch import nn
 from twins import parameters
@@ -151,6 +152,48 @@ def test_triggers_that_are_refused(arguments, error, message):
         NonMonotonicTrigger(*arguments)
 
 
+class Wrapper:
+    """Keeps an optimizer under some name, as training frameworks do."""
+
+    def __init__(self, **kept):
+        vars(self).update(kept)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: Wrapper(optimizer=x),
+        lambda x: Wrapper(opt=x),
+        lambda x: Wrapper(_optimizer=x),
+        lambda x: Wrapper(optimizer=None, opt=Wrapper(_optimizer=Wrapper(optimizer=x))),
+    ],
+    ids=["accelerate", "fastai", "lightning", "all"],
+)
+def test_an_optimizer_in_wrappers_is_found(wrap):
+    optimizer = Counting()
+    trigger = NonMonotonicTrigger(wrap(optimizer), patience=0)
+    assert [trigger.step(x) for x in (1.0, 2.0)] == [False, True]
+    assert optimizer.calls == 1
+
+
+def test_a_wrapper_that_starts_averages_itself_is_asked():
+    wrapper = Counting()
+    wrapper.optimizer = Counting()
+    trigger = NonMonotonicTrigger(wrapper, patience=0)
+    assert [trigger.step(x) for x in (1.0, 2.0)] == [False, True]
+    assert (wrapper.calls, wrapper.optimizer.calls) == (1, 0)
+
+
+def test_wrappers_of_something_else_are_refused():
+    (p,) = parameters((2,))
+    wrapper = Wrapper(opt=Wrapper(optimizer=torch.optim.SGD([p])))
+    with pytest.raises(TypeError, match=r"got Wrapper, which wraps Wrapper, which wraps SGD$"):
+        NonMonotonicTrigger(wrapper)
+    wrapper.opt = wrapper
+    with pytest.raises(TypeError, match=r"got Wrapper$"):
+        NonMonotonicTrigger(wrapper)
+
+
 @pytest.mark.parametrize(
     "way", [lambda x: x, copy.deepcopy, lambda x: json.loads(json.dumps(x)), saved_and_loaded]
 )
@@ -206,6 +249,7 @@ def test_the_iterate_after_it_fired_is_the_first_one(double_scalars, make):
     run.check(12, 12)
 
 
+@asks_early
 @runs
 def test_a_trigger_that_may_not_start_can_be_asked_again(make):
     """Inside averaged_parameters(), nothing is lost and the check does not count."""
@@ -214,7 +258,7 @@ def test_a_trigger_that_may_not_start_can_be_asked_again(make):
     run.step()
     with run.optimizer.averaged_parameters():
         assert not trigger.step(1.0)
-        with pytest.raises(RuntimeError, match=r"^start_averaging: not inside"):
+        with pytest.raises(RuntimeError, match=r"^start_averaging: is not possible inside"):
             trigger.step(2.0)
     assert trigger.state_dict() == {"patience": 0, "losses": [1.0], "has_fired": False}
     assert trigger.step(2.0)

@@ -42,3 +42,7 @@ cdef tuple shape_of(const DLTensor *tensor)
 cdef tuple strides_of(const DLTensor *tensor)
 cdef str dtype_name(DLDataType dtype)
 cdef str device_name(const DLTensor *tensor)
+
+# Copies an array of the CPU into the layout of another dense one of its shape and dtype. Returns
+# what keeps the copy alive, whose address goes into `data`.
+cdef object copy_like(const DLTensor *tensor, const DLTensor *like, const void **data)

@@ -1,8 +1,9 @@
 """What a DLTensor says of its array: where, how large and in which order, and the words for it.
 
-This module reads descriptions; it borrows nothing and refuses nothing.
+This module reads descriptions, and memory as they say; it borrows nothing and refuses nothing.
 """
 
+cimport numpy as np
 from libc.stdint cimport int32_t, int64_t
 
 from asgd_fast._rows.dlpack cimport (
@@ -18,6 +19,8 @@ from asgd_fast._rows.dlpack cimport (
     kDLROCMHost,
     kDLUInt,
 )
+
+np.import_array()
 
 cdef dict _DTYPES = {
     kDLInt: "int", kDLUInt: "uint", kDLFloat: "float", kDLBfloat: "bfloat", kDLComplex: "complex",
@@ -118,3 +121,28 @@ cdef str dtype_name(DLDataType dtype):
 cdef str device_name(const DLTensor *tensor):
     kind = tensor.device.device_type
     return f"{_DEVICES.get(kind, f'type {kind}')}:{tensor.device.device_id}"
+
+
+cdef object copy_like(const DLTensor *tensor, const DLTensor *like, const void **data):
+    cdef np.npy_intp n = n_elements(tensor)
+    # Only bits are moved, so that numbers of any kind will do.
+    cdef int kind = (
+        np.NPY_UINT16 if tensor.dtype.bits == 16 else np.NPY_UINT32 if tensor.dtype.bits == 32 else
+        np.NPY_UINT64 if tensor.dtype.bits == 64 else np.NPY_COMPLEX128)
+    cdef np.ndarray copy = np.PyArray_EMPTY(1, &n, kind, False)
+    data[0] = np.PyArray_DATA(copy)
+    np.PyArray_CopyInto(
+        _view(like, np.PyArray_DATA(copy), kind), _view(tensor, data_of(tensor), kind))
+    return copy
+
+
+cdef np.ndarray _view(const DLTensor *tensor, void *data, int kind):
+    """The memory at `data` as a NumPy array in the layout of a tensor."""
+    cdef np.ndarray view = np.PyArray_SimpleNewFromData(
+        tensor.ndim, <np.npy_intp *>tensor.shape, kind, data)
+    cdef int32_t axis
+    if tensor.strides != NULL:
+        for axis in range(tensor.ndim):
+            np.PyArray_STRIDES(view)[axis] = tensor.strides[axis] * np.PyArray_ITEMSIZE(view)
+        np.PyArray_UpdateFlags(view, np.NPY_ARRAY_UPDATE_ALL)
+    return view

@@ -92,6 +92,10 @@ cdef int borrow(object array, bint writing, Borrowed *out, dict streams) except 
 cdef void give_back(Borrowed *borrowed) noexcept
 cdef bint is_array(object candidate)
 
+# For an array that is only read: what can be borrowed in its place where it cannot be itself, since
+# it is a scalar of NumPy, or its strides are no multiples of its elements.
+cdef object lendable(object array)
+
 # The default stream of a GPU, whatever else the driver is told to take for it.
 cdef enum:
     LEGACY_STREAM = 1

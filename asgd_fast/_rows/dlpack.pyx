@@ -21,6 +21,13 @@ from libc.stdlib cimport free, malloc
 
 np.import_array()
 
+# More than any memory holds: as 16-byte numbers they fill an address space of 56 bits.
+cdef double MOST_ELEMENTS = 2.0 ** 52
+
+# Libraries whose arrays are values although they have in-place operators, which bind a name to a
+# new array. Other arrays may share the memory, and expressions that read it may be pending.
+cdef frozenset OF_VALUES = frozenset({"drjit", "mlx"})
+
 
 cdef class _Exporter:
     """How the arrays of one type are lent: what can be learnt from the type alone."""
@@ -33,7 +40,9 @@ cdef class _Exporter:
     cdef bint takes_version   # its __dlpack__ takes max_version
     cdef bint has_autograd    # its instances have .requires_grad (torch)
     cdef bint has_lazy_sign   # its instances have .is_neg() and .is_conj() (torch)
-    cdef bint in_place        # arrays of this type can change (JAX's cannot)
+    cdef bint in_place        # has in-place operators (JAX's arrays don't, as they never change)
+    cdef bint is_value        # of a library among OF_VALUES
+    cdef bint has_mask        # NumPy's arrays with a mask
     cdef bint is_numpy        # exactly NumPy's own
     cdef object _requires_grad
     cdef descrgetfunc _get_requires_grad
@@ -49,6 +58,9 @@ cdef class _Exporter:
         self.has_autograd = hasattr(cls, "requires_grad")
         self.has_lazy_sign = hasattr(cls, "is_neg")
         self.in_place = getattr(cls, "__iadd__", None) is not None
+        self.is_value = not OF_VALUES.isdisjoint(
+            [str(base.__module__).partition(".")[0] for base in cls.__mro__])
+        self.has_mask = issubclass(cls, np.ndarray) and hasattr(cls, "mask")
         self.is_numpy = cls is np.ndarray
         if self.has_autograd:
             self._requires_grad = cls.requires_grad
@@ -128,30 +140,32 @@ cdef int borrow(
         raise BufferError(
             "it requires grad, and autograd does not see this update; pass its detach(), "
             "which shares the memory")
+    if exporter.has_mask:
+        raise TypeError(
+            f"{type(array).__name__} has a mask, which this update does not see; pass its data, "
+            "which shares the memory, or its filled(0)")
     if exporter.has_interface:
         _require_driver()
     capsule = None
     is_read_only = False
     try:
-        if exporter.api != NULL:
-            _borrow_from_exchange_api(exporter, array, writing, out)
-        elif exporter.has_interface:
-            is_read_only = _borrow_from_interface(array.__cuda_array_interface__, out)
-        else:
-            capsule = _capsule_of(exporter, array, streams, out)
-            _borrow_from_capsule(capsule, out)
-    except MemoryError:
-        give_back(out)
-        raise
-    except Exception as error:
-        # Both may run Python code, which must not find an exception on its way.
-        give_back(out)
-        capsule = None
-        # The first line: torch adds a C++ backtrace, which the chained error keeps.
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{type(array).__name__} did not lend its memory through DLPack: {reason}") from error
-    try:
+        try:
+            if exporter.api != NULL:
+                _borrow_from_exchange_api(exporter, array, writing, out)
+            elif exporter.has_interface:
+                is_read_only = _borrow_from_interface(array.__cuda_array_interface__, out)
+            else:
+                capsule = _capsule_of(exporter, array, streams, out)
+                _borrow_from_capsule(capsule, out)
+        except MemoryError:
+            raise
+        except Exception as error:
+            # The first line: torch adds a C++ backtrace, which the chained error keeps.
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{type(array).__name__} did not lend its memory through DLPack: {reason}"
+            ) from error
+        _check_description(&out.tensor)
         if exporter.has_lazy_sign and array.is_neg():
             raise ValueError(
                 "its memory holds the values before a pending negation; pass its resolve_neg()")
@@ -162,8 +176,11 @@ cdef int borrow(
             raise BufferError("it is read-only; expected an array that may be written")
         if writing and not exporter.has_interface:
             _check_writable(exporter, array, out)
-    except (BufferError, ValueError):
+    except BaseException:
+        # The deleter and the capsule's destructor may run Python code, so no exception may be
+        # pending: here it is put aside, as it is not when the function returns.
         give_back(out)
+        capsule = None
         raise
     return 0
 
@@ -207,6 +224,15 @@ cdef bint _borrow_from_numpy(np.ndarray array, bint writing, DLTensor *out) noex
     out.shape = <int64_t *>np.PyArray_DIMS(array)
     out.strides = NULL
     return True
+
+
+cdef object lendable(object array):
+    if isinstance(array, np.generic):
+        return np.PyArray_FROM_O(array)
+    if isinstance(array, np.ndarray) and not np.PyArray_ISCARRAY_RO(array) and any(
+            [stride % max(array.itemsize, 1) for stride in array.strides]):
+        return array.copy()
+    return array
 
 
 cdef int _borrow_from_exchange_api(
@@ -368,17 +394,34 @@ cdef int _read_versioned(Borrowed *out) except -1:
 
 
 cdef int _check_writable(_Exporter exporter, object array, Borrowed *borrowed) except -1:
+    # A legacy capsule cannot say that memory is read-only, but a type without in-place operators
+    # says that its arrays never change.
+    if exporter.is_value or (borrowed.legacy != NULL and not exporter.in_place):
+        raise BufferError(
+            f"{type(array).__name__} arrays never change; expected an array that may be written")
     if borrowed.versioned != NULL:
         if borrowed.versioned.flags & DLPACK_FLAG_BITMASK_READ_ONLY:
             raise BufferError("it is read-only; expected an array that may be written")
         if borrowed.versioned.flags & DLPACK_FLAG_BITMASK_IS_COPIED:
             raise BufferError(
                 f"{type(array).__name__} lent a copy; expected its own memory, to be written")
-    elif borrowed.legacy != NULL and not exporter.in_place:
-        # A legacy capsule cannot say that memory is read-only, but a type without in-place
-        # operators says that its arrays never change.
-        raise BufferError(
-            f"{type(array).__name__} arrays never change; expected an array that may be written")
+    return 0
+
+
+cdef int _check_description(const DLTensor *tensor) except -1:
+    """Check that an array can be as large as it says; then sizes in bytes do not overflow."""
+    cdef double n = 1  # of the axes that are not empty: some code multiplies these alone
+    cdef int32_t axis
+    if tensor.ndim < 0:
+        raise ValueError(f"ndim {tensor.ndim} is impossible; expected ndim >= 0")
+    if tensor.ndim > 0 and tensor.shape == NULL:
+        raise ValueError(f"its shape is NULL; expected the sizes of its {tensor.ndim} axes")
+    for axis in range(tensor.ndim):
+        n *= max(tensor.shape[axis], <int64_t>1)
+        if tensor.shape[axis] < 0 or n > MOST_ELEMENTS:
+            shape = tuple([tensor.shape[axis] for axis in range(tensor.ndim)])
+            raise ValueError(
+                f"shape {shape} is impossible; expected sizes >= 0 of an array that memory holds")
     return 0
 
 

@@ -4,6 +4,9 @@ from libc.stdint cimport int64_t, uintptr_t
 
 from asgd_fast._rows.rows cimport AX, GRAD, PARAM, Row, Span, size_of
 
+cdef enum:
+    OUTSIDE = 3  # the role of memory that is in no row
+
 
 cdef bint find_overlap(
     const Row *rows, Py_ssize_t n_rows, Span *room, Span *late, Span *early,
@@ -12,6 +15,38 @@ cdef bint find_overlap(
 
     There is room for six spans a row.
     """
+    cdef Py_ssize_t n = _spans_of(rows, n_rows, room)
+    return _sweep(_sorted(room, room + 3 * n_rows, n), n, late, early)
+
+
+cdef bint any_touches(
+    const Row *rows, Py_ssize_t n_rows, Span *room, Py_ssize_t n_outside,
+) noexcept:
+    """Whether an array of the rows shares memory with one of the spans from room[3 * n_rows] on.
+
+    There is room for twice as many spans as three a row and those outside.
+    """
+    cdef Py_ssize_t n = _spans_of(rows, n_rows, room), i
+    cdef Span *outside = room + 3 * n_rows
+    cdef Span *spans
+    for i in range(n_outside):
+        if outside[i].start < outside[i].stop:
+            room[n] = Span(outside[i].start, outside[i].stop, 0, OUTSIDE)
+            n += 1
+    spans = _sorted(room, room + 3 * n_rows + n_outside, n)
+    cdef uintptr_t stop[2]  # how far the arrays of the rows, and those outside, reach so far
+    cdef int is_outside
+    stop[0] = stop[1] = 0
+    for i in range(n):
+        is_outside = spans[i].role == OUTSIDE
+        if spans[i].start < stop[1 - is_outside]:
+            return True
+        stop[is_outside] = max(stop[is_outside], spans[i].stop)
+    return False
+
+
+cdef Py_ssize_t _spans_of(const Row *rows, Py_ssize_t n_rows, Span *room) noexcept:
+    """List the memory of all arrays of the rows; the number of spans."""
     cdef Py_ssize_t n = 0, i
     cdef int role
     cdef int64_t size
@@ -26,7 +61,7 @@ cdef bint find_overlap(
             if size != 0 and address != NULL:
                 room[n] = Span(<uintptr_t>address, <uintptr_t>address + size, i, role)
                 n += 1
-    return _sweep(_sorted(room, room + 3 * n_rows, n), n, late, early)
+    return n
 
 
 cdef bint _sweep(const Span *spans, Py_ssize_t n, Span *late, Span *early) noexcept:

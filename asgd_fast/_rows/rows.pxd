@@ -98,7 +98,8 @@ cdef class Rows:
     cdef void abandon(self) noexcept
     cdef void _give_back(self, Py_ssize_t keep) noexcept
     cdef int _keep_lent(self, Borrowed *borrowed) except -1
-    cdef int _take(self, int role, object array) except -1
+    cdef int _take(self, int role, object array, bint copies=*) except -1
+    cdef bint _copy_grad(self) except -1
     cdef str _fault(self, int role)
     cdef str _mismatch(self, int role)
     cdef str name(self, int role, Py_ssize_t row)

@@ -8,8 +8,10 @@ from libc.math cimport isnan
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy
+cimport numpy as np
 
 from asgd_fast._rows.describe cimport (
+    copy_like,
     data_of,
     device_name,
     dtype_name,
@@ -39,8 +41,9 @@ from asgd_fast._rows.dlpack cimport (
     kDLCUDAManaged,
     kDLFloat,
     kDLROCMHost,
+    lendable,
 )
-from asgd_fast._rows.overlap cimport find_overlap
+from asgd_fast._rows.overlap cimport any_touches, find_overlap
 from asgd_fast._schedule cimport Plan, Scalars, Step, averages, fill
 
 
@@ -78,9 +81,10 @@ def dtype_of(array):
     """
     cdef Borrowed borrowed
     borrow(array, False, &borrowed, None)
-    name = dtype_name(borrowed.tensor.dtype)
-    give_back(&borrowed)
-    return name
+    try:
+        return dtype_name(borrowed.tensor.dtype)
+    finally:
+        give_back(&borrowed)
 
 
 def whereabouts_of(array):
@@ -177,18 +181,19 @@ cdef class Rows:
         *,
         double eta=0.0,
         double mu=1.0,
-        double[:, ::1] scalars=None,
+        np.ndarray scalars=None,
         double lr=0.0,
         double lambd=0.0,
         double alpha=0.0,
         double t0=0.0,
-        const double[::1] starts=None,
+        np.ndarray starts=None,
         double average_every=1.0,
         bint current=False,
         double weight_decay=0.0,
         double grad_scale=1.0,
         Py_ssize_t first=0,
         new_average=None,
+        bint copy_grads=False,
     ):
         """Add a row for each param.
 
@@ -205,12 +210,12 @@ cdef class Rows:
             list none is kept.
         eta, mu : float
             For all rows, where there are no scalars.
-        scalars : float64 array of shape (len(params), 3), optional
+        scalars : contiguous float64 array of shape (len(params), 3), optional
             The step, eta and mu of each param, which the engine advances with the step. The eta of
             step 0 is not read: it is lr.
         lr, lambd, alpha, t0, average_every, current, weight_decay
             The hyperparameters: see `next_scalars`.
-        starts : float64 array of shape (len(params),), optional
+        starts : contiguous float64 array of shape (len(params),), optional
             The t0 of single params; nan where `t0` holds.
         grad_scale : float
             Multiplies each grad first; negative to maximize.
@@ -220,6 +225,9 @@ cdef class Rows:
             Makes the average of the i-th param that begins with this step. With it, a param whose
             grad is None gets no row, an average that is None has not begun, and one whose mu is 0
             is left as it is.
+        copy_grads : bool
+            Whether a grad of the CPU in another layout than its param's is copied into that, and a
+            scalar of NumPy is taken for an array; else both are refused.
 
         Raises
         ------
@@ -231,11 +239,14 @@ cdef class Rows:
             The memory of a param or an average may not be written.
         """
         cdef Py_ssize_t i, n = len(params)
+        # Of each param; by address, as a memoryview takes half a microsecond.
+        cdef Scalars *own = NULL if scalars is None else <Scalars *>np.PyArray_DATA(scalars)
+        cdef const double *start = NULL if starts is None else <double *>np.PyArray_DATA(starts)
         cdef bint partial = new_average is not None
         cdef Row *row
         cdef Scalars now = Scalars(0, eta, mu)
         cdef Plan plan = Plan(
-            lr, lambd, alpha, t0, average_every, current, weight_decay, grad_scale, False, False)
+            lr, 0, lambd, alpha, t0, average_every, current, weight_decay, grad_scale, False, False)
         for each in (grads, axs, scalars, starts):
             if each is not None and len(each) != n:
                 raise ValueError(f"got {len(each)} for {n} params; expected one for each")
@@ -249,13 +260,13 @@ cdef class Rows:
                 row = self.begin()
                 self._take(PARAM, params[i])
                 if grads is not None:
-                    self._take(GRAD, grads[i])
+                    self._take(GRAD, grads[i], copy_grads)
                 if scalars is not None:
-                    row.scalars = <Scalars *>&scalars[i, 0]
+                    row.scalars = &own[i]
                     now = row.scalars[0]
                     if now.step == 0:
                         now.eta = lr
-                    plan.t0 = t0 if starts is None or isnan(starts[i]) else starts[i]
+                    plan.t0 = t0 if starts is None or isnan(start[i]) else start[i]
                 row.step = self.step_for(&now, &plan)
                 ax = None if axs is None else axs[i]
                 if partial and ax is None and averages(row.step):
@@ -290,31 +301,30 @@ cdef class Rows:
         cdef Span late, early
         return not find_overlap(self.rows, self.n_rows, self._spans, &late, &early)
 
-    def touches(self, uintptr_t start, uintptr_t stop):
-        """Whether an array of the rows has any of the bytes from `start` up to `stop`.
+    def touches(self, list others):
+        """Whether an array of the rows shares memory with others.
 
         Parameters
         ----------
-        start, stop : int
-            Addresses.
+        others : list of (int, int)
+            The addresses where each begins and ends.
 
         Returns
         -------
         bool
         """
-        cdef Py_ssize_t i
-        cdef int64_t size, ax_size
-        cdef const Row *row
-        for i in range(self.n_rows):
-            row = &self.rows[i]
-            size, ax_size = row.n * size_of(row.kind), row.n * row.ax_size
-            if (
-                _meets(row.param, size, start, stop)
-                or _meets(row.grad, size, start, stop)
-                or _meets(row.ax, ax_size, start, stop)
-            ):
-                return True
-        return False
+        cdef Py_ssize_t n = len(others), i
+        if n == 0:
+            return False
+        cdef Span *room = <Span *>malloc(2 * (3 * self.n_rows + n) * sizeof(Span))
+        if room == NULL:
+            raise MemoryError
+        try:
+            for i in range(n):
+                room[3 * self.n_rows + i].start, room[3 * self.n_rows + i].stop = others[i]
+            return any_touches(self.rows, self.n_rows, room, n)
+        finally:
+            free(room)
 
     cdef int begin_group(self, Py_ssize_t n) except -1:
         """Make room for the n rows of a group, whose plans differ in t0 and in rounding alone."""
@@ -475,18 +485,36 @@ cdef class Rows:
         self._n_lent += 1
         return 0
 
-    cdef int _take(self, int role, object array) except -1:
+    cdef int _take(self, int role, object array, bint copies=False) except -1:
         """Borrow one array of the row, and check it alone and against the row's param."""
         try:
+            if copies:
+                array = lendable(array)
+                self.kept.append(array)
             borrow(array, role != GRAD, &self.arrays[role], self.streams)
             fault = self.settle(role)
-            if fault is not None:
+            if fault is not None and not (copies and self._copy_grad()):
                 raise ValueError(fault)
             if self.rows[self.n_rows].device != CPU:
                 self.note_stream(self.arrays[role].stream)
         except (TypeError, ValueError, BufferError) as error:
             raise _named(self.name(role, self.n_rows), error) from error.__cause__
         return 0
+
+    cdef bint _copy_grad(self) except -1:
+        """Put a copy of the grad into the row, if nothing but its layout is unlike the param's."""
+        cdef Row *row = &self.rows[self.n_rows]
+        cdef DLTensor *grad = &self.arrays[GRAD].tensor
+        cdef DLTensor *param = &self.arrays[PARAM].tensor
+        if not (
+            row.device == CPU == _number_of(grad.device)
+            and grad.data != NULL
+            and same_dtype(grad, param)
+            and same_shape(grad, param)
+        ):
+            return False
+        self.kept.append(copy_like(grad, param, &row.grad))
+        return True
 
     cdef str _fault(self, int role):
         """Why an array of the row cannot be updated, whatever the others are; or None."""
@@ -505,7 +533,7 @@ cdef class Rows:
         if not is_dense(tensor):
             return (f"strides {strides_of(tensor)} of shape {shape_of(tensor)} leave gaps or "
                     "repeat elements; expected a contiguous array, in C, Fortran or any other "
-                    "axis order")
+                    "axis order, such as np.ascontiguousarray makes")
         if <uintptr_t>data_of(tensor) % size:
             return (f"address {<uintptr_t>data_of(tensor):#x} is not a multiple of its "
                     f"{size}-byte numbers; expected aligned memory")
@@ -526,8 +554,12 @@ cdef class Rows:
         else:
             return None
         name = self.name(PARAM, self.n_rows)
-        wider = " and is no wider one" if what == "dtype" and role == AX else ""
-        return f"{what} {got} does not match {name} of {what} {wanted}{wider}"
+        note = ""
+        if what == "dtype" and role == AX:
+            note = " and is no wider one"
+        elif what == "strides" and role == GRAD:
+            note = "; expected a copy in that layout: np.ascontiguousarray makes those in C order"
+        return f"{what} {got} does not match {name} of {what} {wanted}{note}"
 
     cdef str name(self, int role, Py_ssize_t row):
         """What messages call an array of a row."""
@@ -565,9 +597,3 @@ cdef int _bytes_of_reals(DLDataType dtype) noexcept:
     if dtype.code == kDLComplex and dtype.bits in (64, 128):
         return dtype.bits // 16
     return 0
-
-
-cdef inline bint _meets(
-    const void *address, int64_t size, uintptr_t start, uintptr_t stop,
-) noexcept:
-    return <uintptr_t>address < stop and start < <uintptr_t>address + size

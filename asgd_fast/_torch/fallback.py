@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.optim.asgd import asgd as torch_asgd
 
 from asgd_fast._schedule import next_scalars
-from asgd_fast._torch.groups import eta_of_tensor, has_own_options
+from asgd_fast._torch.conversions import broadcasts
+from asgd_fast._torch.groups import has_own_options, is_of_floats, number, scalars_in_types
 from asgd_fast._torch.internals import FOREACH_TAKES_HOST_SCALARS
-from asgd_fast._torch.record import scalar_tensor
-from asgd_fast._torch.state import SCALARS, ParamState, new_average, to_device
+from asgd_fast._torch.record import SCALARS, scalar_tensor
+from asgd_fast._torch.scalars import to_device
+from asgd_fast._torch.state import ParamState, new_average
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +67,7 @@ def prepare(left: Sequence[Left]) -> None:
         if group["capturable"] and param.is_cuda and not own["step"].is_cuda:
             to_device(own, param.device)  # where torch then takes it
         got = shape if own.ax is None else tuple(own.ax.shape)
-        if not _broadcasts(shape, got):
+        if not broadcasts(shape, got):
             raise ValueError(
                 f"state: 'ax' of shape {got} does not match its param of shape {shape}"
             )
@@ -124,11 +126,11 @@ def _goes_foreach(param: Tensor, own: ParamState) -> bool:
 def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> None:
     """Update a param by torch's own function, with scalars that torch would not compute."""
     options = {name: group[name] for name in _HYPERPARAMETERS}
-    lr, lambd, alpha = (float(group[name]) for name in ("lr", "lambd", "alpha"))
+    lr, lambd, alpha = (number(name, group[name]) for name in ("lr", "lambd", "alpha"))
     step, eta, mu = (float(own[name]) for name in SCALARS)
     t0 = float(own["t0"] if "t0" in own else group["t0"])
-    is_current = group["lr_schedule"] == "current"
-    every = group["average_every"]
+    is_current = group.get("lr_schedule") == "current"
+    every = group.get("average_every", 1)
     if is_current:
         eta, _ = next_scalars(step, lr, lambd, alpha, t0, every, is_current)
         if step <= t0:
@@ -144,15 +146,7 @@ def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> Non
         **{**options, "foreach": False},
     )
     eta, mu = next_scalars(step + 1, lr, lambd, alpha, t0, every, is_current)
-    if isinstance(group["lr"], Tensor) and not is_current:
-        eta = eta_of_tensor(group["lr"], lambd, alpha, step + 1)
+    if not (is_current or is_of_floats(group)):
+        eta = number("eta", scalars_in_types(group, eta, step + 1)[1])
     for name, value in zip(SCALARS, (step + 1, eta, mu), strict=True):
         own[name].fill_(value)
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether torch adds a tensor of one shape to one of the other, in place."""
-    try:
-        return bool(torch.broadcast_shapes(shape, to) == to)
-    except RuntimeError:
-        return False

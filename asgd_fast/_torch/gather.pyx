@@ -6,7 +6,7 @@ of the step is known: see `Work.begin`. What no engine can take, it lists for to
 
 from cpython.dict cimport PyDict_Next
 from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
-from libc.math cimport NAN, isfinite, isnan
+from libc.math cimport NAN, fabs, isfinite, isnan
 
 import torch
 
@@ -18,21 +18,16 @@ from asgd_fast._torch.memory cimport is_ordinary, lend
 from asgd_fast._torch.record cimport Record
 from asgd_fast.cuda.scalars cimport DeviceRows, DeviceScalars
 
-from asgd_fast._torch.groups import check_group, eta_of_tensor, number
-from asgd_fast._torch.state import (
-    ParamState,
-    average_as_param,
-    extent,
-    grad_as_param,
-    new_average,
-    owners_of,
-    record_of,
-    to_device,
-    to_host,
-    with_scalars,
-)
+from asgd_fast._torch.conversions import average_as_param, extent, grad_as_param
+from asgd_fast._torch.distributed import part_of, redistributed
+from asgd_fast._torch.groups import check_group, number, scalars_in_types
+from asgd_fast._torch.scalars import to_device, to_host, with_scalars
+from asgd_fast._torch.state import ParamState, find, new_average
 
 cdef object TENSOR = torch.Tensor
+
+# Of a tensor as lr: those in which eta is computed here, with torch's bits.
+cdef tuple _COMPUTED_DTYPES = (torch.float32, torch.float64)
 
 # p.grad by its descriptor takes half the time.
 cdef object _grad = TENSOR.grad
@@ -44,7 +39,8 @@ cdef descrgetfunc _get_grad = (<PyTypeObject *>_kind_of_grad).tp_descr_get
 cdef struct Common:
     Plan plan
     bint capturable
-    bint lr_is_tensor
+    bint in_types        # whether scalars are computed in types of other arithmetic than float's
+    Step *computed       # the last one that was
     const void *lr_on_device  # where a GPU has lr; NULL: with the host
     int lr_device
     bint double_lr
@@ -67,12 +63,14 @@ cdef class Work:
     cdef readonly list left
     cdef readonly list written
     cdef object _state
-    cdef object _owners      # of the entries that were looked up: see `owners_of`
+    cdef dict _adopted       # somebody else's entries: see `find`
     cdef dict _new           # states that come into being with the step, by ids of params
     cdef list _stepped       # the states of the rows
     cdef list _averages      # the same of averages, each with its state
     cdef list _converted     # gradients of which a copy is used
+    cdef object _group       # whose params are being added
     cdef object _lr          # of the group, as it stands there
+    cdef object _placed      # the param of the row, if it is a DTensor
     cdef bint _lazy
     cdef object _average_dtype
     cdef bint _scalars_on_device
@@ -86,6 +84,7 @@ cdef class Work:
         self.written = []
         self._state = state
         self._new = {}
+        self._adopted = {}
         self._averages = []
         self._stepped = []
         self._converted = []
@@ -124,8 +123,10 @@ cdef class Work:
         cdef Common common
         cdef Record record
         cdef list params
-        by_torch = by_torch or group["differentiable"]
         self._read_group(group, unscale, &common)
+        by_torch = (
+            by_torch or group["differentiable"]
+            or common.in_types and isinstance(group["lambd"], TENSOR))  # by which params are scaled
         # A copy: another thread may change the list, and room is made for these alone.
         params = list(group["params"])
         self.rows.begin_group(len(params))
@@ -142,11 +143,20 @@ cdef class Work:
 
     cdef int _read_group(self, group, double unscale, Common *common) except -1:
         cdef Borrowed borrowed
-        lr = group["lr"]
-        common.lr_is_tensor = isinstance(lr, TENSOR)  # 80 ns, so not for each param
-        self._lr = lr.detach() if common.lr_is_tensor else lr
+        lr, lambd, alpha, t0 = group["lr"], group["lambd"], group["alpha"], group["t0"]
+        cdef bint is_tensor = not _is_plain(lr) and isinstance(lr, TENSOR)  # 80 ns
+        self._group = group
+        self._lr = lr.detach() if is_tensor else lr
         common.lr_on_device = NULL
-        if common.lr_is_tensor and lr.is_cuda:
+        common.plan.lr_size = 0
+        # Power 0.5 is a root, which torch leaves to its own library.
+        if is_tensor and alpha != 0.5 and lr.is_cpu and lr.dtype in _COMPUTED_DTYPES:
+            common.plan.lr_size = lr.itemsize
+        common.in_types = not (
+            (_is_plain(lr) or common.plan.lr_size)
+            and _is_plain(lambd) and _is_plain(alpha) and _is_plain(t0))
+        common.computed = NULL
+        if is_tensor and lr.is_cuda:
             # The host reads it only where it has scalars: it would wait for the device.
             common.plan.lr = NAN
             if lr.is_floating_point() and lr.itemsize >= 4 and lend(self._lr, False, &borrowed):
@@ -156,11 +166,9 @@ cdef class Work:
                 common.double_lr = borrowed.tensor.dtype.bits == 64
         else:
             common.plan.lr = number("lr", self._lr)
-        common.plan.lambd = group["lambd"]
-        common.plan.alpha = group["alpha"]
-        common.plan.t0 = group["t0"]
-        common.plan.average_every = group["average_every"]
-        common.plan.current = group["lr_schedule"] != "torch"
+        common.plan.lambd, common.plan.alpha, common.plan.t0 = lambd, alpha, t0
+        common.plan.average_every = group.get("average_every", 1)
+        common.plan.current = group.get("lr_schedule", "torch") != "torch"
         common.plan.weight_decay = number("weight_decay", group["weight_decay"])
         common.plan.grad_scale = -unscale if group["maximize"] else unscale
         common.capturable = group["capturable"]
@@ -193,59 +201,29 @@ cdef class Work:
         record = _fit_for(param, found)
         if record is not None:
             return record
-        if found and self._owners is None:
-            self._owners = owners_of(self._state)
-        record = record_of(
-            self._state, param, group, owners=self._owners, lazy=self._lazy,
+        record = find(
+            self._state, param, group, self._adopted, lazy=self._lazy,
             average_dtype=self._average_dtype)
         if record.param is not param:
             self._shares_state = True
-        elif record is not found:
+        if record is not found:
             self._new[id(param)] = param, record
         return record
 
     cdef bint _add(self, param, grad, Record record, Common *common) except -1:
-        """Add the row of a param. False if no engine can take it."""
+        """Add the row of a param. False, and nothing is added, if no engine can take it."""
         cdef Rows rows = self.rows
         cdef Row *row = rows.begin()
         cdef Mirror mirror
-        cdef bint begins
         if not (
-            self._lend(PARAM, param)
-            and (self._lend(GRAD, grad) or self._lend_copy(grad, param))
+            self._lend_param(row, param, grad, &common.plan)
             and (row.device != CPU or not common.capturable)
             and not (record.is_open and record.missing())
+            and self._plan(row, param, record, common, &mirror)
+            and self._lend_average(row, param, record, common)
         ):
             rows.abandon()
             return False
-        if row.device != CPU:
-            if row.device != rows.device:  # all of torch's work on one stream of each GPU
-                rows.note_stream(stream_of(param, row.device))
-        if row.device != CPU and (self._scalars_on_device or common.capturable):
-            if common.lr_on_device != NULL and common.lr_device != row.device:
-                rows.abandon()
-                return False
-            begins = self._leave_to_device(row, param, record, common)
-        else:
-            if not self._schedule(row, record, common, &mirror):
-                rows.abandon()
-                return False
-            begins = averages(row.step)
-        ax = shown = record.average()
-        if ax is None and (begins or common.capturable or not record.is_lazy):
-            # The step copies the param into it, or has to find there what it was before.
-            ax = new_average(record, copies=row.step == NULL or row.step.mu != 1)
-        if ax is not None and (row.step == NULL or row.step.mu != 0):
-            if not self._lend(AX, ax, not record.is_shown):
-                ax = average_as_param(ax, param)
-                if ax is None or not self._lend(AX, ax):
-                    rows.abandon()
-                    return False
-            if record.is_shown and shown is not None:  # else no graph of autograd has it
-                self.written.append(shown)
-            rows.kept.append(ax)
-        if ax is not shown:
-            self._averages.append((record, ax))
         self.written.append(param)
         rows.kept.append(grad)
         self._stepped.append(record)
@@ -256,27 +234,78 @@ cdef class Work:
         rows.commit()
         return True
 
+    cdef bint _lend_param(self, Row *row, param, grad, const Plan *plan) except -1:
+        """Put a param and its gradient into the row. False if they are not fit for it."""
+        if not self._lend(PARAM, param) or not (
+                self._lend(GRAD, grad) or self._lend_copy(grad, param, plan)):
+            return False
+        if row.device != CPU and row.device != self.rows.device:
+            self.rows.note_stream(stream_of(param, row.device))  # of all of torch's work there
+        return True
+
+    cdef bint _lend_average(self, Row *row, param, Record record, Common *common) except -1:
+        """Put the average into the row, a new one where it begins. False if it is not fit."""
+        found = record.average()
+        ax = found
+        if ax is None and (
+                common.capturable or not record.is_lazy or self._may_average(row, record)):
+            # The step copies the param into it, or has to find there what it was before.
+            ax = new_average(record, copies=row.step == NULL or row.step.mu != 1)
+        if ax is not None and (row.step == NULL or row.step.mu != 0):
+            if not self._lend(AX, ax, not record.is_shown):
+                ax = average_as_param(ax, param)
+                if ax is None or not self._lend(AX, ax):
+                    return False
+            if record.is_shown and found is not None:  # else no graph of autograd has it
+                self.written.append(found)
+            self.rows.kept.append(ax)
+        if ax is not found:
+            self._averages.append((record, ax))
+        return True
+
     cdef bint _lend(self, int role, tensor, bint is_own=False) except -1:
         """Put a tensor into the row, if it is fit for it."""
+        cdef bint is_placed = not is_ordinary(tensor)
+        if role == PARAM:
+            self._placed = tensor if is_placed else None
+        elif is_placed != (self._placed is not None):
+            return False
+        if is_placed:
+            tensor = part_of(tensor, None if role == PARAM else self._placed)
+            if tensor is None:
+                return False
+            self.rows.kept.append(tensor)
         return (
-            is_ordinary(tensor)
-            and lend(tensor, role != GRAD, &self.rows.arrays[role], is_own)
+            lend(tensor, role != GRAD, &self.rows.arrays[role], is_own)
             and self.rows.settle(role) is None
         )
 
-    cdef bint _lend_copy(self, grad, param) except -1:
+    cdef bint _lend_copy(self, grad, param, const Plan *plan) except -1:
         """Put a gradient of another dtype or layout into the row, converted to the param's."""
-        copy = grad_as_param(grad, param)
+        if self._placed is None:
+            copy = grad_as_param(grad, param)
+        else:
+            # Where torch computes with the ranks' parts before it adds them, the bits are others.
+            copy = redistributed(
+                grad, param, sums=plan.weight_decay == 0 and fabs(plan.grad_scale) == 1)
         if copy is None or not self._lend(GRAD, copy):
             return False
-        self._converted.append(grad)
+        if self._placed is None:
+            self._converted.append(grad)
         self.rows.kept.append(copy)
         return True
 
-    cdef bint _schedule(
+    cdef bint _plan(
+        self, Row *row, param, Record record, Common *common, Mirror *mirror,
+    ) except -1:
+        """Find the row's step, or the scalars from which a GPU will. False if they are not fit."""
+        if row.device != CPU and (self._scalars_on_device or common.capturable):
+            return self._plan_on_device(row, param, record, common)
+        return self._plan_on_host(row, record, common, mirror)
+
+    cdef bint _plan_on_host(
         self, Row *row, Record record, Common *common, Mirror *mirror,
     ) except -1:
-        """Compute the step of a row whose scalars are with the host. False if they are unfit."""
         cdef Plan plan
         cdef Step *step
         if record.device_scalars is not None:
@@ -293,22 +322,41 @@ cdef class Work:
         plan.float_step = not record.is_double
         plan.float_next = self._round_scalars or not record.is_double
         step = self.rows.step_for(&record.now, &plan)
-        if common.lr_is_tensor and not plan.current:
-            step.next.eta = eta_of_tensor(self._lr, plan.lambd, plan.alpha, step.next.step)
-            if not record.is_double:
-                step.next.eta = rounded(step.next.eta)
-        elif plan.lr < 0 and not isfinite(step.next.eta):
+        if plan.lr < 0 and not isfinite(step.next.eta) and _is_plain(self._lr):
             raise ValueError(
                 f"Invalid learning rate: {self._lr} (1 + lambd * lr * step must stay above 0)")
+        if common.in_types and not plan.current and step != common.computed:
+            self._compute_in_types(step, &plan, record)
+            common.computed = step
         row.step = step
         row.scalars = &record.now
         return True
 
-    cdef bint _leave_to_device(self, Row *row, param, Record record, Common *common) except -1:
-        """Let the GPU advance the scalars of a row; whether the step may make an iterate."""
-        cdef DeviceScalars scalars = record.scalars_on(row.device)
+    cdef int _compute_in_types(self, Step *step, const Plan *plan, Record record) except -1:
+        """Compute the scalars of a step as torch does of other types than float."""
+        decay, eta, mu = scalars_in_types(self._group, step.eta, step.next.step)
+        step.decay = number("decay", decay)
+        step.next.eta = self._stored(eta, record)
+        if plan.average_every == 1 and isnan(record.t0):
+            step.next.mu = self._stored(mu, record)
+        return 0
+
+    cdef double _stored(self, value, Record record) except? NAN:
+        """A scalar as a state has it, where torch puts it in the dtype that it finds.
+
+        Of a float it makes a tensor of its default dtype first.
+        """
+        cdef double stored = number("eta, mu", value)
+        if not record.is_double or self._round_scalars and _is_plain(value):
+            stored = rounded(stored)
+        return stored
+
+    cdef bint _plan_on_device(self, Row *row, param, Record record, Common *common) except -1:
+        cdef DeviceScalars scalars
         cdef Plan plan = common.plan
-        cdef double steps
+        if common.lr_on_device != NULL and common.lr_device != row.device:
+            return False
+        scalars = record.scalars_on(row.device)
         if scalars is None:
             scalars = to_device(record, param.device)
         if isnan(plan.lr) and common.lr_on_device == NULL:
@@ -317,11 +365,20 @@ cdef class Work:
             plan.t0 = record.t0
         if self.rows.on_device is None:
             self.rows.on_device = DeviceRows()
-        steps = scalars.steps
         row.step = NULL
         row.on_device = scalars.fill(
             self.rows.on_device, &plan, common.lr_on_device, common.double_lr)
-        return mu_of(steps, &plan) != 1 or mu_of(steps + 1, &plan) != 1
+        return True
+
+    cdef bint _may_average(self, const Row *row, Record record) except -1:
+        """Whether the step makes an iterate of the average, as far as the host knows."""
+        cdef const Plan *plan
+        cdef double steps
+        if row.step != NULL:
+            return averages(row.step)
+        plan = &(<DeviceRows>self.rows.on_device).rows[row.on_device - 1].plan
+        steps = record.device_scalars.steps
+        return mu_of(steps, plan) != 1 or mu_of(steps + 1, plan) != 1
 
     cdef int _check_memory(self, groups) except -1:
         """Leave everything to torch where memory is shared: its order of operations shows then."""
@@ -329,7 +386,7 @@ cdef class Work:
             outside = list(self._converted)
             for _, param, record in self.left:
                 outside += [param, param.grad, record.ax]
-            if not any([self.rows.touches(*extent(tensor)) for tensor in outside]):
+            if not self.rows.touches([extent(tensor) for tensor in outside]):
                 return 0
         self.rows.clear()
         self.written.clear()
@@ -387,6 +444,11 @@ def gather(
         work._add_group(group, unscale, by_torch)
     work._check_memory(groups)
     return work
+
+
+cdef inline bint _is_plain(value) noexcept:
+    """Whether a hyperparameter is a number of Python's own, whose arithmetic is that of doubles."""
+    return type(value) is float or type(value) is int
 
 
 cdef inline Record _fit_for(param, found):

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "OWN_HYPERPARAMETERS",
     "Group",
     "check_group",
-    "eta_of_tensor",
+    "drop_usual",
     "has_own_options",
+    "is_of_floats",
     "number",
+    "scalars_in_types",
 ]
 
 Group: TypeAlias = dict[str, Any]
 
-# The hyperparameters that torch does not have, with the values by which steps are torch's.
+# The hyperparameters that torch does not have, with the values by which steps are torch's. A group
+# that lacks one has that value, so that the groups of a checkpoint can be torch's.
 OWN_HYPERPARAMETERS = {"lr_schedule": "torch", "average_every": 1}
 
 
 def has_own_options(group: Group) -> bool:
     """Whether a group has hyperparameters that torch's own function does not know."""
-    return bool(group["lr_schedule"] != "torch" or group["average_every"] != 1)
+    return any(group.get(name, usual) != usual for name, usual in OWN_HYPERPARAMETERS.items())
+
+
+def drop_usual(group: Group) -> None:
+    """Leave out the hyperparameters that torch does not have where steps are torch's."""
+    for name, usual in OWN_HYPERPARAMETERS.items():
+        if group.get(name, usual) == usual:
+            group.pop(name, None)
 
 
 def check_group(group: Group) -> None:
@@ -47,16 +56,40 @@ def check_group(group: Group) -> None:
         value = group[name]
         if type(value) is not float or not isfinite(value) or value < low:
             check_scalar(name, value, low=low)
-    check_lr_schedule(group["lr_schedule"])
-    check_average_every(group["average_every"])
+    check_lr_schedule(group.get("lr_schedule", "torch"))
+    check_average_every(group.get("average_every", 1))
     if group["differentiable"] and has_own_options(group):
         raise ValueError("differentiable: goes only with lr_schedule='torch' and average_every=1")
 
 
-def eta_of_tensor(lr: Tensor, lambd: float, alpha: float, step: float) -> float:
-    """Return eta after `step` steps where lr is a tensor: torch computes it in the dtype of lr."""
-    lr = lr.detach().squeeze()
-    return float(lr / ((1 + lambd * lr * step) ** alpha))
+def is_of_floats(group: Group) -> bool:
+    """Whether a group's scalars are Python's own numbers, whose arithmetic is that of doubles."""
+    return all(type(group[name]) in (float, int) for name in ("lr", "lambd", "alpha", "t0"))
+
+
+def scalars_in_types(group: Group, eta: float, step: float) -> tuple[Any, Any, Any]:
+    """Return what torch's expressions give in the types that a group's hyperparameters have.
+
+    NumPy's scalars and tensors have an arithmetic of their own, and other last bits than floats.
+
+    Parameters
+    ----------
+    group : dict
+    eta : float
+        Of the step that is made.
+    step : float
+        Its number.
+
+    Returns
+    -------
+    decay, eta, mu : float, NumPy scalar or array, or Tensor
+        What the step multiplies params by; the others for the next step. Each of one number.
+    """
+    lr, lambd = group["lr"], group["lambd"]
+    if isinstance(lr, Tensor):
+        lr = lr.detach().squeeze()
+    next_eta = lr / ((1 + lambd * lr * step) ** group["alpha"])
+    return 1 - lambd * eta, next_eta, 1 / max(1, step - group["t0"])
 
 
 def number(name: str, value: Any) -> float:
@@ -79,6 +112,6 @@ def number(name: str, value: Any) -> float:
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+        return float(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(f"{name}: expected a real number, got {value!r}") from error

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack  # 2.4 and later
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack  # 2.4 and later
 from torch._C._autograd import _profiler_enabled  # 2.4 and later
 from torch._C._functorch import peek_interpreter_stack  # 2.4 and later
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.fx.experimental.proxy_tensor import get_proxy_mode  # 2.4 and later
+from torch.nn.utils import parametrize
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = [
     "FOREACH_TAKES_HOST_SCALARS",
+    "alike",
+    "are_flattened",
+    "call_post_hooks",
     "check_graph_capture",
+    "forget_copies",
     "has_observers",
     "increment_versions",
     "is_watched",
+    "local_tensor",
 ]
 
 # As factors of tensors on a GPU; before 2.7 torch's loop over params takes them instead.
@@ -35,12 +46,22 @@ def has_observers(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def call_post_hooks(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Call what is to be called after the step of an optimizer."""
+    for hooks in (optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks):
+        for hook in hooks.values():
+            hook(optimizer, args, kwargs)
+
+
 def is_watched() -> bool:
     """Whether a mode or transform of torch is to see every operation, so that none is left out."""
     return (
         _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
+        or (_len_torch_function_stack() > 0 and get_proxy_mode() is not None)
     )
 
 
@@ -52,6 +73,19 @@ def check_graph_capture(optimizer: Any) -> None:
         optimizer._cuda_graph_capture_health_check()
 
 
+def alike(tensor: Any, other: Any) -> bool:
+    """Whether elements stand in the same places of two DTensors."""
+    one, two = tensor._spec, other._spec  # of all versions
+    return bool(
+        one.placements == two.placements and one.mesh == two.mesh and one.shape == two.shape
+    )
+
+
+def local_tensor(tensor: Any) -> Any:
+    """Return the tensor that a DTensor wraps; ``to_local`` is part of autograd's graph."""
+    return tensor._local_tensor  # of all versions
+
+
 def increment_versions(tensors: list[torch.Tensor]) -> None:
     """Tell autograd that tensors have changed, so that it refuses a backward through old values."""
     if _TAKES_LISTS:
@@ -59,6 +93,27 @@ def increment_versions(tensors: list[torch.Tensor]) -> None:
     else:
         for tensor in tensors:
             increment_version(tensor)
+
+
+def forget_copies() -> None:
+    """Let the next forward of each model read the params, where torch has kept copies of them.
+
+    Autocast keeps them in other dtypes, `parametrize.cached` what was computed from them, and
+    `fully_shard` the params gathered from all ranks.
+    """
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
+    composable = sys.modules.get("torch.distributed._composable_state")  # where fully_shard is used
+    for module in [] if composable is None else list(composable._module_state_mapping):
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def are_flattened(params: Iterable[torch.Tensor]) -> bool:
+    """Whether some are parts of a FullyShardedDataParallel module, which keeps copies of them."""
+    return "torch.distributed.fsdp" in sys.modules and any(
+        getattr(param, "_fsdp_flattened", False) for param in params
+    )
 
 
 def _takes_lists() -> bool:

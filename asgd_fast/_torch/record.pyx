@@ -2,7 +2,13 @@
 
 A sealed record keeps step, eta and mu as numbers, which the engine may read and write without
 asking, since nobody else knows them. An open one has them as tensors, which somebody may hold,
-replace or move: they are asked for in each step. This module knows no groups and no steps.
+replace or move: they are asked for in each step. Where a record has what:
+
+            step, eta, mu                        average, once `has_average`
+    sealed  `now`, or a GPU (`device_scalars`)   `_ax`, nobody else's until a checkpoint `is_shown`
+    open    the dict's tensors, maybe a GPU's    the dict's "ax"; if not there, somebody removed it
+
+This module knows no groups and no steps.
 """
 
 from cpython.dict cimport PyDict_Size
@@ -23,8 +29,10 @@ cdef tuple _NAMES = SCALARS
 
 def scalar_tensor(double value, dtype):
     """A number as a tensor of no dimension of the host, whatever modes and defaults torch is in."""
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype, device="cpu")
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # 2 us, as long as all the rest
+            return torch.scalar_tensor(value, dtype=dtype, device="cpu")
+    return torch.scalar_tensor(value, dtype=dtype, device="cpu")
 
 
 cdef class Record(dict):
@@ -52,27 +60,23 @@ cdef class Record(dict):
         self.is_open = self.is_shown = True
         self.t0 = NAN
 
-    def seal(self, param, scalars, *, bint is_double, bint is_lazy, average_dtype, t0=None):
-        """Become the sealed state of a param, which has no average yet.
+    def seal(self, scalars, *, bint is_double):
+        """Keep the entries, of which nobody else has the tensors, outside of the dict.
 
         Parameters
         ----------
-        param : Tensor
-        scalars : tuple of float
+        scalars : sequence of float
             step, eta and mu.
         is_double : bool
-            Whether the scalars are float64 rather than float32.
-        is_lazy : bool
-        average_dtype : torch.dtype
-        t0 : float, optional
-            Of this param alone.
+            Whether they are float64 rather than float32.
         """
-        self.bind(param, is_lazy=is_lazy, average_dtype=average_dtype)
-        self.is_open = self.is_shown = False
-        self.is_double = is_double
-        self.now.step, self.now.eta, self.now.mu = scalars
+        self._ax = dict.get(self, "ax")
+        t0 = dict.get(self, "t0")
         self.t0 = NAN if t0 is None else t0
-        return self
+        self.now.step, self.now.eta, self.now.mu = scalars
+        self.is_double = is_double
+        dict.clear(self)
+        self.is_open = self.is_shown = False
 
     def bind(self, param, *, bint is_lazy, average_dtype):
         """Become the state of a param, as it stands."""

@@ -1,12 +1,11 @@
-"""The state of a torch optimizer: how it is made, read by others, saved and loaded.
+"""The state of a torch optimizer: how each param gets its own, from whatever stands in its place.
 
-This module knows params, their states and checkpoints; it does not know how a step is made.
+This module knows params, groups and their states; it knows neither steps nor checkpoints.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict
-from contextlib import contextmanager
+from collections import OrderedDict
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -14,49 +13,36 @@ import torch
 from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
-from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, number
-from asgd_fast._torch.memory import is_ordinary
+from asgd_fast._torch.conversions import copy_as, has_engine, is_shared
+from asgd_fast._torch.groups import number
 from asgd_fast._torch.record import SCALARS, Record, scalar_tensor
-from asgd_fast.cuda.scalars import DeviceScalars
-from asgd_fast.threads import is_forked
+from asgd_fast._torch.scalars import floats, refuse_capture, scalar_dtype, to_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 
     from asgd_fast._torch.groups import Group
 
 __all__ = [
-    "SCALARS",
     "ParamState",
     "State",
-    "average_as_param",
-    "extent",
-    "floats",
-    "grad_as_param",
-    "loaded",
+    "adopt",
+    "find",
+    "has_steps",
     "new_average",
-    "owners_of",
-    "plain",
-    "protected",
-    "record_of",
-    "release",
     "start",
+    "start_before_first",
     "states_of",
-    "to_device",
-    "to_host",
-    "with_scalars",
+    "wide",
 ]
 
 State: TypeAlias = "MutableMapping[Tensor, Any]"
-
-# The types of device that engines are for. AMD's GPUs too go by the name of "cuda".
-DEVICES = ("cpu",) if torch.version.hip else ("cpu", "cuda")
 
 # The dtypes that have a wider one.
 _WIDENED = {torch.float16, torch.bfloat16, torch.float32, torch.complex32, torch.complex64}
 
 # The t0 with which the first iterate of all is the first one in the average.
-_T0_BEFORE_FIRST = -1.0
+_BEFORE_FIRST = -1.0
 
 
 class ParamState(Record):
@@ -77,7 +63,7 @@ class ParamState(Record):
 
     def param_as_average(self) -> Tensor:
         """Return a copy of the param in the dtype of its average."""
-        return _copy_of(self.source, self.average_dtype)
+        return copy_as(self.source, self.average_dtype)
 
     def complete(self) -> dict[str, Any]:
         """Return the entries as torch has them, an average among them, as a plain dict."""
@@ -86,6 +72,13 @@ class ParamState(Record):
             return contents
         others = {name: contents.pop(name) for name in list(contents) if name not in SCALARS}
         return {**contents, "ax": self.param_as_average(), **others}
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names that a checkpoint has: torch's tools load what is named here."""
+        names = list(self.keys())
+        if self.param is not None and names and "ax" not in names:
+            names.append("ax")
+        return iter(names)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Be copied and pickled as a dict that ``torch.load`` takes with ``weights_only``."""
@@ -105,7 +98,7 @@ def _opening(name: str) -> Any:
 
 
 for _name in (
-    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__"),
+    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__len__"),
     *("__ne__", "__or__", "__repr__", "__reversed__", "__ror__", "__setitem__", "clear", "copy"),
     *("get", "items", "keys", "pop", "popitem", "setdefault", "update", "values"),
 ):
@@ -119,39 +112,87 @@ def wide(param: Tensor, average_dtype: torch.dtype | None) -> torch.dtype:
     return torch.promote_types(param.dtype, average_dtype)
 
 
-def owners_of(state: State) -> Counter[int]:
-    """Return of how many params each entry is the state, by the ids of the entries."""
-    return Counter(map(id, state.values()))
+def has_steps(found: Any) -> bool:
+    """Whether what stands in the place of a param's state is more than where its average begins.
+
+    Nobody else may learn of a sealed one by the question, which would open it.
+    """
+    if type(found) is ParamState and not found.is_open:
+        return True
+    return bool(found) and not found.keys() <= {"t0"}
 
 
-def record_of(
+def find(
     state: State,
     param: Tensor,
     group: Group,
+    adopted: dict[int, ParamState],
     *,
-    owners: Counter[int] | None,
     lazy: bool,
     average_dtype: torch.dtype | None,
 ) -> ParamState:
     """Return the state of a param, new where there is none; it is not put into the optimizer's.
 
-    The param's own is returned as it stands, inside `exchanged` too. What somebody else has put
-    there is taken over with its tensors. An entry that is another param's too is returned as it is.
+    It is another param's where both have the same entries: with one dict for two, torch steps it
+    twice.
 
     Parameters
     ----------
     state : dict of Tensor to dict
         The optimizer's.
     param : Tensor
-        With a gradient.
     group : dict
         The param's.
-    owners : Counter of int, optional
-        What `owners_of` returns; None for a param that has no state yet.
+    adopted : dict of int to ParamState
+        What became of somebody else's entries, by their ids, since the same call for other params.
+    lazy, average_dtype
+        As for `adopt`.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As `adopt`.
+    """
+    found: Any = state.get(param)
+    if not has_steps(found):
+        return adopt(param, found or {}, group, lazy=lazy, average_dtype=average_dtype)
+    is_known = type(found) is ParamState and found.param is not None
+    if is_known and (found.param is param or state.get(found.param) is found):
+        return cast("ParamState", found)
+    own = adopted.get(id(found))
+    if own is None:
+        own = adopt(param, found, group, lazy=lazy, average_dtype=average_dtype)
+        adopted[id(found)] = own
+    else:
+        own.has_average = True  # torch's function needs it
+    return own
+
+
+def adopt(
+    param: Tensor,
+    entry: Mapping[str, Any],
+    group: Group,
+    *,
+    lazy: bool,
+    average_dtype: torch.dtype | None,
+    is_own: bool = False,
+) -> ParamState:
+    """Return the state of a param, with the entries that are given.
+
+    Parameters
+    ----------
+    param : Tensor
+    entry : mapping of str to object
+        Without step, eta and mu, these are those before the first step.
+    group : dict
+        The param's.
     lazy : bool
         Whether averages are to exist only once they begin.
     average_dtype : torch.dtype, optional
         As for `wide`.
+    is_own : bool
+        Whether nobody else has the tensors, so that the state may be sealed, and an average may be
+        given up that has not begun: the next step would overwrite it.
 
     Raises
     ------
@@ -160,45 +201,50 @@ def record_of(
     RuntimeError
         A CUDA graph is being captured, of which making a state cannot be a part.
     """
-    found: Any = state.get(param)
-    if not found:
-        return _created(param, group, lazy=lazy, average_dtype=average_dtype)
-    is_known = type(found) is ParamState and found.param is not None
-    if is_known and found.param is not param and state.get(found.param) is found:
-        return cast("ParamState", found)
-    if owners is not None and owners[id(found)] > 1:
-        own = ParamState(found)
-        own.has_average = True  # torch's function needs it
+    own = ParamState(entry)
+    dtype = wide(param, average_dtype)
+    own.bind(param, is_lazy=lazy and not is_shared(param), average_dtype=dtype)
+    if not has_steps(entry):
+        refuse_capture(param)
+        dtype = scalar_dtype()
+        eta = scalar_tensor(_first_eta(group), dtype).item()
+        own.seal((0.0, eta, 1.0), is_double=dtype == torch.float64)
+        if not has_engine(param) or group["differentiable"]:
+            for name in SCALARS:  # which torch's own function is to find where it makes them
+                own[name] = own[name].to(param.device)
         return own
-    if is_known and found.param is param:
-        return cast("ParamState", found)
-    return _adopted(param, found, lazy=lazy, average_dtype=average_dtype)
+    if is_own and _is_fit_to_seal(own):
+        dtypes = {scalar_dtype(), *(getattr(own[name], "dtype", None) for name in SCALARS)}
+        own.seal(floats(own.scalars()), is_double=torch.float64 in dtypes)
+        is_captured = bool(group.get("capturable")) and param.is_cuda
+        if own.scalars()[2] != 1:
+            own.has_average = True
+        elif own.is_lazy and not is_captured:
+            own.ax = None
+        if is_captured:
+            to_device(own, param.device)
+    elif "mu" in own and param.device.type != "meta" and float(own["mu"]) != 1:
+        own.has_average = True
+    return own
 
 
-def _created(
-    param: Tensor, group: Group, *, lazy: bool, average_dtype: torch.dtype | None
-) -> ParamState:
-    """Return the state of a param before its first step."""
-    _refuse_capture(param)
+def _first_eta(group: Group) -> float:
+    """Return eta before the first step of a param."""
     lr = group["lr"].detach() if isinstance(group["lr"], Tensor) else group["lr"]
     lr = number("lr", lr)
     eta, _ = next_scalars(1, lr, group["lambd"], group["alpha"], group["t0"])
     if lr < 0 and not isfinite(eta):
         raise ValueError(f"Invalid learning rate: {lr} (1 + lambd * lr * step must stay above 0)")
-    dtype = scalar_dtype()
-    started = group.get("averaging_started") and group["t0"] != _T0_BEFORE_FIRST
-    own = ParamState.__new__(ParamState).seal(
-        param,
-        (0.0, scalar_tensor(lr, dtype).item(), 1.0),
-        is_double=dtype == torch.float64,
-        is_lazy=lazy and not _is_shared(param),
-        average_dtype=wide(param, average_dtype),
-        t0=_T0_BEFORE_FIRST if started else None,
+    return lr
+
+
+def _is_fit_to_seal(own: ParamState) -> bool:
+    """Whether a state holds what a sealed one can hold, in memory that no process shares."""
+    return (
+        has_engine(own.param)
+        and {*SCALARS} <= own.keys() <= {*SCALARS, "ax", "t0"}
+        and not any(is_shared(x) for x in own.values() if isinstance(x, Tensor))
     )
-    if not is_ordinary(param) or param.device.type not in DEVICES or group["differentiable"]:
-        for name in SCALARS:  # which torch's own function is to find where it makes them
-            own[name] = own[name].to(param.device)
-    return own
 
 
 def states_of(
@@ -212,164 +258,37 @@ def states_of(
         The optimizer's.
     groups : iterable of dict
         Some of its param_groups.
-    lazy : bool
-        Whether averages are to exist only once they begin.
-    average_dtype : torch.dtype, optional
-        As for `wide`.
+    lazy, average_dtype
+        As for `adopt`.
     """
-    owners = owners_of(state)
+    adopted: dict[int, ParamState] = {}
     states = []
     for group in groups:
         for param in group["params"]:
-            if not state.get(param):
+            if not has_steps(state.get(param)):
                 continue
-            own = record_of(
-                state, param, group, owners=owners, lazy=lazy, average_dtype=average_dtype
-            )
-            if own.param is param:
-                state[param] = own
-            else:  # another param's too
+            own = find(state, param, group, adopted, lazy=lazy, average_dtype=average_dtype)
+            state[param] = own
+            if own.param is not param:  # another param's too
                 dtype = wide(param, average_dtype)
                 own = ParamState(own).bind(param, is_lazy=False, average_dtype=dtype)
             states.append(own)
     return states
 
 
-def _adopted(
-    param: Tensor, found: Any, *, lazy: bool, average_dtype: torch.dtype | None
-) -> ParamState:
-    """Return the state of a param that was somebody else's, with the same tensors."""
-    own = found if type(found) is ParamState else ParamState(found)
-    is_lazy = lazy and not _is_shared(param)
-    dtype = own.average_dtype or wide(param, average_dtype)
-    own.bind(param, is_lazy=is_lazy, average_dtype=dtype)
-    if "mu" in own and float(own["mu"]) != 1:
-        own.has_average = True
-    return own
+def start(state: State, group: Group, states: Sequence[ParamState]) -> None:
+    """Make the next iterate of each param of a group the first one in its average.
 
-
-def loaded(
-    state: State, groups: Iterable[Group], *, lazy: bool, average_dtype: torch.dtype | None
-) -> defaultdict[Tensor, Any]:
-    """Return a state that torch has loaded, or that was copied or unpickled, as an optimizer's own.
-
-    Scalars and averages keep their precision, and averages get the dtype that they have in this
-    optimizer. One that has not begun is given up: the next step would overwrite it. Tensors that
-    are shared with other processes stay what they are.
+    Params that have made no step yet are averaged from their first iterate on.
 
     Parameters
     ----------
     state : dict of Tensor to dict
-        It stays as it is.
-    groups : iterable of dict
-        The optimizer's param_groups. With capturable=True a GPU gets the scalars of its params, and
-        all averages stay: the next step may be captured.
-    lazy : bool
-        Whether averages are to exist only once they begin.
-    average_dtype : torch.dtype, optional
-        As for `wide`.
-    """
-    result: defaultdict[Tensor, Any] = defaultdict(dict, state)
-    capturable = {id(p) for group in groups if group.get("capturable") for p in group["params"]}
-    for param, entry in state.items():
-        if not (isinstance(param, Tensor) and isinstance(entry, dict)):
-            continue
-        is_capturable = id(param) in capturable and param.is_cuda
-        ax = entry.get("ax")
-        if isinstance(ax, Tensor) and (param.is_floating_point() or ax.dtype == param.dtype):
-            entry = {**entry, "ax": ax.to(wide(param, average_dtype))}
-        if not entry.keys() >= set(SCALARS):
-            result[param] = entry
-            continue
-        is_shared = any(_is_shared(x) for x in entry.values() if isinstance(x, Tensor))
-        others = entry.keys() - {*SCALARS, "ax", "t0"}
-        if is_shared or others or not is_ordinary(param):
-            result[param] = _adopted(param, entry, lazy=lazy, average_dtype=average_dtype)
-            continue
-        dtypes = [x.dtype for x in map(entry.get, SCALARS) if isinstance(x, Tensor)]
-        own = ParamState.__new__(ParamState).seal(
-            param,
-            floats([entry[name] for name in SCALARS]),
-            is_double=torch.float64 in dtypes or scalar_dtype() == torch.float64,
-            is_lazy=lazy and not _is_shared(param),
-            average_dtype=wide(param, average_dtype),
-            t0=entry.get("t0"),
-        )
-        if "ax" in entry and (is_capturable or not own.is_lazy or own.scalars()[2] != 1):
-            own.ax = entry["ax"]
-        elif own.scalars()[2] != 1:
-            own.has_average = True  # which is missing
-        if is_capturable:
-            to_device(own, param.device)
-        result[param] = own
-    return result
-
-
-def protected(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint of copies, a hook before torch loads it.
-
-    Torch would share its tensors, and cast them to the dtype of their params. Hyperparameters that
-    a checkpoint of torch does not have stay as they are.
-    """
-    state = {}
-    with torch.inference_mode(False):  # which the copies are to outlive
-        for key, entry in state_dict["state"].items():
-            if isinstance(entry, dict):
-                entry = {
-                    name: _Kept(x.clone())
-                    if isinstance(x, Tensor) and name in (*SCALARS, "ax")
-                    else x
-                    for name, x in entry.items()
-                }
-            state[key] = entry
-    groups = state_dict["param_groups"]
-    if len(groups) == len(optimizer.param_groups):
-        groups = [
-            {**{name: own[name] for name in OWN_HYPERPARAMETERS}, **group}
-            for own, group in zip(optimizer.param_groups, groups, strict=True)
-        ]
-    return {**state_dict, "state": state, "param_groups": groups}
-
-
-class _Kept:
-    """A tensor of the state that torch is not to convert while it loads the rest."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def release(state: State) -> None:
-    """Put what `protected` kept from torch into the state that torch has loaded."""
-    for param, entry in state.items():
-        for name, value in entry.items() if isinstance(entry, dict) else ():
-            if isinstance(value, _Kept):
-                place = param.device if isinstance(param, Tensor) else value.tensor.device
-                entry[name] = value.tensor.to(place)
-
-
-def plain(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint in torch's form, a hook after torch has made it.
-
-    Scalars and averages that nobody has seen yet are made as tensors for it.
-    """
-    state = {
-        key: entry.complete() if isinstance(entry, ParamState) else entry
-        for key, entry in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}
-
-
-def start(states: Sequence[ParamState], group: Group) -> None:
-    """Make the next iterate of each param of a group the first one in its average.
-
-    Params that have no state yet are averaged from their first iterate on.
-
-    Parameters
-    ----------
-    states : sequence of ParamState
-        Of the group.
+        The optimizer's.
     group : dict
         One of the optimizer's param_groups.
+    states : sequence of ParamState
+        Of the group.
     """
     steps = floats([own.scalars()[0] for own in states])
     # The next one is number step + 1, and number t0 + 2 is the first.
@@ -380,154 +299,24 @@ def start(states: Sequence[ParamState], group: Group) -> None:
         if own.is_lazy and not group["capturable"]:  # a captured graph writes the average
             own.ax = None
     group["t0"] = t0
-    group["averaging_started"] = True
+    start_before_first(state, group)
+
+
+def start_before_first(state: State, group: Group) -> None:
+    """Let the averages of params that have made no step begin with their first iterate."""
+    for param in group["params"]:
+        if not has_steps(state.get(param)):
+            state.pop(param, None)
+            if group["t0"] != _BEFORE_FIRST:
+                state[param] = {"t0": _BEFORE_FIRST}
 
 
 def new_average(own: ParamState, *, copies: bool) -> Tensor:
     """Return memory for the average of a param, with the param in it if `copies`."""
-    _refuse_capture(own.param)
+    refuse_capture(own.param)
     if copies:
         return own.param_as_average()
     with torch.inference_mode(False), torch.no_grad():
         return torch.empty_like(
             own.param, dtype=own.average_dtype, memory_format=torch.preserve_format
         ).detach()
-
-
-@torch.no_grad()
-def grad_as_param(grad: Tensor, param: Tensor) -> Tensor | None:
-    """Return a gradient in its param's dtype and layout if that loses nothing, else None.
-
-    For gradients that repeat their memory torch may round in another way, so they stay with it.
-    """
-    like = torch.empty_like(param)
-    if (
-        type(grad) is not Tensor
-        or grad.layout != torch.strided
-        or grad.device != param.device
-        or grad.shape != param.shape
-        or 0 in grad.stride()
-        or grad.is_complex() != param.is_complex()
-        or torch.promote_types(grad.dtype, param.dtype) != param.dtype
-        or like.stride() != param.stride()
-    ):
-        return None
-    with _one_thread_if_forked():
-        return like.copy_(grad)
-
-
-@torch.no_grad()
-def average_as_param(ax: Any, param: Tensor) -> Tensor | None:
-    """Return an average in the layout that its param has taken on, else None."""
-    if (
-        type(ax) is not Tensor
-        or ax.layout != torch.strided
-        or ax.device != param.device
-        or ax.shape != param.shape
-        or ax.stride() == param.stride()
-        or ax.is_complex() != param.is_complex()
-        or ax.untyped_storage().nbytes() != ax.numel() * ax.itemsize  # part of something larger
-    ):
-        return None
-    with _one_thread_if_forked():
-        return torch.empty_like(param, dtype=ax.dtype).copy_(ax).detach()
-
-
-def to_host(own: ParamState) -> None:
-    """Read scalars from the GPU that had them; the host has them from now on."""
-    _refuse_capture(own.param)
-    own.move(None, tuple(floats(own.scalars())))
-
-
-def to_device(own: ParamState, device: torch.device) -> DeviceScalars:
-    """Let a GPU have the scalars from now on."""
-    _refuse_capture(own.param)
-    numbers = own.scalars()
-    is_double = any(getattr(x, "dtype", None) == torch.float64 for x in numbers)
-    dtype = torch.float64 if is_double else own.dtype
-    scalars = DeviceScalars(floats(numbers), device, dtype)
-    own.move(scalars)
-    return scalars
-
-
-def with_scalars(own: ParamState) -> None:
-    """Replace what somebody has put in the place of the scalars by tensors of the host."""
-    if own.missing():
-        return
-    dtypes = [getattr(own[name], "dtype", None) for name in SCALARS]
-    dtype = torch.float64 if torch.float64 in dtypes else scalar_dtype()
-    for name, value in zip(SCALARS, floats(own.scalars()), strict=True):
-        own[name] = scalar_tensor(value, dtype)
-
-
-def scalar_dtype() -> torch.dtype:
-    """Return torch's dtype of scalars: float32 unless its default dtype is float64.
-
-    Torch rounds them to a default dtype of half precision besides, which is not done here.
-    """
-    is_double = torch.get_default_dtype() is torch.float64
-    return torch.float64 if is_double else torch.float32
-
-
-def floats(scalars: Sequence[Any]) -> list[float]:
-    """Return numbers, or what tensors of one element have; waits once for each device."""
-    values = [0.0 if isinstance(x, Tensor) and x.is_cuda else float(x) for x in scalars]
-    there: dict[torch.device, list[int]] = {}
-    for i, x in enumerate(scalars):
-        if isinstance(x, Tensor) and x.is_cuda:
-            there.setdefault(x.device, []).append(i)
-    for places in there.values():
-        read = torch.stack([scalars[i].detach().reshape(()).double() for i in places]).tolist()
-        for i, value in zip(places, read, strict=True):
-            values[i] = value
-    return values
-
-
-def extent(tensor: Tensor | None) -> tuple[int, int]:
-    """Return where the memory of a tensor begins and ends; (0, 0) if it has no address."""
-    if tensor is None or tensor.device.type not in DEVICES or tensor.layout != torch.strided:
-        return 0, 0
-    if tensor.numel() == 0:
-        return 0, 0
-    try:
-        start = tensor.data_ptr()
-    except RuntimeError:  # a subclass that only wraps others
-        return 0, 0
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.itemsize
-
-
-def _copy_of(param: Tensor, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad(), _one_thread_if_forked():
-        return param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
-
-
-@contextmanager
-def _one_thread_if_forked() -> Iterator[None]:
-    """Let torch do without other threads in a forked process, which would wait for them forever."""
-    if not is_forked():
-        yield
-        return
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n)
-
-
-def _refuse_capture(param: Tensor) -> None:
-    """Refuse to make or move state of a param on a GPU in the capture of a graph.
-
-    Each replay would do it again.
-    """
-    if param.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "state: is made in the first step, and after hyperparameters such as capturable were "
-            "changed, which cannot be part of a CUDA graph; make a step before the capture"
-        )
-
-
-def _is_shared(tensor: Tensor) -> bool:
-    """Whether other processes may have the memory; torch says so of every GPU's."""
-    return tensor.device.type == "cpu" and tensor.is_shared()

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import tempfile
+import warnings
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -99,9 +101,10 @@ def stored(kind: Kind, compute_capability: tuple[int, int]) -> Binary:
     RuntimeError
         It cannot be compiled for that GPU.
     """
-    path = _folder() / f"{_digest(kind, compute_capability)}.cubin"
-    if not path.is_absolute():  # of nobody's home: where the process happens to be
+    folder = _folder()
+    if folder is None:
         return compiled(kind, compute_capability)
+    path = folder / f"{_digest(kind, compute_capability)}.cubin"
     found = _read(path)
     if found is None:
         found = compiled(kind, compute_capability)
@@ -236,8 +239,32 @@ def link(ptx: str, compute_capability: tuple[int, int]) -> tuple[bytes, str]:
     return bytes(cubin), report.decode(errors="replace")
 
 
-def _folder() -> Path:
-    return user_cache_path("asgd_fast") / "cuda"
+def _folder() -> Path | None:
+    """Return the folder of the kernels; None if there can be none that only this user writes to."""
+    folder = user_cache_path("asgd_fast") / "cuda"
+    if not folder.is_absolute():  # of nobody's home: where the process happens to be
+        return None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if _is_ours(folder.stat()):
+            return folder
+    except OSError:
+        return None
+    _warn(folder, "others may write to it; expected a folder of this user, of mode 0700")
+    return None
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Return whether a file or a folder is of this user, and nobody else may write to it."""
+    if not hasattr(os, "geteuid"):  # Windows, where the folder is in the user's profile
+        return True
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _warn(path: Path, reason: str) -> None:
+    message = f"kernels are compiled anew and not taken from {path}: {reason}"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _digest(kind: Kind, compute_capability: tuple[int, int]) -> str:
@@ -258,17 +285,31 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _opened(path: str, flags: int) -> int:
+    """Open a file that may be anything: no link is followed, and no writer to a FIFO waited for."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+
+
 # A file is the digest of all that follows, the entry's name in a line of its own, and the cubin.
 def _read(path: Path) -> Binary | None:
-    """Return the kernel in a file; None if there is none, or it is damaged."""
+    """Return the kernel in a file; None if there is none, or with a warning if it is not ours."""
     try:
-        data = path.read_bytes()
-    except OSError:
+        with open(path, "rb", opener=_opened) as stream:
+            status = os.fstat(stream.fileno())
+            if not (stat.S_ISREG(status.st_mode) and _is_ours(status)):
+                _warn(path, "expected a regular file of this user, to which nobody else may write")
+                return None
+            data = stream.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _warn(path, str(error.strerror))
         return None
     digest, rest = data[:32], data[32:]
-    if hashlib.sha256(rest).digest() != digest:
-        return None
     entry, _, cubin = rest.partition(b"\n")
+    if hashlib.sha256(rest).digest() != digest or not entry.isascii():
+        _warn(path, "the file is damaged")
+        return None
     return Binary(entry.decode(), cubin)
 
 
@@ -276,7 +317,6 @@ def _write(path: Path, binary: Binary) -> None:
     """Leave a kernel in a file, if that is allowed; whoever reads it finds all or nothing."""
     rest = binary.entry.encode() + b"\n" + binary.cubin
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
         file, temporary = tempfile.mkstemp(dir=path.parent)
         try:
             with os.fdopen(file, "wb") as stream:

@@ -180,7 +180,8 @@ def changed_entry(random, value):
             torch.tensor(number), torch.tensor([number, number]), torch.tensor([number]),
             torch.tensor(complex(number, 1)), torch.tensor([]), torch.tensor(True),
             torch.tensor(3, dtype=torch.int64), value[None], value.to(torch.float16),
-            value.to(torch.complex64), torch.zeros(7), torch.full(value.shape, number, dtype=torch.float64),
+            value.to(torch.complex64), torch.zeros(7),
+            torch.full(value.shape, number, dtype=torch.float64),
             [number], {}, np.float64(number),
         ]
     )  # fmt: skip

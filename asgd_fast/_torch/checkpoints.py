@@ -1,0 +1,230 @@
+"""Checkpoints of a torch optimizer: their form, which is torch's, and what is refused in them.
+
+torch's tools load what is named in both optimizers, so a checkpoint has torch's keys alone. Where
+`start` has begun averages at different step counts, the t0 of the group is the next float above its
+own: each param's is then step - t0 = 1 / mu, and params that have no state yet begin with their
+first iterate. To torch the two numbers are as good as equal.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import chain
+from math import inf, nextafter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from asgd_fast._torch.conversions import broadcasts
+from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, check_group, drop_usual, number
+from asgd_fast._torch.record import SCALARS, scalar_tensor
+from asgd_fast._torch.scalars import floats, scalar_dtype
+from asgd_fast._torch.state import ParamState, adopt, has_steps, start_before_first, wide
+from asgd_fast.schedule import check_scalar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from asgd_fast._torch.groups import Group
+    from asgd_fast._torch.state import State
+
+__all__ = ["check", "pack", "unpack"]
+
+# With average_every, mu is 0 in most steps. It is then saved as step - t0 times so little that an
+# average does not move by it.
+_LITTLE = 2.0**-100
+
+
+def pack(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint in torch's form, a hook after torch has made it.
+
+    Scalars and averages that nobody has seen yet are made as tensors for it.
+    """
+    state = {
+        key: entry.complete() if isinstance(entry, ParamState) else entry
+        for key, entry in state_dict["state"].items()
+    }
+    for group in state_dict["param_groups"]:
+        drop_usual(group)
+        entries = {key: state[key] for key in group["params"] if key in state}
+        if any("t0" in entry for entry in entries.values()):
+            for key in [key for key, entry in entries.items() if not has_steps(entry)]:
+                del state[key], entries[key]
+            state.update(_pack_starts(group, entries))
+    return {**state_dict, "state": state}
+
+
+def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint of copies, all of it checked, a hook before torch loads it.
+
+    Torch would share its tensors, and cast them to the dtype of their params. Hyperparameters that
+    a checkpoint of torch does not have stay as they are.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        An entry is missing, or is not what it may be.
+    """
+    groups = state_dict["param_groups"]
+    own_groups = optimizer.param_groups
+    if [len(group["params"]) for group in groups] != [len(own["params"]) for own in own_groups]:
+        return state_dict  # which torch refuses
+    keys = chain.from_iterable(group["params"] for group in groups)
+    params = chain.from_iterable(own["params"] for own in own_groups)
+    param_of = dict(zip(keys, params, strict=True))
+    state = {
+        key: _checked_copy(f"state[{key!r}]", entry, param_of[key]) if key in param_of else entry
+        for key, entry in state_dict["state"].items()
+    }
+    kept = [{name: own[name] for name in OWN_HYPERPARAMETERS if name in own} for own in own_groups]
+    groups = [{**own, **group} for own, group in zip(kept, groups, strict=True)]
+    for i, (own, group) in enumerate(zip(own_groups, groups, strict=True)):
+        _check_group(f"param_groups[{i}]", {**own, **group})
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def unpack(
+    state: State, groups: Iterable[Group], *, lazy: bool, average_dtype: torch.dtype | None
+) -> defaultdict[Tensor, Any]:
+    """Return a state that torch has loaded, or that was copied or unpickled, as an optimizer's own.
+
+    Scalars and averages keep their precision, and averages get the dtype that they have in this
+    optimizer. Tensors that are shared with other processes stay what they are.
+
+    Parameters
+    ----------
+    state : dict of Tensor to dict
+        It stays as it is.
+    groups : iterable of dict
+        The optimizer's param_groups. What checkpoints have besides is taken out of them.
+    lazy, average_dtype
+        As for `adopt`.
+    """
+    result: defaultdict[Tensor, Any] = defaultdict(dict, state)
+    for group in groups:
+        drop_usual(group)
+        entries = {p: _released(p, state[p]) for p in group["params"] if has_steps(state.get(p))}
+        was_started = group.pop("averaging_started", False)  # in checkpoints of 2026
+        if _unpack_starts(group, entries.values()) or was_started:
+            start_before_first(result, group)
+        for param, entry in entries.items():
+            ax = entry.get("ax")
+            if isinstance(ax, Tensor) and (param.is_floating_point() or ax.dtype == param.dtype):
+                entry["ax"] = ax.to(wide(param, average_dtype))
+            result[param] = adopt(
+                param, entry, group, lazy=lazy, average_dtype=average_dtype, is_own=True
+            )
+    return result
+
+
+def _pack_starts(group: Group, entries: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Put where the averages of params begin into the t0 of their group, if that can be undone."""
+    t0 = float(group["t0"])
+    if not t0.is_integer() or not all(entry.keys() >= {*SCALARS} for entry in entries.values()):
+        return entries
+    packed = {}
+    for key, entry in entries.items():
+        step, mu = floats([entry["step"], entry["mu"]])
+        start = entry.get("t0", t0)
+        if mu == 0:
+            entry = {**entry, "mu": torch.full_like(entry["mu"], (step - start) * _LITTLE)}
+        packed[key] = {name: x for name, x in entry.items() if name != "t0"}
+        if _start_of(packed[key], group) != start:
+            return entries
+    group["t0"] = nextafter(t0, inf)
+    return packed
+
+
+def _unpack_starts(group: Group, entries: Iterable[dict[str, Any]]) -> bool:
+    """Undo `_pack_starts`; whether there was anything to undo."""
+    packed = group.get("t0", 0)
+    t0 = nextafter(packed, -inf)
+    if packed == inf or float(packed).is_integer() or not t0.is_integer():
+        return False
+    group["t0"] = t0
+    for entry in entries:
+        start = _start_of(entry, group)
+        if "t0" not in entry and start != t0:
+            entry["t0"] = start
+        if 0 < entry["mu"] < _LITTLE * 2**40:
+            entry["mu"] = entry["mu"] * 0
+    return True
+
+
+def _start_of(entry: dict[str, Any], group: Group) -> float:
+    """Return the t0 by which a param has its mu, in a group of which all averages were started."""
+    step, mu = floats([entry["step"], entry["mu"]])
+    if mu < _LITTLE * 2**40:
+        return step - mu / _LITTLE
+    if not mu <= 1:  # which somebody has put there
+        return float(group["t0"])
+    every: int = group.get("average_every", 1)
+    return step - 1 - (round(1 / mu) - 1) * every
+
+
+class _Kept:
+    """A tensor of the state that torch is not to convert while it loads the rest."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def _released(param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry with the tensors that were kept from torch, and tensors for plain numbers."""
+    entry = {name: x.tensor if isinstance(x, _Kept) else x for name, x in entry.items()}
+    for name in SCALARS:
+        if isinstance(entry.get(name), (int, float)):  # as torch had them in 2020
+            entry[name] = scalar_tensor(entry[name], scalar_dtype()).to(param.device)
+    return entry
+
+
+def _checked_copy(name: str, entry: Any, param: Tensor) -> dict[str, Any]:
+    """Return an entry of a checkpoint with tensors of its own, or refuse it."""
+    if not isinstance(entry, dict):
+        raise TypeError(f"{name}: expected a dict, got {type(entry).__name__}")
+    # An empty dict is what torch makes of an entry that a flattened checkpoint does not have.
+    names = (*SCALARS, "ax", "t0")
+    nothing = {key for key in names if isinstance(x := entry.get(key), dict) and not x}
+    copies = {key: x for key, x in entry.items() if key not in nothing}
+    if not has_steps(copies):
+        return copies
+    if missing := [key for key in SCALARS if key not in copies]:
+        raise KeyError(f"{name}: missing {missing}")
+    for key in SCALARS:
+        _check_number(f"{name}[{key!r}]", copies[key])
+    if "t0" in copies:
+        copies["t0"] = check_scalar(f"{name}['t0']", copies["t0"], low=-inf)
+    ax = copies.get("ax", param)
+    if not isinstance(ax, Tensor):
+        raise TypeError(f"{name}['ax']: expected a tensor, got {type(ax).__name__}")
+    if not broadcasts(param.shape, ax.shape):
+        raise ValueError(
+            f"{name}['ax']: shape {tuple(ax.shape)} does not match its param of shape "
+            f"{tuple(param.shape)}"
+        )
+    with torch.inference_mode(False), torch.no_grad():  # which the copies are to outlive
+        for key in (*SCALARS, "ax"):
+            if isinstance(x := copies.get(key), Tensor):
+                copies[key] = _Kept(x.detach().to(param.device, copy=True))
+    return copies
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Refuse what is neither a real number nor a tensor that has one."""
+    if not isinstance(value, Tensor):
+        number(name, value)
+    elif value.numel() != 1:
+        raise ValueError(f"{name}: expected one number, got a tensor of shape {tuple(value.shape)}")
+    elif value.is_complex():
+        raise TypeError(f"{name}: expected a real number, got a tensor of {value.dtype}")
+
+
+def _check_group(name: str, group: Group) -> None:
+    """Refuse the hyperparameters that a step would refuse, by the name of their group."""
+    try:
+        check_group(group)
+        for key in ("lr", "weight_decay"):
+            _check_number(key, group[key])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error

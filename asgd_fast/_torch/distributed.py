@@ -1,0 +1,68 @@
+"""The part of a DTensor on this rank, which an elementwise update needs alone.
+
+This module knows DTensors by what is the same on all ranks. So all decide alike whether an engine
+takes one; else some would wait for ever for a gradient that others do not redistribute.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asgd_fast._torch.internals import alike, local_tensor
+from asgd_fast._torch.memory import is_ordinary
+
+__all__ = ["has_memory", "part_of", "redistributed"]
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a DTensor, and no subclass; without importing what makes them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and type(tensor) is module.DTensor
+
+
+def has_memory(tensor: Any) -> bool:
+    """Whether engines may know its memory: an ordinary tensor's, or that of a DTensor's part."""
+    return is_ordinary(tensor) or (is_dtensor(tensor) and not has_sums(tensor))
+
+
+def has_sums(tensor: Any) -> bool:
+    """Whether the elements of a DTensor are sums over the ranks."""
+    return any(each.is_partial() for each in tensor.placements)
+
+
+def part_of(tensor: Any, like: Any = None) -> Tensor | None:
+    """Return the ordinary tensor that a DTensor has on this rank; else None.
+
+    Parameters
+    ----------
+    tensor : object
+    like : DTensor, optional
+        None is returned, too, if elements stand in other places of it.
+    """
+    if not is_dtensor(tensor) or (has_sums(tensor) if like is None else not alike(tensor, like)):
+        return None
+    part = local_tensor(tensor)
+    return part if is_ordinary(part) else None
+
+
+@torch.no_grad()
+def redistributed(grad: Any, param: Any, *, sums: bool) -> Tensor | None:
+    """Return a gradient laid out as its param, if it is a DTensor of the same mesh; else None.
+
+    Parameters
+    ----------
+    grad : Tensor
+    param : DTensor
+    sums : bool
+        Whether it may be one whose elements are sums over the ranks.
+    """
+    if not is_dtensor(grad) or grad.device_mesh != param.device_mesh:
+        return None
+    if has_sums(grad) and not sums:
+        return None
+    result: Tensor = grad.redistribute(placements=param.placements)
+    return result

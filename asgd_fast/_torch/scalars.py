@@ -1,0 +1,83 @@
+"""step, eta and mu as numbers and as tensors, with the host or on a GPU.
+
+This module knows the scalars of states; it does not know what they are for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from asgd_fast._torch.record import SCALARS, scalar_tensor
+from asgd_fast.cuda.scalars import DeviceScalars
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from asgd_fast._torch.record import Record
+
+__all__ = ["floats", "refuse_capture", "scalar_dtype", "to_device", "to_host", "with_scalars"]
+
+
+def scalar_dtype() -> torch.dtype:
+    """Return torch's dtype of scalars: float32 unless its default dtype is float64.
+
+    Torch rounds them to a default dtype of half precision besides, which is not done here.
+    """
+    is_double = torch.get_default_dtype() is torch.float64
+    return torch.float64 if is_double else torch.float32
+
+
+def floats(scalars: Sequence[Any]) -> list[float]:
+    """Return numbers, or what tensors of one element have; waits once for each device."""
+    values = [0.0 if isinstance(x, Tensor) and x.is_cuda else float(x) for x in scalars]
+    there: dict[torch.device, list[int]] = {}
+    for i, x in enumerate(scalars):
+        if isinstance(x, Tensor) and x.is_cuda:
+            there.setdefault(x.device, []).append(i)
+    for places in there.values():
+        read = torch.stack([scalars[i].detach().reshape(()).double() for i in places]).tolist()
+        for i, value in zip(places, read, strict=True):
+            values[i] = value
+    return values
+
+
+def to_host(own: Record) -> None:
+    """Read scalars from the GPU that had them; the host has them from now on."""
+    refuse_capture(own.param)
+    own.move(None, tuple(floats(own.scalars())))
+
+
+def to_device(own: Record, device: torch.device) -> DeviceScalars:
+    """Let a GPU have the scalars from now on."""
+    refuse_capture(own.param)
+    numbers = own.scalars()
+    is_double = any(getattr(x, "dtype", None) == torch.float64 for x in numbers)
+    dtype = torch.float64 if is_double else own.dtype
+    scalars = DeviceScalars(floats(numbers), device, dtype)
+    own.move(scalars)
+    return scalars
+
+
+def with_scalars(own: Record) -> None:
+    """Replace what somebody has put in the place of the scalars by tensors of the host."""
+    if own.missing():
+        return
+    dtypes = [getattr(own[name], "dtype", None) for name in SCALARS]
+    dtype = torch.float64 if torch.float64 in dtypes else scalar_dtype()
+    for name, value in zip(SCALARS, floats(own.scalars()), strict=True):
+        own[name] = scalar_tensor(value, dtype)
+
+
+def refuse_capture(param: Tensor) -> None:
+    """Refuse to make or move state of a param on a GPU in the capture of a graph.
+
+    Each replay would do it again.
+    """
+    if param.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "state: is made in the first step, and after hyperparameters such as capturable were "
+            "changed, which cannot be part of a CUDA graph; make a step before the capture"
+        )

@@ -1,0 +1,204 @@
+"""Steps of DTensors and sharded models, beside torch's ASGD on ranks of gloo: the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
+
+from asgd_fast import ASGD
+
+# Of params whose shards are equal, unequal, and empty on some ranks.
+SHAPES = [(8, 4), (7, 3), (1, 5), (12,)]
+EQUAL_SHAPES = [(6, 4), (12,)]
+
+
+def placed(mesh, placements, dtype=torch.float32, shapes=SHAPES):
+    """Params that are the same in each call."""
+    torch.manual_seed(0)
+    return [
+        nn.Parameter(distribute_tensor(torch.randn(shape, dtype=dtype), mesh, placements))
+        for shape in shapes
+    ]
+
+
+def give_grads(params, step, placements=None, *, dtype=None):
+    """Gradients that are the same in each call with the same step."""
+    torch.manual_seed(step)
+    for param in params:
+        grad = torch.randn(param.shape, dtype=dtype or param.dtype)
+        if isinstance(param, DTensor):
+            grad = distribute_tensor(grad, param.device_mesh, placements or param.placements)
+        param.grad = grad
+
+
+def parts_of(tensors):
+    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+
+
+@torch.no_grad()
+def assert_same(ours, theirs, params, others, what):
+    """Params, averages and scalars have the same bits on this rank."""
+    assert_bits(params, others, what)
+    one, two = ours.state_dict()["state"], theirs.state_dict()["state"]
+    assert one.keys() == two.keys()
+    for key in one:
+        assert one[key].keys() == two[key].keys()
+        assert_bits(one[key].values(), two[key].values(), f"{what}, state {key}")
+
+
+def assert_bits(tensors, others, what):
+    for tensor, other in zip(parts_of(tensors), parts_of(others), strict=True):
+        assert tensor.dtype == other.dtype, what
+        assert torch.equal(tensor, other), what
+
+
+def beside_torch(mesh, placements, *, grads=None, steps=5, extra=0, shapes=SHAPES, **keywords):
+    """Step the same params with ours and torch's, from before averaging begins to after."""
+    params, others = (placed(mesh, placements, shapes=shapes) for _ in range(2))
+    for each in (params, others):
+        each += [nn.Parameter(torch.full((3,), 0.5)) for _ in range(extra)]
+    ours = ASGD(params, lr=0.1, t0=1, **keywords)
+    theirs = torch.optim.ASGD(others, lr=0.1, t0=1, foreach=False, **keywords)
+    for step in range(steps):
+        for each, optimizer in ((params, ours), (others, theirs)):
+            give_grads(each, step, grads)
+            optimizer.step()
+        what = f"{placements}, grads {grads}, {keywords}, step {step}"
+        assert_same(ours, theirs, params, others, what)
+    return ours, params
+
+
+def check_placements():
+    n = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (n,))
+    for placements in ([Shard(0)], [Replicate()]):
+        for keywords in ({}, {"weight_decay": 0.1, "maximize": True}, {"lambd": 0.01}):
+            beside_torch(mesh, placements, **keywords)
+        beside_torch(mesh, placements, extra=2)  # plain params in the same group
+
+
+def check_gradients_placed_otherwise():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for weight_decay in (0, 0.1):
+        for placements, grads in (
+            ([Shard(0)], [Replicate()]),
+            ([Replicate()], [Shard(0)]),
+            ([Replicate()], [Partial()]),
+            ([Shard(0)], [Partial()]),
+        ):
+            beside_torch(
+                # torch refuses in-place operations of unequal shards and whole tensors.
+                *(mesh, placements),
+                grads=grads,
+                weight_decay=weight_decay,
+                shapes=EQUAL_SHAPES,
+            )
+
+
+def check_two_dimensions():
+    mesh = init_device_mesh("cpu", (2, 2))
+    for placements in ([Replicate(), Shard(0)], [Shard(0), Shard(0)], [Shard(0), Replicate()]):
+        beside_torch(mesh, placements, weight_decay=0.1)
+
+
+def check_half_types():
+    """Each rank's part has the bits of a plain tensor: computed in float32 and rounded once."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for average_dtype in (None, torch.float32):
+        params = placed(mesh, [Shard(0)], torch.bfloat16)
+        plain = [nn.Parameter(param.detach().to_local().clone()) for param in params]
+        ours, like = (
+            ASGD(each, lr=0.1, t0=1, lambd=0.01, average_dtype=average_dtype)
+            for each in (params, plain)
+        )
+        for step in range(5):
+            give_grads(params, step)
+            for param, part in zip(params, plain, strict=True):
+                part.grad = param.grad.to_local().clone()
+            ours.step()
+            like.step()
+        assert_bits(params, plain, "bfloat16")
+        assert_bits(ours.averages, like.averages, "bfloat16")
+        assert all(type(ax) is DTensor for ax in ours.averages)
+
+
+def check_averages():
+    """Averages stand in for the params, and go back with the same bits; none exists too early."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ours, params = beside_torch(mesh, [Shard(0)], extra=1, steps=2)
+    assert all(param not in ours.state or "ax" not in ours.state[param] for param in params)
+    ours, params = beside_torch(mesh, [Shard(0)], extra=1)
+    iterates = [part.clone() for part in parts_of(param.detach() for param in params)]
+    averages = [part.clone() for part in parts_of(ours.averages)]
+    with ours.averaged_parameters():
+        assert_bits([param.detach() for param in params], averages, "inside")
+    assert_bits([param.detach() for param in params], iterates, "after")
+    assert_bits(ours.averages, averages, "after")
+
+
+def check_versions():
+    """A backward through values that a step has changed is refused, as for plain tensors."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    param = nn.Parameter(distribute_tensor(torch.randn(8), mesh, [Shard(0)]))
+    optimizer = ASGD([param], lr=0.1)
+    loss = (param * param).sum()
+    give_grads([param], 0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def check_fully_shard():
+    """fully_shard with mixed precision, offloaded to the CPU or not, beside torch's ASGD."""
+    for options in (
+        {},
+        {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
+    ):
+        trained = []
+        for kind, keywords in ((ASGD, {}), (torch.optim.ASGD, {"foreach": False})):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+            for layer in (model[0], model[2], model):
+                fully_shard(layer, **options)
+            optimizer = kind(model.parameters(), lr=0.1, t0=2, weight_decay=0.01, **keywords)
+            torch.manual_seed(dist.get_rank())
+            for _ in range(6):
+                optimizer.zero_grad()
+                model(torch.randn(4, 5)).square().mean().backward()
+                optimizer.step()
+            trained.append((optimizer, list(model.parameters())))
+        (ours, params), (theirs, others) = trained
+        assert_same(ours, theirs, params, others, options)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("n", [2, 3])
+def test_steps_have_the_bits_of_torch(n, tmp_path):
+    on_ranks(
+        n,
+        tmp_path,
+        check_placements,
+        check_gradients_placed_otherwise,
+        check_half_types,
+        check_averages,
+        check_versions,
+        check_fully_shard,
+    )
+
+
+@pytest.mark.heavy
+def test_two_dimensions_have_the_bits_of_torch(tmp_path):
+    on_ranks(4, tmp_path, check_two_dimensions)
