@@ -7,10 +7,12 @@ from importlib import import_module
 import pytest
 from reliability.common import Campaign
 
+pytestmark = pytest.mark.filterwarnings("ignore::asgd_fast.AveragingNotBegunWarning")
+
 # As much of a full campaign as takes some seconds.
 SCALES = {
-    "arrays": 0.01,
-    "array_lives": 0.02,
+    "arrays": 0.005,
+    "array_lives": 0.01,
     "capsules": 0.02,
     "checkpoints": 0.01,
     "beside_torch": 0.01,

@@ -1,6 +1,6 @@
-/* Memory that runs out: after `fail_at(n)`, the n-th allocation from then on fails, counted from 0.
-   For LD_PRELOAD with PYTHONMALLOC=malloc, in processes of one thread. The allocations of torch's
-   own C++ do not count: it ends the process where one fails. */
+/* Memory that runs out: after `fail_at(n, library)`, the n-th allocation from then on fails, counted
+   from 0, of those made by code of a library whose path has `library` in it. For LD_PRELOAD with
+   PYTHONMALLOC=malloc, in processes of one thread. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -15,9 +15,11 @@ void *__libc_memalign(size_t, size_t);
 
 static long remaining = -1; /* until one fails; negative: none does */
 static long failed;
+static const char *from;
 
-void fail_at(long n) {
+void fail_at(long n, const char *library) {
   failed = 0;
+  from = library;
   remaining = n;
 }
 
@@ -29,9 +31,7 @@ long stop_failing(void) {
 static int fails(const void *caller) {
   Dl_info library;
   if (remaining < 0) return 0;
-  if (dladdr(caller, &library) && library.dli_fname != NULL &&
-      (strstr(library.dli_fname, "/torch/") || strstr(library.dli_fname, "libstdc++")))
-    return 0;
+  if (!dladdr(caller, &library) || strstr(library.dli_fname, from) == NULL) return 0;
   if (remaining-- > 0) return 0;
   failed++;
   errno = ENOMEM;
