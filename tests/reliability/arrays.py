@@ -264,7 +264,7 @@ def check_large(seed_):
 def run(campaign):
     def check(call):
         campaign.counts["calls of asgd_"] += 1
-        campaign.counts["of them accepted"] += check_call(call)
+        campaign.counts["calls of asgd_ accepted"] += check_call(call)
 
     campaign.explore(30_000, calls(), check)
     for k in range(campaign.times(100)):

@@ -272,7 +272,7 @@ def run(campaign):
         campaign.counts["calls with faulty libraries"] += 1
         try:
             with quiet():
-                campaign.counts["of them accepted"] += check_call(case)
+                campaign.counts["calls with faulty libraries accepted"] += check_call(case)
         finally:
             forget_loans()
 

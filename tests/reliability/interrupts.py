@@ -103,7 +103,7 @@ def interrupted_steps(face, n, random, counts):
             signal.setitimer(signal.ITIMER_REAL, 0)
         found = subject.facts()
         counts[f"steps of {face} at which an interrupt was aimed"] += 1
-        counts["of them interrupted"] += is_interrupted
+        counts[f"steps of {face} interrupted"] += is_interrupted
         if found == after and (is_interrupted or before != after):
             continue
         assert (is_interrupted, found) == (True, before), f"{face}: step {k} is torn"

@@ -95,7 +95,9 @@ def run(campaign):
         )
         assert result.returncode == 0, f"CPython {version}:\n{result.stderr[-4000:]}"
         counts = json.loads(result.stdout.splitlines()[-1])
-        total = sum(n for name, n in counts.items() if "accepted" not in name)
+        total = sum(
+            n for name, n in counts.items() if not name.endswith(("accepted", "interrupted"))
+        )
         campaign.counts[f"trials by CPython {version}"] += total
 
 
