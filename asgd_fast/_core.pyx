@@ -9,7 +9,7 @@ import os
 from importlib import import_module
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t, uint16_t, uintptr_t
 from libc.string cimport memcpy
 
 from asgd_fast._cpu.loops cimport Loops
@@ -291,32 +291,24 @@ cdef void _put_average(
             (stop - start) * size)
         _assign(work, row, start, stop)
     else:
-        _swap(<char *>row.param + start * size, <char *>row.ax + start * size,
-              (stop - start) * size)
+        _swap(work, row, start, stop)
 
 
-cdef void _put_back(const Work *_work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
+cdef void _put_back(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
     cdef int64_t size = size_of(row.kind)
     if row.ax_size != size:
         memcpy(
             <char *>row.param + start * size, <char *>row.grad + start * size,
             (stop - start) * size)
     else:
-        _swap(<char *>row.param + start * size, <char *>row.ax + start * size,
-              (stop - start) * size)
+        _swap(work, row, start, stop)
 
 
-cdef void _swap(char *one, char *other, int64_t size) noexcept nogil:
-    cdef char unit[CACHE_LINE]
-    cdef int64_t _i
-    for _i in range(size // CACHE_LINE):
-        memcpy(unit, one, CACHE_LINE)
-        memcpy(one, other, CACHE_LINE)
-        memcpy(other, unit, CACHE_LINE)
-        one, other = one + CACHE_LINE, other + CACHE_LINE
-    memcpy(unit, one, size % CACHE_LINE)
-    memcpy(one, other, size % CACHE_LINE)
-    memcpy(other, unit, size % CACHE_LINE)
+cdef void _swap(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    cdef int64_t size = size_of(row.kind)
+    work.loops.swap(
+        <uint16_t *>(<char *>row.param + start * size),
+        <uint16_t *>(<char *>row.ax + start * size), (stop - start) * size // 2)
 
 
 cdef void _take_chunks(void *data) noexcept nogil:
