@@ -35,20 +35,17 @@ cdef extern from "simd.h":
         pass
     ctypedef struct bfloat16 "asgd_bfloat16":
         pass
-    float _widen_float16 "asgd_fast_widen_float16"(float16 half) noexcept nogil
     float16 _narrow_float16 "asgd_fast_narrow_float16"(float value) noexcept nogil
-    float _widen_bfloat16 "asgd_fast_widen_bfloat16"(bfloat16 half) noexcept nogil
     bfloat16 _narrow_bfloat16 "asgd_fast_narrow_bfloat16"(float value) noexcept nogil
 
     # Vectors of the SIMD level; single numbers where it has none. Cython, whose + and * become those
     # of C, takes them for numbers; for others than float and double, as fused types must differ.
     ctypedef long double floats "asgd_floats"
     ctypedef long long doubles "asgd_doubles"
-    ctypedef unsigned int words "asgd_words"
     ctypedef struct Unit "asgd_unit":
         floats one
         floats other
-    enum:  # how many there are in each
+    enum:  # how many numbers each has
         UNIT "ASGD_FAST_UNIT"
         FLOATS "ASGD_FAST_FLOATS"
         DOUBLES "ASGD_FAST_DOUBLES"
@@ -56,17 +53,16 @@ cdef extern from "simd.h":
     doubles _all_doubles "asgd_fast_all_doubles"(double value) noexcept nogil
     floats _fma_floats "asgd_fast_fma"(floats x, floats y, floats z) noexcept nogil
     doubles _part "asgd_fast_part"(floats values, int part) noexcept nogil
-    words _load "asgd_fast_load"(const void *halves) noexcept nogil
-    void _store "asgd_fast_store"(void *halves, words unit) noexcept nogil
     floats _load_floats "asgd_fast_load_floats"(const float *from_) noexcept nogil
     void _store_floats "asgd_fast_store_floats"(float *to, floats values) noexcept nogil
     doubles _load_doubles "asgd_fast_load_doubles"(const double *from_) noexcept nogil
     void _store_doubles "asgd_fast_store_doubles"(double *to, doubles values) noexcept nogil
-    Unit _unit_of_float16 "asgd_fast_unit_of_float16"(words unit) noexcept nogil
-    words _float16_of_unit "asgd_fast_float16_of_unit"(Unit unit) noexcept nogil
-    Unit _unit_of_bfloat16 "asgd_fast_unit_of_bfloat16"(words unit) noexcept nogil
-    Unit _bfloat16_in_order "asgd_fast_bfloat16_in_order"(words unit) noexcept nogil
-    words _bfloat16_of_unit "asgd_fast_bfloat16_of_unit"(Unit unit) noexcept nogil
+    Unit _load_float16 "asgd_fast_load_float16"(const float16 *from_) noexcept nogil
+    void _store_float16 "asgd_fast_store_float16"(float16 *to, Unit values) noexcept nogil
+    Unit _stored_float16 "asgd_fast_stored_float16"(Unit values) noexcept nogil
+    Unit _load_bfloat16 "asgd_fast_load_bfloat16"(const bfloat16 *from_) noexcept nogil
+    void _store_bfloat16 "asgd_fast_store_bfloat16"(bfloat16 *to, Unit values) noexcept nogil
+    Unit _stored_bfloat16 "asgd_fast_stored_bfloat16"(Unit values) noexcept nogil
 
 ctypedef fused half:
     float16
@@ -198,81 +194,79 @@ cdef inline void _update_units(
     cdef floats weight_decay = _all(<float>row.step.weight_decay)
     cdef floats grad_scale = _all(<float>row.step.grad_scale)
     cdef bint has_weight_decay = row.step.weight_decay != 0
+    # Read once: for all that a compiler knows, a store might change the step.
+    cdef floats mu = _all(<float>row.step.mu)
+    cdef doubles wide_mu = _all_doubles(row.step.mu)
+    cdef bint averages = row.step.mu != 1
     cdef Unit p
     cdef Unit g
-    cdef words rounded
     cdef int64_t _i
     for _i in range(n // UNIT):
-        p, g = _unit_of(param), _unit_of(grad)
+        p, g = _load(param), _load(grad)
         p.one = _step(
             p.one, g.one, neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
         p.other = _step(
             p.other, g.other, neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
-        rounded = _rounded(p, param)
-        _store(param, rounded)
-        param, grad = param + UNIT, grad + UNIT
+        _store(param, p)
         if ax != NULL:
             if average is float or average is double:
-                # It is of what the param has become.
-                _average_wide(row, _in_order(rounded, param), ax)
+                p = _stored(p, param)  # a wider average is of what the param has become
+                _average_wide(p.one, ax, averages, mu, wide_mu)
+                _average_wide(p.other, ax + FLOATS, averages, mu, wide_mu)
             else:
-                _average(row, p, rounded, ax)
+                _average(p, ax, averages, mu)
             ax = ax + UNIT
+        param, grad = param + UNIT, grad + UNIT
 
 
-cdef inline void _average(const Row *row, Unit p, words rounded, half *ax) noexcept nogil:
-    """Average a unit of params, or copy it as it was rounded."""
-    cdef floats mu = _all(<float>row.step.mu)
+cdef inline void _average(Unit p, half *ax, bint averages, floats mu) noexcept nogil:
+    """Average a unit of params, or copy it."""
     cdef Unit a
-    if row.step.mu != 1:
-        a = _unit_of(<const half *>ax)
-        a.one = _mean(a.one, p.one, mu)
-        a.other = _mean(a.other, p.other, mu)
-        rounded = _rounded(a, ax)
-    _store(ax, rounded)
+    if averages:
+        a = _load(<const half *>ax)
+        p.one = _mean(a.one, p.one, mu)
+        p.other = _mean(a.other, p.other, mu)
+    _store(ax, p)
 
 
-cdef inline void _average_wide(const Row *row, Unit p, mean *ax) noexcept nogil:
-    _average_floats(row, p.one, ax)
-    _average_floats(row, p.other, ax + FLOATS)
-
-
-cdef inline void _average_floats(const Row *row, floats p, mean *ax) noexcept nogil:
+cdef inline void _average_wide(
+    floats p, mean *ax, bint averages, floats mu, doubles wide_mu,
+) noexcept nogil:
     """Average a vector of params, or copy it."""
-    cdef int k
     cdef doubles part
+    cdef int k
     if mean is float:
-        if row.step.mu != 1:
-            p = _mean(_load_floats(ax), p, _all(<float>row.step.mu))
+        if averages:
+            p = _mean(_load_floats(ax), p, mu)
         _store_floats(ax, p)
     else:
         for k in range(FLOATS // DOUBLES):
             part = _part(p, k)
-            if row.step.mu != 1:
-                part = _mean(_load_doubles(ax), part, _all_doubles(row.step.mu))
-            _store_doubles(ax, part)
-            ax = ax + DOUBLES
+            if averages:
+                part = _mean(_load_doubles(ax + k * DOUBLES), part, wide_mu)
+            _store_doubles(ax + k * DOUBLES, part)
 
 
-cdef inline Unit _unit_of(const half *halves) noexcept nogil:
+cdef inline Unit _load(const half *halves) noexcept nogil:
     if half is float16:
-        return _unit_of_float16(_load(halves))
+        return _load_float16(halves)
     else:
-        return _unit_of_bfloat16(_load(halves))
+        return _load_bfloat16(halves)
 
 
-cdef inline Unit _in_order(words unit, const half *_kind) noexcept nogil:
+cdef inline void _store(half *halves, Unit values) noexcept nogil:
     if half is float16:
-        return _unit_of_float16(unit)
+        _store_float16(halves, values)
     else:
-        return _bfloat16_in_order(unit)
+        _store_bfloat16(halves, values)
 
 
-cdef inline words _rounded(Unit unit, const half *_kind) noexcept nogil:
+cdef inline Unit _stored(Unit values, const half *_kind) noexcept nogil:
+    """What the values become when they are stored, in the order of memory."""
     if half is float16:
-        return _float16_of_unit(unit)
+        return _stored_float16(values)
     else:
-        return _bfloat16_of_unit(unit)
+        return _stored_bfloat16(values)
 
 
 cdef inline void _narrow_halves(half *param, const mean *ax, int64_t n) noexcept nogil:

@@ -1,7 +1,7 @@
 /* What compilers do not make of plain loops: half types in vector registers. Every level has the same
-   functions, with the same bits. A unit of halves is one vector, as large as the level has them, and
-   becomes two vectors of floats; which half stands where is the half type's own affair, as long as the
-   elements of one type go together. Where the level has no vectors, a vector is one number. */
+   functions, with the same bits. A unit of halves becomes two vectors of floats; which half stands where
+   is the half type's own affair, as no element meets another. Where the level has no vectors, a vector
+   is one number. */
 
 #ifndef ASGD_FAST_SIMD_H
 #define ASGD_FAST_SIMD_H
@@ -9,38 +9,6 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-
-/* Vectors are the compiler's own, whose loads, stores, + and * are those of numbers: nothing is copied
-   by memcpy, which moves 16 bytes at a time, and no array stands between a load and a store. AVX2
-   stands for F16C too, which every processor with AVX2 has; setup.py asks for both. */
-#if defined(__GNUC__) && (defined(__AVX512F__) || defined(__AVX2__))
-#include <immintrin.h>
-#if defined(__AVX512F__)
-#define ASGD_FAST_VECTOR 64
-#else
-#define ASGD_FAST_VECTOR 32
-#endif
-typedef float asgd_floats __attribute__((vector_size(ASGD_FAST_VECTOR)));
-typedef double asgd_doubles __attribute__((vector_size(ASGD_FAST_VECTOR)));
-typedef uint32_t asgd_words __attribute__((vector_size(ASGD_FAST_VECTOR)));
-/* The same at any address of their elements. */
-typedef asgd_words asgd_loose_words __attribute__((aligned(2), may_alias));
-typedef asgd_floats asgd_loose_floats __attribute__((aligned(4), may_alias));
-typedef asgd_doubles asgd_loose_doubles __attribute__((aligned(8), may_alias));
-#define ASGD_FAST_FLOATS (ASGD_FAST_VECTOR / 4)
-#define ASGD_FAST_DOUBLES (ASGD_FAST_VECTOR / 8)
-#else
-#define ASGD_FAST_VECTOR 4
-typedef float asgd_floats;
-typedef double asgd_doubles;
-typedef uint32_t asgd_words;
-typedef float asgd_loose_floats;
-typedef double asgd_loose_doubles;
-#define ASGD_FAST_FLOATS 1
-#define ASGD_FAST_DOUBLES 1
-#endif
-#define ASGD_FAST_UNIT (ASGD_FAST_VECTOR / 2)
-typedef struct { asgd_floats one, other; } asgd_unit;
 
 /* Types of their own, so that neither is taken for the other. */
 typedef struct { uint16_t bits; } asgd_float16;
@@ -57,8 +25,6 @@ static inline uint32_t asgd_fast_bits(float value) {
     memcpy(&bits, &value, sizeof(bits));
     return bits;
 }
-
-/* Numbers, one at a time. */
 
 static inline float asgd_fast_widen_bfloat16(asgd_bfloat16 half) {
     return asgd_fast_float((uint32_t)half.bits << 16);
@@ -101,51 +67,69 @@ static inline asgd_float16 asgd_fast_narrow_float16(float value) {
     return half;
 }
 
-/* Units. */
+/* Vectors are the compiler's own, so that one is loaded, computed and stored as a number is: nothing is
+   an array between the load and the store, and nothing moves by memcpy, which compilers may cut into
+   16 bytes for which a load of 32 then waits. AVX2 stands for F16C too, which every processor with AVX2
+   has; setup.py asks for both. */
+#if defined(__GNUC__) && (defined(__AVX512F__) || defined(__AVX2__))
 
-/* Asks the memory for what comes 2 KiB later: a core has not room for so many halves on their way as
+#include <immintrin.h>
+
+#if defined(__AVX512F__)
+#define ASGD_FAST_VECTOR 64
+#define ASGD_FAST_MM(name) _mm512_##name
+typedef __m512i asgd_integers;
+typedef __m256i asgd_halves;
+#define ASGD_FAST_LOW(bits) _mm512_castsi512_si256(bits)
+#define ASGD_FAST_HIGH(bits) _mm512_extracti64x4_epi64(bits, 1)
+#define ASGD_FAST_LOW_FLOATS(values) _mm512_castps512_ps256(values)
+#define ASGD_FAST_HIGH_FLOATS(values) _mm512_extractf32x8_ps(values, 1)
+#else
+#define ASGD_FAST_VECTOR 32
+#define ASGD_FAST_MM(name) _mm256_##name
+typedef __m256i asgd_integers;
+typedef __m128i asgd_halves;
+#define ASGD_FAST_LOW(bits) _mm256_castsi256_si128(bits)
+#define ASGD_FAST_HIGH(bits) _mm256_extracti128_si256(bits, 1)
+#define ASGD_FAST_LOW_FLOATS(values) _mm256_castps256_ps128(values)
+#define ASGD_FAST_HIGH_FLOATS(values) _mm256_extractf128_ps(values, 1)
+#endif
+
+#define ASGD_FAST_FLOATS (ASGD_FAST_VECTOR / 4)
+#define ASGD_FAST_DOUBLES (ASGD_FAST_VECTOR / 8)
+typedef float asgd_floats __attribute__((vector_size(ASGD_FAST_VECTOR)));
+typedef double asgd_doubles __attribute__((vector_size(ASGD_FAST_VECTOR)));
+typedef uint32_t asgd_words __attribute__((vector_size(ASGD_FAST_VECTOR)));
+typedef struct { asgd_floats one, other; } asgd_unit;
+
+/* The same where memory need only be aligned to the elements. */
+typedef asgd_floats asgd_loose_floats __attribute__((aligned(4), may_alias));
+typedef asgd_doubles asgd_loose_doubles __attribute__((aligned(8), may_alias));
+typedef asgd_words asgd_loose_words __attribute__((aligned(2), may_alias));
+typedef asgd_halves asgd_loose_halves __attribute__((aligned(2), may_alias));
+
+/* Asks the memory for what comes 2 KiB later: a core has not room for so many instructions on halves as
    would keep its memory busy. One thread gained a tenth (Zen 3, 10 million bfloat16). */
 static inline void asgd_fast_ask(const void *address) {
-#if ASGD_FAST_VECTOR > 4
     __builtin_prefetch((const void *)((uintptr_t)address + 2048));
-#else
-    (void)address;
-#endif
 }
 
 static inline asgd_floats asgd_fast_all(float value) {
-#if ASGD_FAST_VECTOR > 4
     return value - (asgd_floats){0};
-#else
-    return value;
-#endif
 }
 
 static inline asgd_doubles asgd_fast_all_doubles(double value) {
-#if ASGD_FAST_VECTOR > 4
     return value - (asgd_doubles){0};
-#else
-    return value;
-#endif
 }
 
-static inline asgd_words asgd_fast_load(const void *halves) {
-    asgd_fast_ask(halves);
-#if ASGD_FAST_VECTOR > 4
-    return *(const asgd_loose_words *)halves;
-#else
-    asgd_words unit;
-    memcpy(&unit, halves, sizeof(unit));
-    return unit;
-#endif
+static inline asgd_floats asgd_fast_fma(asgd_floats x, asgd_floats y, asgd_floats z) {
+    return ASGD_FAST_MM(fmadd_ps)(x, y, z);
 }
 
-static inline void asgd_fast_store(void *halves, asgd_words unit) {
-#if ASGD_FAST_VECTOR > 4
-    *(asgd_loose_words *)halves = unit;
-#else
-    memcpy(halves, &unit, sizeof(unit));
-#endif
+/* The first or the second half of a vector. */
+static inline asgd_doubles asgd_fast_part(asgd_floats values, int part) {
+    return ASGD_FAST_MM(cvtps_pd)(
+        part == 0 ? ASGD_FAST_LOW_FLOATS(values) : ASGD_FAST_HIGH_FLOATS(values));
 }
 
 static inline asgd_floats asgd_fast_load_floats(const float *from) {
@@ -166,143 +150,97 @@ static inline void asgd_fast_store_doubles(double *to, asgd_doubles values) {
     *(asgd_loose_doubles *)to = values;
 }
 
-static inline asgd_floats asgd_fast_floats(asgd_words bits) {
-#if ASGD_FAST_VECTOR > 4
-    return (asgd_floats)bits;
-#else
-    return asgd_fast_float(bits);
-#endif
+/* Every other half, and those between. */
+static inline asgd_unit asgd_fast_load_bfloat16(const asgd_bfloat16 *from) {
+    asgd_fast_ask(from);
+    asgd_words bits = *(const asgd_loose_words *)from;
+    return (asgd_unit){(asgd_floats)(bits << 16), (asgd_floats)(bits & 0xFFFF0000)};
 }
 
-static inline asgd_words asgd_fast_words(asgd_floats values) {
-#if ASGD_FAST_VECTOR > 4
-    return (asgd_words)values;
-#else
-    return asgd_fast_bits(values);
-#endif
+/* As for a number, but that nans need no care: one that comes of bfloat16 numbers and of scalars is
+   quiet and has no digits to round. */
+static inline asgd_words asgd_fast_rounded_bfloat16(asgd_floats values) {
+    asgd_words bits = (asgd_words)values;
+    return bits + 0x7FFF + ((bits >> 16) & 1);
 }
 
-/* Every other half, and those between: no element crosses its vector. */
-static inline asgd_unit asgd_fast_unit_of_bfloat16(asgd_words unit) {
-    asgd_unit values = {asgd_fast_floats(unit << 16), asgd_fast_floats(unit & 0xFFFF0000u)};
-    return values;
+static inline asgd_words asgd_fast_pack_bfloat16(asgd_unit values) {
+    return (asgd_fast_rounded_bfloat16(values.one) >> 16)
+        | (asgd_fast_rounded_bfloat16(values.other) & 0xFFFF0000);
 }
 
-/* As of a number, but that nans need no care: those that come of bfloat16 numbers and of scalars have
-   no digits to round, and are quiet. */
-static inline asgd_words asgd_fast_round_bfloat16(asgd_floats values) {
-    asgd_words bits = asgd_fast_words(values);
-    return bits + 0x7FFFu + ((bits >> 16) & 1u);
+static inline void asgd_fast_store_bfloat16(asgd_bfloat16 *to, asgd_unit values) {
+    *(asgd_loose_words *)to = asgd_fast_pack_bfloat16(values);
 }
 
-static inline asgd_words asgd_fast_bfloat16_of_unit(asgd_unit values) {
-    return asgd_fast_round_bfloat16(values.one) >> 16
-        | (asgd_fast_round_bfloat16(values.other) & 0xFFFF0000u);
+/* What the unit becomes when it is stored, in the order of memory. */
+static inline asgd_unit asgd_fast_stored_bfloat16(asgd_unit values) {
+    asgd_integers bits = (asgd_integers)asgd_fast_pack_bfloat16(values);
+    asgd_words low = (asgd_words)ASGD_FAST_MM(cvtepu16_epi32)(ASGD_FAST_LOW(bits));
+    asgd_words high = (asgd_words)ASGD_FAST_MM(cvtepu16_epi32)(ASGD_FAST_HIGH(bits));
+    return (asgd_unit){(asgd_floats)(low << 16), (asgd_floats)(high << 16)};
 }
 
-#if ASGD_FAST_VECTOR == 64
-
-static inline asgd_floats asgd_fast_fma(asgd_floats x, asgd_floats y, asgd_floats z) {
-    return _mm512_fmadd_ps(x, y, z);
+/* In the order of memory. */
+static inline asgd_unit asgd_fast_load_float16(const asgd_float16 *from) {
+    asgd_fast_ask(from);
+    const asgd_loose_halves *halves = (const asgd_loose_halves *)from;
+    return (asgd_unit){ASGD_FAST_MM(cvtph_ps)(halves[0]), ASGD_FAST_MM(cvtph_ps)(halves[1])};
 }
 
-static inline asgd_doubles asgd_fast_part(asgd_floats values, int part) {
-    return _mm512_cvtps_pd(
-        part == 0 ? _mm512_castps512_ps256(values) : _mm512_extractf32x8_ps(values, 1));
+static inline asgd_halves asgd_fast_pack_float16(asgd_floats values) {
+    return ASGD_FAST_MM(cvtps_ph)(values, _MM_FROUND_TO_NEAREST_INT);
 }
 
-static inline asgd_unit asgd_fast_unit_of_float16(asgd_words unit) {
-    __m512i halves = (__m512i)unit;
-    asgd_unit values = {
-        _mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
-        _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
-    return values;
+static inline void asgd_fast_store_float16(asgd_float16 *to, asgd_unit values) {
+    asgd_loose_halves *halves = (asgd_loose_halves *)to;
+    halves[0] = asgd_fast_pack_float16(values.one);
+    halves[1] = asgd_fast_pack_float16(values.other);
 }
 
-static inline asgd_words asgd_fast_float16_of_unit(asgd_unit values) {
-    __m256i one = _mm512_cvtps_ph(values.one, _MM_FROUND_TO_NEAREST_INT);
-    __m256i other = _mm512_cvtps_ph(values.other, _MM_FROUND_TO_NEAREST_INT);
-    return (asgd_words)_mm512_inserti64x4(_mm512_castsi256_si512(one), other, 1);
-}
-
-static inline asgd_unit asgd_fast_bfloat16_in_order(asgd_words unit) {
-    __m512i halves = (__m512i)unit;
-    asgd_unit values = {
-        asgd_fast_floats(
-            (asgd_words)_mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves)) << 16),
-        asgd_fast_floats(
-            (asgd_words)_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1)) << 16)};
-    return values;
-}
-
-#elif ASGD_FAST_VECTOR == 32
-
-static inline asgd_floats asgd_fast_fma(asgd_floats x, asgd_floats y, asgd_floats z) {
-    return _mm256_fmadd_ps(x, y, z);
-}
-
-static inline asgd_doubles asgd_fast_part(asgd_floats values, int part) {
-    return _mm256_cvtps_pd(
-        part == 0 ? _mm256_castps256_ps128(values) : _mm256_extractf128_ps(values, 1));
-}
-
-static inline asgd_unit asgd_fast_unit_of_float16(asgd_words unit) {
-    __m256i halves = (__m256i)unit;
-    asgd_unit values = {
-        _mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
-        _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
-    return values;
-}
-
-static inline asgd_words asgd_fast_float16_of_unit(asgd_unit values) {
-    __m128i one = _mm256_cvtps_ph(values.one, _MM_FROUND_TO_NEAREST_INT);
-    __m128i other = _mm256_cvtps_ph(values.other, _MM_FROUND_TO_NEAREST_INT);
-    return (asgd_words)_mm256_inserti128_si256(_mm256_castsi128_si256(one), other, 1);
-}
-
-static inline asgd_unit asgd_fast_bfloat16_in_order(asgd_words unit) {
-    __m256i halves = (__m256i)unit;
-    asgd_unit values = {
-        asgd_fast_floats(
-            (asgd_words)_mm256_cvtepu16_epi32(_mm256_castsi256_si128(halves)) << 16),
-        asgd_fast_floats(
-            (asgd_words)_mm256_cvtepu16_epi32(_mm256_extracti128_si256(halves, 1)) << 16)};
-    return values;
+static inline asgd_unit asgd_fast_stored_float16(asgd_unit values) {
+    return (asgd_unit){
+        ASGD_FAST_MM(cvtph_ps)(asgd_fast_pack_float16(values.one)),
+        ASGD_FAST_MM(cvtph_ps)(asgd_fast_pack_float16(values.other))};
 }
 
 #else
 
-static inline asgd_floats asgd_fast_fma(asgd_floats x, asgd_floats y, asgd_floats z) {
-    return fmaf(x, y, z);
-}
+#define ASGD_FAST_FLOATS 1
+#define ASGD_FAST_DOUBLES 1
+typedef float asgd_floats;
+typedef double asgd_doubles;
+typedef struct { asgd_floats one, other; } asgd_unit;
 
-static inline asgd_doubles asgd_fast_part(asgd_floats values, int part) {
-    (void)part;
-    return values;
-}
+static inline float asgd_fast_all(float value) { return value; }
+static inline double asgd_fast_all_doubles(double value) { return value; }
+static inline float asgd_fast_fma(float x, float y, float z) { return fmaf(x, y, z); }
+static inline double asgd_fast_part(float value, int part) { return part == 0 ? value : 0; }
+static inline float asgd_fast_load_floats(const float *from) { return *from; }
+static inline void asgd_fast_store_floats(float *to, float value) { *to = value; }
+static inline double asgd_fast_load_doubles(const double *from) { return *from; }
+static inline void asgd_fast_store_doubles(double *to, double value) { *to = value; }
 
-static inline asgd_unit asgd_fast_unit_of_float16(asgd_words unit) {
-    asgd_float16 halves[2];
-    memcpy(halves, &unit, sizeof(unit));
-    asgd_unit values = {asgd_fast_widen_float16(halves[0]), asgd_fast_widen_float16(halves[1])};
-    return values;
-}
+#define ASGD_FAST_UNITS_OF(half)                                                                   \
+    static inline asgd_unit asgd_fast_load_##half(const asgd_##half *from) {                       \
+        asgd_unit values = {asgd_fast_widen_##half(from[0]), asgd_fast_widen_##half(from[1])};     \
+        return values;                                                                             \
+    }                                                                                              \
+    static inline void asgd_fast_store_##half(asgd_##half *to, asgd_unit values) {                 \
+        to[0] = asgd_fast_narrow_##half(values.one);                                               \
+        to[1] = asgd_fast_narrow_##half(values.other);                                             \
+    }                                                                                              \
+    static inline asgd_unit asgd_fast_stored_##half(asgd_unit values) {                            \
+        asgd_##half halves[2];                                                                     \
+        asgd_fast_store_##half(halves, values);                                                    \
+        return asgd_fast_load_##half(halves);                                                      \
+    }
 
-static inline asgd_words asgd_fast_float16_of_unit(asgd_unit values) {
-    asgd_float16 halves[2] = {
-        asgd_fast_narrow_float16(values.one), asgd_fast_narrow_float16(values.other)};
-    asgd_words unit;
-    memcpy(&unit, halves, sizeof(unit));
-    return unit;
-}
-
-static inline asgd_unit asgd_fast_bfloat16_in_order(asgd_words unit) {
-    asgd_bfloat16 halves[2];
-    memcpy(halves, &unit, sizeof(unit));
-    asgd_unit values = {asgd_fast_widen_bfloat16(halves[0]), asgd_fast_widen_bfloat16(halves[1])};
-    return values;
-}
+ASGD_FAST_UNITS_OF(float16)
+ASGD_FAST_UNITS_OF(bfloat16)
 
 #endif
+
+#define ASGD_FAST_UNIT (2 * ASGD_FAST_FLOATS)
 
 #endif
