@@ -57,6 +57,7 @@ cdef extern from "simd.h":
     void _store_floats "asgd_fast_store_floats"(float *to, floats values) noexcept nogil
     doubles _load_doubles "asgd_fast_load_doubles"(const double *from_) noexcept nogil
     void _store_doubles "asgd_fast_store_doubles"(double *to, doubles values) noexcept nogil
+    floats _load_narrowed "asgd_fast_load_narrowed"(const double *from_) noexcept nogil
     Unit _load_float16 "asgd_fast_load_float16"(const float16 *from_) noexcept nogil
     void _store_float16 "asgd_fast_store_float16"(float16 *to, Unit values) noexcept nogil
     Unit _stored_float16 "asgd_fast_stored_float16"(Unit values) noexcept nogil
@@ -270,12 +271,25 @@ cdef inline Unit _stored(Unit values, const half *_kind) noexcept nogil:
 
 
 cdef inline void _narrow_halves(half *param, const mean *ax, int64_t n) noexcept nogil:
-    cdef int64_t i
-    for i in range(n):
-        if half is float16:
+    cdef Unit unit
+    cdef int64_t i = 0
+    if half is float16:  # of bfloat16, compilers make vectors
+        while n - i >= UNIT:
+            unit.one, unit.other = _load_means(ax + i), _load_means(ax + i + FLOATS)
+            _store(param + i, unit)
+            i += UNIT
+        for i in range(i, n):
             param[i] = _narrow_float16(<float>ax[i])
-        else:
+    else:
+        for i in range(n):
             param[i] = _narrow_bfloat16(<float>ax[i])
+
+
+cdef inline floats _load_means(const mean *ax) noexcept nogil:
+    if mean is float:
+        return _load_floats(ax)
+    else:
+        return _load_narrowed(ax)
 
 
 cdef void _update_float32(const Row *row, int64_t start, int64_t stop) noexcept nogil:

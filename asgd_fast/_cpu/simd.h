@@ -84,6 +84,8 @@ typedef __m256i asgd_halves;
 #define ASGD_FAST_HIGH(bits) _mm512_extracti64x4_epi64(bits, 1)
 #define ASGD_FAST_LOW_FLOATS(values) _mm512_castps512_ps256(values)
 #define ASGD_FAST_HIGH_FLOATS(values) _mm512_extractf32x8_ps(values, 1)
+#define ASGD_FAST_JOIN_FLOATS(low, high) \
+    _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)
 #else
 #define ASGD_FAST_VECTOR 32
 #define ASGD_FAST_MM(name) _mm256_##name
@@ -93,6 +95,8 @@ typedef __m128i asgd_halves;
 #define ASGD_FAST_HIGH(bits) _mm256_extracti128_si256(bits, 1)
 #define ASGD_FAST_LOW_FLOATS(values) _mm256_castps256_ps128(values)
 #define ASGD_FAST_HIGH_FLOATS(values) _mm256_extractf128_ps(values, 1)
+#define ASGD_FAST_JOIN_FLOATS(low, high) \
+    _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1)
 #endif
 
 #define ASGD_FAST_FLOATS (ASGD_FAST_VECTOR / 4)
@@ -148,6 +152,12 @@ static inline asgd_doubles asgd_fast_load_doubles(const double *from) {
 
 static inline void asgd_fast_store_doubles(double *to, asgd_doubles values) {
     *(asgd_loose_doubles *)to = values;
+}
+
+static inline asgd_floats asgd_fast_load_narrowed(const double *from) {
+    return ASGD_FAST_JOIN_FLOATS(
+        ASGD_FAST_MM(cvtpd_ps)(asgd_fast_load_doubles(from)),
+        ASGD_FAST_MM(cvtpd_ps)(asgd_fast_load_doubles(from + ASGD_FAST_DOUBLES)));
 }
 
 /* Every other half, and those between. */
@@ -219,6 +229,7 @@ static inline double asgd_fast_part(float value, int part) { return part == 0 ? 
 static inline float asgd_fast_load_floats(const float *from) { return *from; }
 static inline void asgd_fast_store_floats(float *to, float value) { *to = value; }
 static inline double asgd_fast_load_doubles(const double *from) { return *from; }
+static inline float asgd_fast_load_narrowed(const double *from) { return (float)*from; }
 static inline void asgd_fast_store_doubles(double *to, double value) { *to = value; }
 
 #define ASGD_FAST_UNITS_OF(half)                                                                   \
