@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uint16_t, uintptr_t
 from libc.string cimport memcpy
 
 from asgd_fast._cpu.loops cimport Loops
-from asgd_fast._rows.rows cimport CACHE_LINE, CPU, Mirror, Row, Rows, size_of
+from asgd_fast._rows.rows cimport CACHE_LINE, CPU, N_KINDS, Mirror, Row, Rows, size_of
 
 cdef extern from *:
     """
@@ -138,11 +138,25 @@ def use_simd_level(level):
         This build or this processor does not have the level.
     """
     global _loops, _level
+    cdef Loops *found
     loops = _loops_of(level) if level in _supported() else None
     if loops is None:
         raise ValueError(f"SIMD level {level!r} is not available; expected one of {simd_levels()}")
-    _loops = <Loops *>PyCapsule_GetPointer(loops, b"asgd_fast.loops")
-    _level = level
+    found = <Loops *>PyCapsule_GetPointer(loops, b"asgd_fast.loops")
+    _check_complete(found)
+    _loops, _level = found, level
+
+
+cdef _check_complete(const Loops *loops):
+    """Raise SystemError if there are params that rows may have, and no loop for them."""
+    cdef int kind, ax_size
+    for kind in range(N_KINDS):
+        for ax_size in (2, 4, 8):
+            if ax_size < size_of(kind):
+                continue
+            if loops.update[kind][ax_size] == NULL or (
+                    ax_size != size_of(kind) and loops.narrow[kind][ax_size] == NULL):
+                raise SystemError(f"no loop for kind {kind} with averages of {ax_size} bytes")
 
 
 def _supported():

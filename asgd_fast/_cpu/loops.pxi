@@ -38,8 +38,8 @@ cdef extern from "simd.h":
     float16 _narrow_float16 "asgd_fast_narrow_float16"(float value) noexcept nogil
     bfloat16 _narrow_bfloat16 "asgd_fast_narrow_bfloat16"(float value) noexcept nogil
 
-    # Vectors of the SIMD level; single numbers where it has none. Cython, whose + and * become those
-    # of C, takes them for numbers; for others than float and double, as fused types must differ.
+    # Vectors of the SIMD level; single numbers where it has none. Cython takes them for numbers, as
+    # its + and * become those of C; for others than float and double, as fused types must differ.
     ctypedef long double floats "asgd_floats"
     ctypedef long long doubles "asgd_doubles"
     ctypedef struct Unit "asgd_unit":
@@ -157,8 +157,8 @@ cdef inline void _narrow_reals(
         param[i] = <real>ax[i]
 
 
-# float16 and bfloat16 are computed in float32. A unit of them stays in vector registers from its load
-# to its store: between the two, nothing is an array.
+# float16 and bfloat16 are computed in float32. A unit of them stays in vector registers from its
+# load to its store: between the two, nothing is an array.
 
 
 cdef inline void _update_halves(
