@@ -12,7 +12,7 @@ import torch
 
 from asgd_fast._rows.describe cimport data_of
 from asgd_fast._rows.dlpack cimport Borrowed, give_back, stream_of
-from asgd_fast._rows.rows cimport AX, CPU, GRAD, PARAM, Mirror, Row, Rows
+from asgd_fast._rows.rows cimport AX, CPU, FLOAT32, GRAD, PARAM, Mirror, Row, Rows
 from asgd_fast._schedule cimport Plan, Step, averages, mu_of, rounded
 from asgd_fast._torch.memory cimport is_ordinary, lend
 from asgd_fast._torch.record cimport Record
@@ -314,6 +314,9 @@ cdef class Work:
             with_scalars(record)
             if not record.read(mirror):
                 return False
+        if (record.is_double and record.now.mu != 1 and row.kind == FLOAT32
+                and self.rows.arrays[PARAM].tensor.ndim == 0):
+            return False  # torch promotes it to the dtype of mu, which has no dimension either
         if isnan(common.plan.lr):
             common.plan.lr = number("lr", self._lr)
         plan = common.plan
