@@ -94,9 +94,9 @@ def run_under(kind, arguments, timeout, **environment):
         check=False,
         timeout=timeout,
     )
-    for report in sorted(reports.iterdir()):
-        raise AssertionError(report.read_text()[:4000])
-    reports.rmdir()
+    found = "".join(report.read_text()[:4000] for report in sorted(reports.iterdir()))
+    shutil.rmtree(reports)
+    assert not found, found
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     return result.stdout
 
