@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::asgd_fast.AveragingNotBegunWarn
 
 # As much of a full campaign as takes some seconds.
 SCALES = {
-    "arrays": 0.005,
+    "arrays": 0.008,
     "array_lives": 0.01,
     "capsules": 0.02,
     "checkpoints": 0.01,

@@ -266,7 +266,7 @@ def run(campaign):
         campaign.counts["calls of asgd_"] += 1
         campaign.counts["calls of asgd_ accepted"] += check_call(call)
 
-    campaign.explore(30_000, calls(), check)
+    campaign.explore(20_000, calls(), check)
     for k in range(campaign.times(100)):
         check_large(campaign.seed + k)
         campaign.counts["steps of several threads"] += 1

@@ -282,7 +282,7 @@ def run(campaign):
     random = campaign.random()
     with interruptible():
         for face in FACES:
-            interrupted_steps(face, campaign.times(4000), random, campaign.counts)
+            interrupted_steps(face, campaign.times(2000), random, campaign.counts)
     killed_saves(campaign.times(60), random, campaign.counts)
     other_processes(campaign.times(60), campaign.counts)
     if sys.platform == "linux" and os.environ.get("LD_PRELOAD") is None:

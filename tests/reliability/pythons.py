@@ -82,7 +82,7 @@ def run(campaign):
     for version, path in interpreters().items():
         own = installed(version, path)
         program = TRIAL.format(
-            parts=", ".join(PARTS), seed=campaign.seed, scale=0.05 * campaign.scale
+            parts=", ".join(PARTS), seed=campaign.seed, scale=0.03 * campaign.scale
         )
         environment = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"}
         result = subprocess.run(
