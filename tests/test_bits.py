@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from averaging import asks_early
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Reference, exact_step
@@ -32,6 +33,7 @@ def equal(array, tensor):
     return np.array_equal(array, tensor.detach().numpy(), equal_nan=True)
 
 
+@asks_early
 @pytest.mark.heavy
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])

@@ -171,14 +171,14 @@ cdef class Record(dict):
             dict.__delitem__(self, "ax")
 
     @property
-    def start(self):
+    def own_t0(self):
         """The t0 of this param alone; None where that of the group holds."""
         if self.is_open:
             return dict.get(self, "t0")
         return None if isnan(self.t0) else self.t0
 
-    @start.setter
-    def start(self, t0):
+    @own_t0.setter
+    def own_t0(self, t0):
         self.t0 = NAN if t0 is None else t0
         if self.is_open:
             if t0 is not None:

@@ -294,7 +294,7 @@ def start(state: State, group: Group, states: Sequence[ParamState]) -> None:
     # The next one is number step + 1, and number t0 + 2 is the first.
     t0 = max(steps, default=0.0) - 1
     for own, step in zip(states, steps, strict=True):
-        own.start = step - 1 if step - 1 != t0 else None
+        own.own_t0 = step - 1 if step - 1 != t0 else None
         own.begin_anew(step)
         if own.is_lazy and not group["capturable"]:  # a captured graph writes the average
             own.ax = None
