@@ -295,6 +295,27 @@ def test_a_t0_that_was_put_into_an_entry_stays_there():
     assert other.state[p]["t0"] == 2.5
 
 
+@pytest.mark.parametrize("t0", [2.5, 2.0**47, 2.0**53])
+def test_where_averages_begin_is_kept_when_the_t0_of_the_group_cannot_show_it(t0):
+    """As it is no whole number, or so large that its last bits are no fractions."""
+    params = parameters((3,), (3,), dtype=torch.float64)
+    optimizer = ASGD(params)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    optimizer.start_averaging()
+    optimizer.param_groups[0]["t0"] = t0
+    other = ASGD(params)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.param_groups[0]["t0"] == t0
+    iterates = []
+    for _ in range(4):
+        params[1].grad = torch.randn_like(params[1])
+        other.step()
+        iterates.append(params[1].detach().clone())
+    mean = torch.stack(iterates).mean(dim=0)
+    torch.testing.assert_close(other.state[params[1]]["ax"], mean, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("mu", [0.3, 1.5, -1.0, float("nan")])
 def test_a_mu_that_was_put_in_survives_a_started_average(mu):
     p, q = params = parameters((3,), (3,))
