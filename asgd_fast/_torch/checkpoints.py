@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "pack", "unpack"]
 
+# Those that torch's groups have had in all versions.
+_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
+
 # How many units in its last place a marked t0 is above the whole number that it stands for. A t0
 # that somebody has computed, such as 0.07 * 100, is off by one or a few.
 _MARK = 165
@@ -82,6 +85,8 @@ def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[
     kept = [{name: own[name] for name in OWN_HYPERPARAMETERS if name in own} for own in own_groups]
     groups = [{**own, **group} for own, group in zip(kept, groups, strict=True)]
     for i, (own, group) in enumerate(zip(own_groups, groups, strict=True)):
+        if missing := [name for name in _HYPERPARAMETERS if name not in group]:
+            raise KeyError(f"param_groups[{i}]: missing {missing}")
         _check_group(f"param_groups[{i}]", {**own, **group})
     return {**state_dict, "state": state, "param_groups": groups}
 
@@ -204,6 +209,8 @@ def _checked_copy(name: str, entry: Any, param: Tensor) -> dict[str, Any]:
         raise KeyError(f"{name}: missing {missing}")
     for key in SCALARS:
         _check_number(f"{name}[{key!r}]", copies[key])
+        if not isinstance(copies[key], Tensor):
+            copies[key] = number(key, copies[key])  # NumPy's, too
     if "t0" in copies:
         copies["t0"] = check_scalar(f"{name}['t0']", copies["t0"], low=-inf)
     ax = copies.get("ax", param)
