@@ -9,11 +9,11 @@ import os
 from importlib import import_module
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t, uint16_t, uintptr_t
 from libc.string cimport memcpy
 
 from asgd_fast._cpu.loops cimport Loops
-from asgd_fast._rows.rows cimport CACHE_LINE, CPU, Mirror, Row, Rows, size_of
+from asgd_fast._rows.rows cimport CACHE_LINE, CPU, N_KINDS, Mirror, Row, Rows, size_of
 
 cdef extern from *:
     """
@@ -138,11 +138,25 @@ def use_simd_level(level):
         This build or this processor does not have the level.
     """
     global _loops, _level
+    cdef Loops *found
     loops = _loops_of(level) if level in _supported() else None
     if loops is None:
         raise ValueError(f"SIMD level {level!r} is not available; expected one of {simd_levels()}")
-    _loops = <Loops *>PyCapsule_GetPointer(loops, b"asgd_fast.loops")
-    _level = level
+    found = <Loops *>PyCapsule_GetPointer(loops, b"asgd_fast.loops")
+    _check_complete(found)
+    _loops, _level = found, level
+
+
+cdef _check_complete(const Loops *loops):
+    """Raise SystemError if there are params that rows may have, and no loop for them."""
+    cdef int kind, ax_size
+    for kind in range(N_KINDS):
+        for ax_size in (2, 4, 8):
+            if ax_size < size_of(kind):
+                continue
+            if loops.update[kind][ax_size] == NULL or (
+                    ax_size != size_of(kind) and loops.narrow[kind][ax_size] == NULL):
+                raise SystemError(f"no loop for kind {kind} with averages of {ax_size} bytes")
 
 
 def _supported():
@@ -291,32 +305,24 @@ cdef void _put_average(
             (stop - start) * size)
         _assign(work, row, start, stop)
     else:
-        _swap(<char *>row.param + start * size, <char *>row.ax + start * size,
-              (stop - start) * size)
+        _swap(work, row, start, stop)
 
 
-cdef void _put_back(const Work *_work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
+cdef void _put_back(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
     cdef int64_t size = size_of(row.kind)
     if row.ax_size != size:
         memcpy(
             <char *>row.param + start * size, <char *>row.grad + start * size,
             (stop - start) * size)
     else:
-        _swap(<char *>row.param + start * size, <char *>row.ax + start * size,
-              (stop - start) * size)
+        _swap(work, row, start, stop)
 
 
-cdef void _swap(char *one, char *other, int64_t size) noexcept nogil:
-    cdef char unit[CACHE_LINE]
-    cdef int64_t _i
-    for _i in range(size // CACHE_LINE):
-        memcpy(unit, one, CACHE_LINE)
-        memcpy(one, other, CACHE_LINE)
-        memcpy(other, unit, CACHE_LINE)
-        one, other = one + CACHE_LINE, other + CACHE_LINE
-    memcpy(unit, one, size % CACHE_LINE)
-    memcpy(one, other, size % CACHE_LINE)
-    memcpy(other, unit, size % CACHE_LINE)
+cdef void _swap(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    cdef int64_t size = size_of(row.kind)
+    work.loops.swap(
+        <uint16_t *>(<char *>row.param + start * size),
+        <uint16_t *>(<char *>row.ax + start * size), (stop - start) * size // 2)
 
 
 cdef void _take_chunks(void *data) noexcept nogil:

@@ -9,6 +9,7 @@ kept for long are recorded (``make bench-record``): many virtual machines share 
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from functools import wraps
@@ -34,9 +35,43 @@ def remember(name: str) -> None:
         MachineCollection.load(name)
     except UserError:
         found = {**Machine.get_defaults(), "machine": name, "os": platform.system()}
+        found["cpu"] = processor()
         if found["ram"].isdecimal():
             found["ram"] = f"{round(int(found['ram']) / 2**30)} GiB"
         MachineCollection.save(name, found)
+
+
+def processor() -> str:
+    """Return the processor's name and SIMD level: some virtual machines tell no more of the first.
+
+    Returns
+    -------
+    str
+    """
+    name: str = Machine.get_defaults()["cpu"]
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii").split()
+    except OSError:
+        return name
+    levels = {"avx512f": "avx512", "avx2": "avx2"}
+    return ", ".join([name, *[level for flag, level in levels.items() if flag in flags][:1]])
+
+
+def refuse_others(name: str) -> None:
+    """Raise UserError if the folder of that name has results of another processor.
+
+    Parameters
+    ----------
+    name : str
+    """
+    path = Path(__file__).parent / "results" / name / "machine.json"
+    if path.exists():
+        recorded = json.loads(path.read_text(encoding="utf-8"))["cpu"]
+        if recorded != processor():
+            raise UserError(
+                f"{name}: its results are of {recorded!r}, and this is {processor()!r}; "
+                "expected the name of another machine"
+            )
 
 
 def compare_this_machine() -> None:
@@ -60,5 +95,6 @@ def setup() -> None:
     """Do all of that; asv calls it when it loads the plugin."""
     remember(Machine.get_unique_machine_name())
     if "ASGD_FAST_MACHINE" in os.environ:
+        refuse_others(os.environ["ASGD_FAST_MACHINE"])
         remember(os.environ["ASGD_FAST_MACHINE"])
     compare_this_machine()

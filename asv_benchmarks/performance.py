@@ -524,10 +524,31 @@ def main() -> None:
             }
             for section, cases in results.items()
         }
-        text = json.dumps({"machine": machine, "median ns a step": medians}, indent=1)
-        (arguments.save / "performance.json").write_text(text + "\n")
+        _record(arguments.save / "performance.json", machine, medians)
         if {"large", "scaling", "backward"} <= results.keys():
             plot(results, arguments.save / "performance.png")
+
+
+def _record(path: Path, machine: dict[str, Any], medians: dict[str, Any]) -> None:
+    """Put the figures of this machine in the place of its own, and print all machines' shares."""
+    machines = json.loads(path.read_text()) if path.exists() else {}
+    name = f"{machine['processor']}, {machine['simd']}"
+    before = machines.get(name, {})
+    if before.get("machine") == machine:  # sections that were not measured again stay
+        medians = {**before["median ns a step"], **medians}
+    machines[name] = {"machine": machine, "median ns a step": medians}
+    path.write_text(json.dumps(machines, indent=1) + "\n")
+
+    shares: dict[str, dict[str, str]] = {}
+    for column, figures in machines.items():
+        for section in ("large", "halves", "averages"):
+            for case, times in figures["median ns a step"].get(section, {}).items():
+                share = f"{times[PLAIN] / times[OURS]:.2f}"
+                shares.setdefault(case, {})[column] = share
+    rows: list[list[object]] = [
+        [case, *(share.get(column, "") for column in machines)] for case, share in shares.items()
+    ]
+    table("Shares of the plain loop's speed, by machine", ["", *machines], rows)
 
 
 def _processor() -> str:

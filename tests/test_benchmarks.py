@@ -366,6 +366,25 @@ def test_compare_takes_this_machines_results(gate, published, tmp_path):
     assert "instructions.Loop.track_loop" in compared.stdout
 
 
+def test_no_results_are_written_among_those_of_another_processor(tmp_path):
+    """A folder that is said to be another processor's, and one that nobody has."""
+    folder = tmp_path / "results" / "theirs"
+    folder.mkdir(parents=True)
+    (folder / "machine.json").write_text('{"cpu": "another", "machine": "theirs"}')
+    shutil.copy(BENCHMARKS / "asv_machine.py", tmp_path)
+    for name, is_refused in (("theirs", True), ("ours", False)):
+        loaded = subprocess.run(
+            [sys.executable, "-c", "import asv_machine; asv_machine.setup()"],
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(tmp_path), "ASGD_FAST_MACHINE": name},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ("its results are of 'another'" in loaded.stderr) == is_refused, loaded.stderr
+        assert (loaded.returncode != 0) == is_refused
+
+
 # What the page loads from elsewhere, as Debian has it: libjs-jquery, libjs-jquery-flot and so on.
 SHARED = Path("/usr/share/javascript")
 LIBRARIES = (

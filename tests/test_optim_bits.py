@@ -357,3 +357,11 @@ def test_a_tensor_as_lr_where_torchs_function_steps_for_own_keywords():
         every.step()
         twins.step([torch.ones(3)])
         same(every.state[p]["eta"], twins.theirs.state[twins.theirs_params[0]]["eta"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("looks", [False, True])
+def test_params_of_no_dimension_with_double_scalars(looks, dtype, double_scalars):
+    """Torch promotes such a param to the dtype of mu while it averages."""
+    twins = Twins(parameters((), (3,), dtype=dtype), looks=looks, lr=0.3, lambd=0.1, t0=0)
+    twins.run(12)

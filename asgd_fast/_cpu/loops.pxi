@@ -7,7 +7,7 @@
 
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport fma, fmaf
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint16_t
 from libc.string cimport memcpy, memset
 
 from asgd_fast._cpu.loops cimport Loops
@@ -35,30 +35,70 @@ cdef extern from "simd.h":
         pass
     ctypedef struct bfloat16 "asgd_bfloat16":
         pass
-    void _widen_float16 "asgd_fast_widen_float16"(const float16 *, float *) noexcept nogil
-    void _narrow_float16 "asgd_fast_narrow_float16"(const float *, float16 *) noexcept nogil
-    void _widen_bfloat16 "asgd_fast_widen_bfloat16"(const bfloat16 *, float *) noexcept nogil
-    void _narrow_bfloat16 "asgd_fast_narrow_bfloat16"(const float *, bfloat16 *) noexcept nogil
+    float16 _narrow_float16 "asgd_fast_narrow_float16"(float value) noexcept nogil
+    bfloat16 _narrow_bfloat16 "asgd_fast_narrow_bfloat16"(float value) noexcept nogil
+
+    # Vectors of the SIMD level; single numbers where it has none. Cython takes them for numbers, as
+    # its + and * become those of C; for others than float and double, as fused types must differ.
+    ctypedef long double floats "asgd_floats"
+    ctypedef long long doubles "asgd_doubles"
+    ctypedef struct Unit "asgd_unit":
+        floats one
+        floats other
+    enum:  # how many numbers each has
+        UNIT "ASGD_FAST_UNIT"
+        FLOATS "ASGD_FAST_FLOATS"
+        DOUBLES "ASGD_FAST_DOUBLES"
+    floats _all "asgd_fast_all"(float value) noexcept nogil
+    doubles _all_doubles "asgd_fast_all_doubles"(double value) noexcept nogil
+    floats _fma_floats "asgd_fast_fma"(floats x, floats y, floats z) noexcept nogil
+    doubles _part "asgd_fast_part"(floats values, int part) noexcept nogil
+    floats _load_floats "asgd_fast_load_floats"(const float *from_) noexcept nogil
+    void _store_floats "asgd_fast_store_floats"(float *to, floats values) noexcept nogil
+    doubles _load_doubles "asgd_fast_load_doubles"(const double *from_) noexcept nogil
+    void _store_doubles "asgd_fast_store_doubles"(double *to, doubles values) noexcept nogil
+    floats _load_narrowed "asgd_fast_load_narrowed"(const double *from_) noexcept nogil
+    Unit _load_float16 "asgd_fast_load_float16"(const float16 *from_) noexcept nogil
+    void _store_float16 "asgd_fast_store_float16"(float16 *to, Unit values) noexcept nogil
+    Unit _stored_float16 "asgd_fast_stored_float16"(Unit values) noexcept nogil
+    Unit _load_bfloat16 "asgd_fast_load_bfloat16"(const bfloat16 *from_) noexcept nogil
+    void _store_bfloat16 "asgd_fast_store_bfloat16"(bfloat16 *to, Unit values) noexcept nogil
+    Unit _stored_bfloat16 "asgd_fast_stored_bfloat16"(Unit values) noexcept nogil
 
 ctypedef fused half:
     float16
     bfloat16
 
-# Elements that are loaded, computed and stored together where they are to stay in registers.
-cdef enum:
-    UNIT = 16
+ctypedef fused average:  # the numbers of an average of halves
+    float16
+    bfloat16
+    float
+    double
+
+ctypedef fused number:  # of a param: one, or a vector of them
+    float
+    double
+    floats
+
+ctypedef fused averaged:  # of an average, likewise
+    float
+    double
+    floats
+    doubles
 
 
-cdef inline real _fma(real x, real y, real z) noexcept nogil:
-    if real is float:
+cdef inline number _fma(number x, number y, number z) noexcept nogil:
+    if number is float:
         return fmaf(x, y, z)
-    else:
+    elif number is double:
         return fma(x, y, z)
+    else:
+        return _fma_floats(x, y, z)
 
 
-cdef inline real _step(
-    real p, real g, real neg_eta, real decay, bint has_weight_decay, real weight_decay,
-    real grad_scale,
+cdef inline number _step(
+    number p, number g, number neg_eta, number decay, bint has_weight_decay, number weight_decay,
+    number grad_scale,
 ) noexcept nogil:
     # Exact where there is nothing to scale: the factor is then 1, or -1 to maximize.
     g = g * grad_scale
@@ -67,7 +107,7 @@ cdef inline real _step(
     return _fma(neg_eta, g, p * decay)
 
 
-cdef inline mean _mean(mean ax, mean p, mean mu) noexcept nogil:
+cdef inline averaged _mean(averaged ax, averaged p, averaged mu) noexcept nogil:
     return ax + (p - ax) * mu
 
 
@@ -90,12 +130,14 @@ cdef inline void _update(
                 param[i], grad[i], neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
     elif row.step.mu == 1:
         for i in range(n):
-            p = _step(param[i], grad[i], neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
+            p = _step(
+                param[i], grad[i], neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
             param[i] = p
             ax[i] = <mean>p
     else:
         for i in range(n):
-            p = _step(param[i], grad[i], neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
+            p = _step(
+                param[i], grad[i], neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
             param[i] = p
             ax[i] = _mean(ax[i], <mean>p, mu)
 
@@ -115,146 +157,139 @@ cdef inline void _narrow_reals(
         param[i] = <real>ax[i]
 
 
-# float16 and bfloat16 are computed in float32, a unit at a time.
-
-# The scalars of a row, rounded once for all units, and what becomes of the average.
-cdef struct Halves:
-    float neg_eta
-    double mu
-    float decay
-    float weight_decay
-    float grad_scale
-    bint has_weight_decay
-    bint averages
-    bint copies
-    int ax_size
+# float16 and bfloat16 are computed in float32. A unit of them stays in vector registers from its
+# load to its store: between the two, nothing is an array.
 
 
 cdef inline void _update_halves(
-    const Row *row, half *param, const half *grad, int64_t start, int64_t stop,
+    const Row *row, half *param, const half *grad, average *ax, int64_t n,
 ) noexcept nogil:
-    cdef int64_t _i, n = stop - start
-    cdef Halves how
-    cdef int64_t ax_size = row.ax_size
-    cdef char *ax = NULL if row.ax == NULL else <char *>row.ax + start * ax_size
-    param, grad = param + start, grad + start
-    how.neg_eta = <float>-row.step.eta
-    how.mu = row.step.mu
-    how.decay = <float>row.step.decay
-    how.weight_decay = <float>row.step.weight_decay
-    how.grad_scale = <float>row.step.grad_scale
-    how.has_weight_decay = row.step.weight_decay != 0
-    how.averages = ax != NULL and row.step.mu != 1
-    how.copies = ax != NULL and row.step.mu == 1
-    how.ax_size = row.ax_size
-    for _i in range(n // UNIT):
-        _update_unit(&how, param, grad, ax)
-        param, grad = param + UNIT, grad + UNIT
-        ax = NULL if ax == NULL else ax + UNIT * ax_size
-    _update_part(&how, param, grad, ax, n % UNIT)
-
-
-cdef inline void _update_part(
-    const Halves *how, half *param, const half *grad, char *ax, int64_t n,
-) noexcept nogil:
-    """Update fewer elements than a unit."""
+    """Update n elements; without an average if ax is NULL."""
     cdef half p[UNIT]
     cdef half g[UNIT]
-    cdef double a[UNIT]
-    cdef size_t size = n * sizeof(half)
-    if n == 0:
-        return
-    memset(p, 0, sizeof(p))
-    memset(g, 0, sizeof(g))
-    memset(a, 0, sizeof(a))
-    memcpy(p, param, size)
-    memcpy(g, grad, size)
-    if ax != NULL:
-        memcpy(a, ax, n * how.ax_size)
-    _update_unit(how, p, g, <char *>a)
-    memcpy(param, p, size)
-    if ax != NULL:
-        memcpy(ax, a, n * how.ax_size)
+    cdef average a[UNIT]
+    cdef int64_t whole = n - n % UNIT
+    cdef size_t rest = n - whole
+    _update_units(row, param, grad, ax, whole)
+    if rest > 0:
+        param, grad, ax = param + whole, grad + whole, NULL if ax == NULL else ax + whole
+        memset(p, 0, sizeof(p))
+        memset(g, 0, sizeof(g))
+        memset(a, 0, sizeof(a))
+        memcpy(p, param, rest * sizeof(half))
+        memcpy(g, grad, rest * sizeof(half))
+        if ax != NULL:
+            memcpy(a, ax, rest * sizeof(average))
+        _update_units(row, p, g, a, UNIT)
+        memcpy(param, p, rest * sizeof(half))
+        if ax != NULL:
+            memcpy(ax, a, rest * sizeof(average))
 
 
-cdef inline void _update_unit(
-    const Halves *how, half *param, const half *grad, char *ax,
+cdef inline void _update_units(
+    const Row *row, half *param, const half *grad, average *ax, int64_t n,
 ) noexcept nogil:
-    cdef float p[UNIT]
-    cdef float g[UNIT]
-    cdef float a[UNIT]
-    cdef half halves[UNIT]
-    cdef int i
-    _widen(param, p)
-    _widen(grad, g)
-    for i in range(UNIT):
-        p[i] = _step(
-            p[i], g[i], how.neg_eta, how.decay, how.has_weight_decay, how.weight_decay,
-            how.grad_scale)
-    _narrow(p, halves)
-    memcpy(param, halves, sizeof(halves))
-    if how.ax_size != sizeof(half):
-        _widen(halves, p)  # a wider average is of what the param has become
-        if how.ax_size == sizeof(float):
-            _mean_of_unit(how, p, <float *>ax)
-        else:
-            _mean_of_unit(how, p, <double *>ax)
-    elif how.averages:
-        _widen(<half *>ax, a)
-        for i in range(UNIT):
-            a[i] = _mean(a[i], p[i], <float>how.mu)
-        _narrow(a, <half *>ax)
-    elif how.copies:
-        memcpy(ax, halves, sizeof(halves))
+    """Update n elements, a multiple of UNIT."""
+    cdef floats neg_eta = _all(<float>-row.step.eta)
+    cdef floats decay = _all(<float>row.step.decay)
+    cdef floats weight_decay = _all(<float>row.step.weight_decay)
+    cdef floats grad_scale = _all(<float>row.step.grad_scale)
+    cdef bint has_weight_decay = row.step.weight_decay != 0
+    # Read once: for all that a compiler knows, a store might change the step.
+    cdef floats mu = _all(<float>row.step.mu)
+    cdef doubles wide_mu = _all_doubles(row.step.mu)
+    cdef bint averages = row.step.mu != 1
+    cdef Unit p
+    cdef Unit g
+    cdef int64_t _i
+    for _i in range(n // UNIT):
+        p, g = _load(param), _load(grad)
+        p.one = _step(
+            p.one, g.one, neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
+        p.other = _step(
+            p.other, g.other, neg_eta, decay, has_weight_decay, weight_decay, grad_scale)
+        _store(param, p)
+        if ax != NULL:
+            if average is float or average is double:
+                p = _stored(p, param)  # a wider average is of what the param has become
+                _average_wide(p.one, ax, averages, mu, wide_mu)
+                _average_wide(p.other, ax + FLOATS, averages, mu, wide_mu)
+            else:
+                _average(p, ax, averages, mu)
+            ax = ax + UNIT
+        param, grad = param + UNIT, grad + UNIT
 
 
-cdef inline void _mean_of_unit(const Halves *how, const float *p, mean *ax) noexcept nogil:
-    cdef mean unit[UNIT]
-    cdef mean mu = <mean>how.mu
-    cdef int i
-    # Stores are loops: memcpy moves 16 bytes at a time, and a load of a wider vector waits for it.
-    # They are loops of their own: for all that a compiler knows, p might be where ax is.
-    if how.averages:
-        for i in range(UNIT):
-            unit[i] = _mean(ax[i], <mean>p[i], mu)
-        for i in range(UNIT):
-            ax[i] = unit[i]
-    elif how.copies:
-        for i in range(UNIT):
-            unit[i] = <mean>p[i]
-        for i in range(UNIT):
-            ax[i] = unit[i]
+cdef inline void _average(Unit p, half *ax, bint averages, floats mu) noexcept nogil:
+    """Average a unit of params, or copy it."""
+    cdef Unit a
+    if averages:
+        a = _load(<const half *>ax)
+        p.one = _mean(a.one, p.one, mu)
+        p.other = _mean(a.other, p.other, mu)
+    _store(ax, p)
 
 
-cdef inline void _narrow_halves(
-    const Row *row, half *param, const mean *ax, int64_t start, int64_t stop,
+cdef inline void _average_wide(
+    floats p, mean *ax, bint averages, floats mu, doubles wide_mu,
 ) noexcept nogil:
-    cdef float unit[UNIT]
-    cdef half halves[UNIT]
-    cdef int64_t n
-    cdef int i
-    memset(unit, 0, sizeof(unit))
-    while start < stop:
-        n = min(<int64_t>UNIT, stop - start)
+    """Average a vector of params, or copy it."""
+    cdef doubles part
+    cdef int k
+    if mean is float:
+        if averages:
+            p = _mean(_load_floats(ax), p, mu)
+        _store_floats(ax, p)
+    else:
+        for k in range(FLOATS // DOUBLES):
+            part = _part(p, k)
+            if averages:
+                part = _mean(_load_doubles(ax + k * DOUBLES), part, wide_mu)
+            _store_doubles(ax + k * DOUBLES, part)
+
+
+cdef inline Unit _load(const half *halves) noexcept nogil:
+    if half is float16:
+        return _load_float16(halves)
+    else:
+        return _load_bfloat16(halves)
+
+
+cdef inline void _store(half *halves, Unit values) noexcept nogil:
+    if half is float16:
+        _store_float16(halves, values)
+    else:
+        _store_bfloat16(halves, values)
+
+
+cdef inline Unit _stored(Unit values, const half *_kind) noexcept nogil:
+    """What the values become when they are stored, in the order of memory."""
+    if half is float16:
+        return _stored_float16(values)
+    else:
+        return _stored_bfloat16(values)
+
+
+cdef inline void _narrow_halves(half *param, const mean *ax, int64_t n) noexcept nogil:
+    cdef Unit unit
+    cdef int64_t i = 0
+    if half is float16:  # of bfloat16, compilers make vectors
+        while n - i >= UNIT:
+            unit.one, unit.other = _load_means(ax + i), _load_means(ax + i + FLOATS)
+            _store(param + i, unit)
+            i += UNIT
+        for i in range(i, n):
+            param[i] = _narrow_float16(<float>ax[i])
+    else:
         for i in range(n):
-            unit[i] = <float>ax[start + i]
-        _narrow(unit, halves)
-        memcpy(param + start, halves, n * sizeof(half))
-        start += n
+            param[i] = _narrow_bfloat16(<float>ax[i])
 
 
-cdef inline void _widen(const half *halves, float *unit) noexcept nogil:
-    if half is float16:
-        _widen_float16(halves, unit)
+cdef inline floats _load_means(const mean *ax) noexcept nogil:
+    if mean is float:
+        return _load_floats(ax)
     else:
-        _widen_bfloat16(halves, unit)
-
-
-cdef inline void _narrow(const float *unit, half *halves) noexcept nogil:
-    if half is float16:
-        _narrow_float16(unit, halves)
-    else:
-        _narrow_bfloat16(unit, halves)
+        return _load_narrowed(ax)
 
 
 cdef void _update_float32(const Row *row, int64_t start, int64_t stop) noexcept nogil:
@@ -269,12 +304,36 @@ cdef void _update_float64(const Row *row, int64_t start, int64_t stop) noexcept 
     _update_reals(row, <double *>row.param, <const double *>row.grad, <double *>row.ax, start, stop)
 
 
+cdef inline void _update_any_halves(
+    const Row *row, half *param, const half *grad, int64_t start, int64_t stop,
+) noexcept nogil:
+    cdef int64_t n = stop - start
+    param, grad = param + start, grad + start
+    if row.ax == NULL:
+        _update_halves(row, param, grad, <half *>NULL, n)
+    elif row.ax_size == sizeof(half):
+        _update_halves(row, param, grad, <half *>row.ax + start, n)
+    elif row.ax_size == sizeof(float):
+        _update_halves(row, param, grad, <float *>row.ax + start, n)
+    else:
+        _update_halves(row, param, grad, <double *>row.ax + start, n)
+
+
+cdef inline void _narrow_any_halves(
+    const Row *row, half *param, int64_t start, int64_t stop,
+) noexcept nogil:
+    if row.ax_size == sizeof(float):
+        _narrow_halves(param + start, <const float *>row.ax + start, stop - start)
+    else:
+        _narrow_halves(param + start, <const double *>row.ax + start, stop - start)
+
+
 cdef void _update_float16(const Row *row, int64_t start, int64_t stop) noexcept nogil:
-    _update_halves(row, <float16 *>row.param, <const float16 *>row.grad, start, stop)
+    _update_any_halves(row, <float16 *>row.param, <const float16 *>row.grad, start, stop)
 
 
 cdef void _update_bfloat16(const Row *row, int64_t start, int64_t stop) noexcept nogil:
-    _update_halves(row, <bfloat16 *>row.param, <const bfloat16 *>row.grad, start, stop)
+    _update_any_halves(row, <bfloat16 *>row.param, <const bfloat16 *>row.grad, start, stop)
 
 
 cdef void _narrow_to_float32(const Row *row, int64_t start, int64_t stop) noexcept nogil:
@@ -282,20 +341,24 @@ cdef void _narrow_to_float32(const Row *row, int64_t start, int64_t stop) noexce
 
 
 cdef void _narrow_to_float16(const Row *row, int64_t start, int64_t stop) noexcept nogil:
-    if row.ax_size == sizeof(float):
-        _narrow_halves(row, <float16 *>row.param, <const float *>row.ax, start, stop)
-    else:
-        _narrow_halves(row, <float16 *>row.param, <const double *>row.ax, start, stop)
+    _narrow_any_halves(row, <float16 *>row.param, start, stop)
 
 
 cdef void _narrow_to_bfloat16(const Row *row, int64_t start, int64_t stop) noexcept nogil:
-    if row.ax_size == sizeof(float):
-        _narrow_halves(row, <bfloat16 *>row.param, <const float *>row.ax, start, stop)
-    else:
-        _narrow_halves(row, <bfloat16 *>row.param, <const double *>row.ax, start, stop)
+    _narrow_any_halves(row, <bfloat16 *>row.param, start, stop)
+
+
+cdef void _swap(uint16_t *one, uint16_t *other, int64_t n) noexcept nogil:
+    cdef uint16_t kept
+    cdef int64_t i
+    for i in range(n):
+        kept = one[i]
+        one[i] = other[i]
+        other[i] = kept
 
 
 cdef Loops _loops
+_loops.swap = _swap
 _loops.update[FLOAT32][sizeof(float)] = _update_float32
 _loops.update[FLOAT32][sizeof(double)] = _update_float32_wide
 _loops.update[FLOAT64][sizeof(double)] = _update_float64

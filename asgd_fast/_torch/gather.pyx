@@ -12,7 +12,7 @@ import torch
 
 from asgd_fast._rows.describe cimport data_of
 from asgd_fast._rows.dlpack cimport Borrowed, give_back, stream_of
-from asgd_fast._rows.rows cimport AX, CPU, GRAD, PARAM, Mirror, Row, Rows
+from asgd_fast._rows.rows cimport AX, CPU, FLOAT32, GRAD, PARAM, Mirror, Row, Rows
 from asgd_fast._schedule cimport Plan, Step, averages, mu_of, rounded
 from asgd_fast._torch.memory cimport is_ordinary, lend
 from asgd_fast._torch.record cimport Record
@@ -148,10 +148,11 @@ cdef class Work:
         self._group = group
         self._lr = lr.detach() if is_tensor else lr
         common.lr_on_device = NULL
+        common.plan.current = group.get("lr_schedule", "torch") != "torch"
         common.plan.lr_size = 0
-        # Power 0.5 is a root, which torch leaves to its own library.
-        if is_tensor and alpha != 0.5 and lr.is_cpu and lr.dtype in _COMPUTED_DTYPES:
-            common.plan.lr_size = lr.itemsize
+        if is_tensor and not common.plan.current and lr.is_cpu and lr.dtype in _COMPUTED_DTYPES:
+            if alpha != 0.5:  # a root, which torch leaves to a library of its own
+                common.plan.lr_size = lr.itemsize
         common.in_types = not (
             (_is_plain(lr) or common.plan.lr_size)
             and _is_plain(lambd) and _is_plain(alpha) and _is_plain(t0))
@@ -168,7 +169,6 @@ cdef class Work:
             common.plan.lr = number("lr", self._lr)
         common.plan.lambd, common.plan.alpha, common.plan.t0 = lambd, alpha, t0
         common.plan.average_every = group.get("average_every", 1)
-        common.plan.current = group.get("lr_schedule", "torch") != "torch"
         common.plan.weight_decay = number("weight_decay", group["weight_decay"])
         common.plan.grad_scale = -unscale if group["maximize"] else unscale
         common.capturable = group["capturable"]
@@ -314,6 +314,9 @@ cdef class Work:
             with_scalars(record)
             if not record.read(mirror):
                 return False
+        if (record.is_double and record.now.mu != 1 and row.kind == FLOAT32
+                and self.rows.arrays[PARAM].tensor.ndim == 0):
+            return False  # torch promotes it to the dtype of mu, which has no dimension either
         if isnan(common.plan.lr):
             common.plan.lr = number("lr", self._lr)
         plan = common.plan
