@@ -555,12 +555,15 @@ def test_a_step_that_comes_into_another_threads_is_refused_rather_than_lost():
     optimizer = ArrayASGD([param], lr=1.0, lambd=0.0)
     made, refused = [], []
 
+    def make_one():
+        try:
+            made.append(optimizer.step([grad]))
+        except RuntimeError as error:
+            refused.append(str(error))
+
     def make_some():
         for _ in range(60):
-            try:
-                made.append(optimizer.step([grad]))
-            except RuntimeError as error:
-                refused.append(str(error))
+            make_one()
 
     threads = [threading.Thread(target=make_some) for _ in range(4)]
     for thread in threads:
