@@ -408,8 +408,8 @@ class ASGD(torch.optim.ASGD):
         averages, and neither has the iterate to go on from. So take a checkpoint to resume from
         outside.
 
-        Where `start_averaging` found params of different step counts, the last bit of the group's
-        t0 is set, and "step" and "mu" tell where the average of each began.
+        Where `start_averaging` found params of different step counts, the group's t0 is changed in
+        its last bits, and "step" and "mu" tell where the average of each began.
 
         Returns
         -------

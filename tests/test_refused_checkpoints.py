@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -71,6 +72,13 @@ def without(name):
     return spoil
 
 
+def without_in_group(name):
+    def spoil(saved):
+        del saved["param_groups"][1][name]
+
+    return spoil
+
+
 def in_place_of_the_entry(saved):
     saved["state"][1] = [1.0, 2.0]
 
@@ -92,6 +100,14 @@ SPOILT = {
     **{
         f"group's {name}": (put_in_group(name, value), error, rf"^param_groups\[1\]: {message}")
         for name, (value, error, message) in BAD_HYPERPARAMETERS.items()
+    },
+    **{
+        f"group's {name} missing": (
+            without_in_group(name),
+            KeyError,
+            rf"param_groups\[1\]: missing \['{name}'\]",
+        )
+        for name in ("lr", "lambd", "alpha", "t0", "weight_decay")
     },
     "a list": (in_place_of_the_entry, TypeError, r"^state\[1\]: expected a dict, got list"),
     "no state": (lambda saved: saved.pop("state"), KeyError, "state"),
@@ -124,6 +140,23 @@ TAKEN = {
     "double": lambda x: x.double(),
     "int": lambda x: x.long() if x == x.long() else x,
 }
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, lambda x: np.array([x])])
+def test_numbers_of_numpy_are_taken(kind):
+    params = parameters((3,), (4,))
+    optimizer = ASGD(params, **OPTIONS)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entry in saved["state"].values():
+        entry.update({name: kind(float(entry[name])) for name in SCALARS})
+    other = ASGD(params)
+    other.load_state_dict(saved)
+    for p in params:
+        for name in SCALARS:
+            same(other.state[p][name], optimizer.state[p][name])
 
 
 @pytest.mark.parametrize("name", SCALARS)
@@ -293,6 +326,27 @@ def test_a_t0_that_was_put_into_an_entry_stays_there():
     other = ASGD([p])
     other.load_state_dict(saved)
     assert other.state[p]["t0"] == 2.5
+
+
+@pytest.mark.parametrize("t0", [2.5, 2.0**47, 2.0**53])
+def test_where_averages_begin_is_kept_when_the_t0_of_the_group_cannot_show_it(t0):
+    """As it is no whole number, or so large that its last bits are no fractions."""
+    params = parameters((3,), (3,), dtype=torch.float64)
+    optimizer = ASGD(params)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    optimizer.start_averaging()
+    optimizer.param_groups[0]["t0"] = t0
+    other = ASGD(params)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.param_groups[0]["t0"] == t0
+    iterates = []
+    for _ in range(4):
+        params[1].grad = torch.randn_like(params[1])
+        other.step()
+        iterates.append(params[1].detach().clone())
+    mean = torch.stack(iterates).mean(dim=0)
+    torch.testing.assert_close(other.state[params[1]]["ax"], mean, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("mu", [0.3, 1.5, -1.0, float("nan")])
