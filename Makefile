@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard $(foreach d,. _cpu _rows _torch cuda,asgd_fast/$d/*.p[xy][xdi] asgd_fast/$d/*.pxi asgd_fast/$d/*.h))
 
-.PHONY: demo test test-pythons cuda lint dist coverage performance bench bench-smoke bench-check bench-record
-.PHONY: annotate callgrind kernel clean
+.PHONY: demo test test-pythons reliability cuda lint dist coverage performance
+.PHONY: bench bench-smoke bench-check bench-record annotate callgrind kernel clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/digits.py $(DEMO)
@@ -18,6 +18,10 @@ test: $(VENV)/test
 # On each Python that is found, or on those of PYTHONS, without torch.
 test-pythons:
 	.ci/test-pythons $(PYTHONS)
+
+# The campaign of docs/reliability.md: parts, --seed, --scale or --save in RELIABILITY. Needs gcc.
+reliability: $(VENV)/test
+	PYTHONPATH=.:tests $(BIN)/python -m reliability $(RELIABILITY)
 
 cuda: $(VENV)/cuda
 

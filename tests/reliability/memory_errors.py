@@ -1,0 +1,71 @@
+"""The tests, and the fuzz of arrays and of faulty libraries, under AddressSanitizer and UBSan."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+
+from reliability import sanitizers
+
+# Those that work on the memory of the CPU; the others run Numba's simulator and compilers.
+TESTS = [
+    "asgd", "array_asgd", "array_averages_begin", "averages_of_arrays", "average_dtype",
+    "averaged_parameters", "bits", "dlpack", "engine", "interrupts", "optim_bits",
+    "optim_checkpoints", "optim_lazy", "optim_state", "optim_tensors", "start_averaging", "wide",
+]  # fmt: skip
+
+LIE = """
+import numpy as np, exporters
+from asgd_fast import asgd_
+param = exporters.Versioned(np.ones(1 << 16))
+grad = np.ones((1 << 16) + 1)
+class Longer(exporters.Versioned):
+    def fill(self, tensor):
+        buffers = super().fill(tensor)
+        buffers[0][0] += 1
+        return buffers
+asgd_(Longer(np.ones(1 << 16)), grad, eta=0.1)
+"""
+OVERFLOW = "from asgd_fast._schedule import planted_overflow; planted_overflow(2**63 - 1)"
+
+_planted = None
+
+
+def run(campaign):
+    sanitizers.imports_the_build("memory")
+    if _planted is not None:
+        sanitizers.run_under("memory", ["-c", _planted], 300)
+        return
+    fuzz = f"""
+from reliability import arrays, capsules
+from reliability.common import Campaign
+for part, scale in (arrays, {0.1 * campaign.scale}), (capsules, {0.2 * campaign.scale}):
+    campaign = Campaign({campaign.seed}, scale)
+    part.run(campaign)
+    for name, n in campaign.counts.items():
+        print(name, n, sep="\\t")
+"""
+    for line in sanitizers.run_under("memory", ["-c", fuzz], 1800).splitlines():
+        name, n = line.split("\t")
+        campaign.counts[f"{name}, sanitized"] += int(n)
+    # Below a full campaign, the first ones.
+    tests = [f"tests/test_{name}.py" for name in TESTS[: campaign.times(len(TESTS))]]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not heavy and not gpu"]
+    printed = sanitizers.run_under("memory", ["-m", "pytest", *options, *tests], 3000)
+    campaign.counts["tests, sanitized"] += int(re.search(r"(\d+) passed", printed)[1])
+
+
+@contextmanager
+def _planting(program):
+    global _planted
+    _planted = program
+    try:
+        yield
+    finally:
+        _planted = None
+
+
+CONTROLS = {
+    "a library whose array is longer than its memory": lambda: _planting(LIE),
+    "an integer that overflows": lambda: _planting(OVERFLOW),
+}

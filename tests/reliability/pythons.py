@@ -1,0 +1,119 @@
+"""The package built and tried by every CPython from 3.10 on that is installed, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from contextlib import contextmanager
+
+from reliability.common import BUILD, ROOT, copy_sources
+
+VERSIONS = ["3.10", "3.11", "3.12", "3.13", "3.13t", "3.14", "3.14t", "3.15", "3.15t"]
+PARTS = ["arrays", "array_lives", "capsules", "checkpoints", "interrupts"]
+
+TRIAL = """
+import json, sys
+import asgd_fast
+assert "site-packages" in asgd_fast.__file__, asgd_fast.__file__
+# The package does not declare that it goes without the GIL, so the interpreter takes it.
+assert getattr(sys, "_is_gil_enabled", lambda: True)(), "runs without the GIL"
+from reliability import {parts}
+from reliability.common import Campaign
+counts = {{}}
+for part in ({parts},):
+    campaign = Campaign({seed}, {scale})
+    part.run(campaign)
+    counts |= campaign.counts
+print(json.dumps(counts))
+"""
+
+
+def interpreters():
+    """Return the interpreters that are found, by version."""
+    program = (
+        "import sys, sysconfig; t = 't' * bool(sysconfig.get_config_var('Py_GIL_DISABLED'));"
+        "print('%d.%d%s' % (*sys.version_info[:2], t), sys.executable)"
+    )
+    found = {}
+    for version in VERSIONS:
+        environment = {**os.environ, "PYENV_VERSION": version}  # without which pyenv's do not run
+        try:
+            result = subprocess.run(
+                [f"python{version}", "-c", program],
+                capture_output=True,
+                text=True,
+                check=True,
+                env=environment,
+            )
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        name, _, path = result.stdout.strip().partition(" ")
+        if name == version:
+            found[version] = path
+    return found
+
+
+def installed(version, path):
+    """Return the interpreter of an environment that has the package and what the trial takes."""
+    folder, sources = BUILD / f"python{version}", BUILD / f"python{version}-sources"
+    own = folder / "bin" / "python"
+    if not copy_sources(sources) and own.exists():
+        return own
+    try:
+        _called(path, "-m", "venv", "--clear", folder)
+        _called(own, "-m", "pip", "install", "--quiet", sources, "hypothesis")
+    except BaseException:
+        shutil.rmtree(sources)  # so that the next run tries again
+        raise
+    return own
+
+
+def _called(*command):
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{command}:\n{result.stderr[-3000:]}"
+
+
+_planted = ""
+
+
+def run(campaign):
+    for version, path in interpreters().items():
+        own = installed(version, path)
+        program = TRIAL.format(
+            parts=", ".join(PARTS), seed=campaign.seed, scale=0.05 * campaign.scale
+        )
+        environment = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"}
+        result = subprocess.run(
+            [own, "-X", "faulthandler", "-c", _planted + program],
+            cwd=BUILD,
+            env={**environment, "PYTHONPATH": str(ROOT / "tests")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, f"CPython {version}:\n{result.stderr[-4000:]}"
+        counts = json.loads(result.stdout.splitlines()[-1])
+        total = sum(
+            n for name, n in counts.items() if not name.endswith(("accepted", "interrupted"))
+        )
+        campaign.counts[f"trials by CPython {version}"] += total
+
+
+@contextmanager
+def _crashing():
+    """A call that ends one of the interpreters."""
+    global _planted
+    _planted = (
+        "import sys, ctypes, asgd_fast\n"
+        "if sys.version_info[:2] != (3, 11):\n"
+        "    asgd_fast.asgd_ = lambda *arrays, **scalars: ctypes.string_at(0)\n"
+    )
+    try:
+        yield
+    finally:
+        _planted = ""
+
+
+CONTROLS = {"a call that crashes all but CPython 3.11": _crashing}
