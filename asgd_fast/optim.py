@@ -612,7 +612,7 @@ class ASGD(torch.optim.ASGD):
         self._refuse_flattened("averaged_state_dict", self._params())
         self._begun("averaged_state_dict", stacklevel=4)
         with nullcontext() if self._is_exchanged else self.averaged_parameters():
-            return averages.shipped(model)
+            return _uncompiled(averages.shipped)(model)  # compiled, its copy would be empty
 
     @property
     def averages(self) -> list[Tensor]:

@@ -25,6 +25,8 @@ BAD_SCALARS = {
     "None": (None, TypeError, "expected a real number, got None"),
     "str": ("0.1", TypeError, "expected a real number, got '0.1'"),
     "list": ([0.1], TypeError, r"expected a real number, got \[0.1\]"),
+    "elsewhere": (torch.tensor(0.5, device="meta"), TypeError, "expected a dense tensor.*on meta"),
+    "sparse": (torch.ones(1).to_sparse(), TypeError, "expected a dense tensor.*torch.sparse_coo"),
     "huge": (10**400, TypeError, "expected a real number, got 1000"),
 }
 BAD_STARTS = {
@@ -38,6 +40,8 @@ BAD_AVERAGES = {
     "None": (None, TypeError, "expected a tensor, got NoneType"),
     "list": ([0.0] * 3, TypeError, "expected a tensor, got list"),
     "number": (0.5, TypeError, "expected a tensor, got float"),
+    "elsewhere": (torch.zeros(3, device="meta"), TypeError, "expected a dense tensor.*on meta"),
+    "sparse": (torch.zeros(3).to_sparse(), TypeError, "expected a dense tensor.*torch.sparse_coo"),
 }
 BAD_HYPERPARAMETERS = {
     "lr": ("0.1", TypeError, "lr: expected a real number, got '0.1'"),
@@ -176,6 +180,24 @@ def test_scalars_that_torch_takes_are_taken(change, name):
         ours, theirs = (entries_of(o)[x] for o, x in ((twins.ours, p), (twins.theirs, q)))
         for name in NAMES:
             assert float(ours[name].sum()) == float(theirs[name].sum())
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, lambda x: np.array([x])])
+def test_scalars_of_numpy_are_the_numbers_that_they_hold(kind):
+    p, q = parameters((3,), (3,))
+    optimizer, other = ASGD([p], t0=0), ASGD([q], t0=0)
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    entry = saved["state"][0]
+    entry.update({name: kind(entry[name].item()) for name in SCALARS})
+    other.load_state_dict(saved)
+    q.grad = torch.ones(3)
+    for each in (optimizer, other):
+        each.step()
+    for name in SCALARS:
+        assert torch.equal(optimizer.state[p][name], other.state[q][name])
 
 
 @pytest.mark.parametrize("step", [2**63 - 1, 2**63, 2**100, 1e30])

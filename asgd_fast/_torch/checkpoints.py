@@ -224,6 +224,7 @@ def _checked_copy(name: str, entry: Any, param: Tensor) -> dict[str, Any]:
     with torch.inference_mode(False), torch.no_grad():  # which the copies are to outlive
         for key in (*SCALARS, "ax"):
             if isinstance(x := copies.get(key), Tensor):
+                _check_memory(f"{name}[{key!r}]", x, param)
                 copies[key] = _Kept(x.detach().to(param.device, copy=True))
     return copies
 
@@ -236,6 +237,15 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected one number, got a tensor of shape {tuple(value.shape)}")
     elif value.is_complex():
         raise TypeError(f"{name}: expected a real number, got a tensor of {value.dtype}")
+
+
+def _check_memory(name: str, tensor: Tensor, param: Tensor) -> None:
+    """Refuse a tensor that has no memory, where its param has, or that leaves out zeros."""
+    if tensor.layout != torch.strided or (tensor.is_meta and not param.is_meta):
+        raise TypeError(
+            f"{name}: expected a dense tensor with values, got one of {tensor.layout} on "
+            f"{tensor.device}"
+        )
 
 
 def _check_group(name: str, group: Group) -> None:
