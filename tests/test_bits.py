@@ -90,6 +90,7 @@ def test_each_simd_level_has_the_bits_of_torch_at_every_step(simd_level, dtype, 
         assert equal(ax, state["ax"])
 
 
+@asks_early
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_reference_listing_over_a_whole_run(dtype):
     rng = np.random.default_rng(1)
@@ -193,6 +194,7 @@ def test_float64_stays_close_to_exact_arithmetic():
         assert max(errors) < 50 * np.finfo(np.float64).eps
 
 
+@asks_early
 @pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
 def test_complex_arrays_have_the_bits_of_torch(dtype, double_scalars):
     rng = np.random.default_rng(4)
