@@ -326,6 +326,10 @@ class ASGD(torch.optim.ASGD):
     def _update(self) -> None:
         """Make the step with the gradients that there are, unless a GradScaler skips it."""
         own, scale, found_inf = self._own, None, None
+        if not self.state and not is_watched() and state.is_for_state(self.param_groups):
+            lazy, dtype = own.lazy_average, own.average_dtype
+            state.prepare(self.state, self.param_groups, lazy=lazy, average_dtype=dtype)
+            return
         if own.fused_amp:  # a GradScaler sets these for the step, and takes them away
             scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         if isinstance(found_inf, Tensor) and found_inf.is_cuda:

@@ -109,6 +109,9 @@ def unpack(
         As for `adopt`.
     """
     result: defaultdict[Tensor, Any] = defaultdict(dict, state)
+    for param, entry in state.items():
+        if type(entry) is dict and not entry:  # a copy of one that has made no step
+            del result[param]
     for group in groups:
         drop_usual(group)
         entries = {p: _released(p, state[p]) for p in group["params"] if has_steps(state.get(p))}
