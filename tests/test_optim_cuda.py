@@ -17,7 +17,7 @@ from torch.optim.asgd import asgd as torch_asgd
 from twins import NAMES
 
 from asgd_fast import ASGD
-from asgd_fast._torch import fallback
+from asgd_fast._torch import conversions, fallback
 from asgd_fast.cuda import device as device_module
 from asgd_fast.cuda.launches import HEADER
 

@@ -316,6 +316,8 @@ def is_for_state(groups: Iterable[Group]) -> bool:
     grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
     return (
         len(grads) > 0
+        # Who has lr on a GPU does not want the host to wait for it.
+        and not any(getattr(group["lr"], "is_cuda", False) for group in groups)
         and all(number("lr", group["lr"]) == 0 for group in groups)
         and not any(grad.is_sparse or grad.is_meta or not is_zero(grad) for grad in grads)
     )
