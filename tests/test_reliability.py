@@ -32,4 +32,4 @@ def test_nothing_is_found(name):
 )
 def test_a_planted_fault_is_found(name, control):
     with PARTS[name].CONTROLS[control](), pytest.raises(AssertionError):
-        PARTS[name].run(Campaign(seed=1, scale=3 * SCALES[name], is_control=True))
+        PARTS[name].run(Campaign(seed=1, scale=10 * SCALES[name], is_control=True))
