@@ -272,7 +272,7 @@ cdef void _run(Rows rows, Job job, unsigned int n_threads) noexcept nogil:
     work.job = job
     work.rows = rows.rows
     work.n_rows = rows.n_rows
-    work.size = rows.work
+    work.size = rows.cpu_bytes
     work.loops = _loops
     if n_threads > 1 and _fork != NULL:
         _share_out(&work, min(n_threads, <unsigned int>MOST_THREADS))

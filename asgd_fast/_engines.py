@@ -72,7 +72,10 @@ def as_arrays(name: str, arrays: Any) -> list[Any]:
         return [arrays]
     if type(arrays) is list or type(arrays) is tuple:
         return list(arrays)
-    if any(hasattr(arrays, name) for name in ("shape", "dtype", "__array__")):
+    if any(
+        hasattr(arrays, attribute)
+        for attribute in ("shape", "dtype", "__array__", "__array_interface__")
+    ):
         raise TypeError(
             f"{name}: {type(arrays).__name__} does not lend its memory through DLPack; expected an "
             "array of a library that speaks DLPack, such as NumPy, torch or CuPy, or a sequence of "
@@ -125,14 +128,13 @@ def refuse_recording(call: str) -> None:
     RuntimeError
         Such a graph is being made, of torch's own operations alone.
     """
-    modes = sys.modules.get("torch._C")
-    if modes is None or not (
-        modes._len_torch_dispatch_stack() or modes._len_torch_function_stack()
-    ):
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")  # where make_fx is
+    if proxies is None:
         return
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    if get_proxy_mode() is not None:
+    modes = sys.modules["torch._C"]
+    if not (modes._len_torch_dispatch_stack() or modes._len_torch_function_stack()):
+        return
+    if proxies.get_proxy_mode() is not None:
         raise RuntimeError(
             f"{call}: make_fx makes a graph of torch's own operations, in which it would be missing"
         )

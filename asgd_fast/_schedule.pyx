@@ -108,5 +108,6 @@ def next_scalars(
     eta, mu : float
     """
     cdef Plan plan = Plan(
-        lr, 0, lambd, alpha, t0, average_every, current, 0.0, 1.0, False, False)
+        lr=lr, lr_size=0, lambd=lambd, alpha=alpha, t0=t0, average_every=average_every,
+        current=current, weight_decay=0.0, grad_scale=1.0, float_step=False, float_next=False)
     return eta_of(step, &plan), mu_of(step, &plan)

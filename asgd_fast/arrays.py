@@ -235,6 +235,8 @@ class ArrayASGD:
     # Whether it has warned. Here, for optimizers that were pickled by earlier versions.
     _has_warned = False
 
+    _is_stepping = False  # which copies do not take over
+
     def __init__(
         self,
         params: Array | Iterable[Array] | Iterable[dict[str, Any]],
@@ -291,7 +293,7 @@ class ArrayASGD:
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or another process needs."""
         self._refuse_exchanged("copying the optimizer")
-        return dict(vars(self))
+        return {name: x for name, x in vars(self).items() if name != "_is_stepping"}
 
     @property
     def is_averaging(self) -> bool:
@@ -398,10 +400,21 @@ class ArrayASGD:
             Nothing is changed.
         RuntimeError
             Params were put into a group, or taken out, by hand; or the averages stand in the params
-            (see `averaged_parameters`). Nothing is changed.
+            (see `averaged_parameters`); or another thread is in a step of this optimizer. Nothing
+            is changed.
         """
         self._refuse_exchanged("step")
         refuse_recording("step")
+        if self._is_stepping:  # between this look and the next line no other thread gets the GIL
+            raise RuntimeError("step: another thread is making a step of this optimizer")
+        self._is_stepping = True
+        try:
+            self._update(grads)
+        finally:
+            self._is_stepping = False
+
+    def _update(self, grads: Array | Iterable[Array | None]) -> None:
+        """Make the step, all of it checked before anything changes."""
         grad_list = _one_for_each("grads", grads, len(self._averages))
         names = "params[{}]", template("grads", grads), "averages[{}]"
         # Taken down before any library is asked for memory, which may run anything.

@@ -326,6 +326,10 @@ class ASGD(torch.optim.ASGD):
     def _update(self) -> None:
         """Make the step with the gradients that there are, unless a GradScaler skips it."""
         own, scale, found_inf = self._own, None, None
+        if not self.state and not is_watched() and state.is_for_state(self.param_groups):
+            lazy, dtype = own.lazy_average, own.average_dtype
+            state.prepare(self.state, self.param_groups, lazy=lazy, average_dtype=dtype)
+            return
         if own.fused_amp:  # a GradScaler sets these for the step, and takes them away
             scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         if isinstance(found_inf, Tensor) and found_inf.is_cuda:
@@ -408,8 +412,8 @@ class ASGD(torch.optim.ASGD):
         averages, and neither has the iterate to go on from. So take a checkpoint to resume from
         outside.
 
-        Where `start_averaging` found params of different step counts, the last bit of the group's
-        t0 is set, and "step" and "mu" tell where the average of each began.
+        Where `start_averaging` found params of different step counts, the group's t0 is changed in
+        its last bits, and "step" and "mu" tell where the average of each began.
 
         Returns
         -------
@@ -612,7 +616,7 @@ class ASGD(torch.optim.ASGD):
         self._refuse_flattened("averaged_state_dict", self._params())
         self._begun("averaged_state_dict", stacklevel=4)
         with nullcontext() if self._is_exchanged else self.averaged_parameters():
-            return averages.shipped(model)
+            return _uncompiled(averages.shipped)(model)  # compiled, its copy would be empty
 
     @property
     def averages(self) -> list[Tensor]:

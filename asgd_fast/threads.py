@@ -104,7 +104,7 @@ def threads_for(table: Rows) -> int:
     -------
     int
     """
-    most = table.work // BYTES_PER_THREAD
+    most = table.cpu_bytes // BYTES_PER_THREAD
     return min(most, get_num_threads()) if most > 1 else 1
 
 

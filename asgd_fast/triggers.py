@@ -36,14 +36,19 @@ class NonMonotonicTrigger:
     patience : int, default=5
         How many of the latest checks do not count as better ones yet, >= 0: the paper's n, the
         non-monotone interval.
+    process_group : torch.distributed.ProcessGroup, optional
+        The ranks that decide together, each with a trigger of its own: by the mean of their losses,
+        in float64. All of them must then call `step` for each check. The group of all ranks is
+        ``torch.distributed.group.WORLD``. By default each rank decides by its own loss.
 
     Attributes
     ----------
     has_fired : bool
         Whether averaging was started.
     patience : int
+    process_group : ProcessGroup or None
     losses : list of float
-        Those of all checks until it fired.
+        Those of all checks until it fired; of a process group, the means.
 
     Raises
     ------
@@ -68,9 +73,10 @@ class NonMonotonicTrigger:
     [False, False, False, False, True]
     """
 
-    def __init__(self, optimizer: object, patience: int = 5) -> None:
+    def __init__(self, optimizer: object, patience: int = 5, *, process_group: Any = None) -> None:
         self.optimizer = _unwrapped(optimizer)
         self.patience = _checked_patience(patience)
+        self.process_group = process_group
         self.losses: list[float] = []
         self.has_fired = False
 
@@ -81,7 +87,8 @@ class NonMonotonicTrigger:
         ----------
         validation_loss : float
             A number or an array of one element, less where the model is better. Infinite if the
-            model has diverged. Ignored once it has fired.
+            model has diverged. Ignored once it has fired. Of a DTensor it is the full value, for
+            which the ranks of its mesh communicate.
 
         Returns
         -------
@@ -93,9 +100,9 @@ class NonMonotonicTrigger:
         TypeError
             `validation_loss` is no number.
         ValueError
-            `validation_loss` is nan. The check does not count.
+            `validation_loss` is nan, on any rank of the process group. The check does not count.
         """
-        loss = _checked_loss("validation_loss", validation_loss)
+        loss = self._mean(validation_loss)
         if self.has_fired:
             return False
         earlier = self.losses[: max(0, len(self.losses) - self.patience)]
@@ -105,6 +112,20 @@ class NonMonotonicTrigger:
             self.has_fired = True
         self.losses.append(loss)
         return fires
+
+    def _mean(self, validation_loss: SupportsFloat) -> float:
+        """Return the loss, or the mean of those of all ranks."""
+        if self.process_group is None:
+            return _checked_loss("validation_loss", validation_loss)
+        from torch import distributed
+
+        losses = [math.nan] * distributed.get_world_size(self.process_group)
+        loss = math.nan  # refuses the check on the ranks that wait, if it is refused on this one
+        try:
+            loss = _checked_loss("validation_loss", validation_loss)
+        finally:
+            distributed.all_gather_object(losses, loss, group=self.process_group)
+        return _checked_loss("validation_loss: the mean over the ranks", sum(losses) / len(losses))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a trigger needs to go on: plain numbers, by name.
@@ -181,6 +202,8 @@ def _checked_loss(name: str, loss: Any) -> float:
     try:
         if isinstance(loss, (str, bytes)):
             raise TypeError
+        if hasattr(loss, "full_tensor"):  # a DTensor, whose part may be a summand
+            loss = loss.full_tensor()
         loss = float(loss.item() if hasattr(loss, "item") else loss)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(

@@ -196,7 +196,7 @@ def check_device_scalars():
     sets = layout.HEADER + n_rows * row_size
     words[layout.N_ROWS_AT], words[layout.N_CHUNKS_AT], words[layout.CHUNK_AT] = n_rows, 6, chunk
     words[layout.SETS_AT], words[layout.TICKET_AT] = sets, scalars[2:].ctypes.data
-    words[layout.GRAD_SCALE_AT], words[layout.FOUND_INF_AT] = (
+    words[layout.LOSS_SCALE_AT], words[layout.FOUND_INF_AT] = (
         scale.ctypes.data,
         found_inf.ctypes.data,
     )

@@ -547,3 +547,47 @@ def test_copies_of_the_optimizer_go_on_alike(way):
         assert ours is not theirs
         assert np.array_equal(ours, theirs)
         assert not np.array_equal(ours, np.ones(len(ours)))
+
+
+def test_a_step_that_comes_into_another_threads_is_refused_rather_than_lost():
+    """Those that are made are counted, and move the params."""
+    param, grad = np.zeros(300_000), np.ones(300_000)
+    optimizer = ArrayASGD([param], lr=1.0, lambd=0.0)
+    made, refused = [], []
+
+    def make_one():
+        try:
+            made.append(optimizer.step([grad]))
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def make_some():
+        for _ in range(60):
+            make_one()
+
+    threads = [threading.Thread(target=make_some) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) + len(refused) == 240
+    assert set(refused) <= {"step: another thread is making a step of this optimizer"}
+    assert optimizer.state_dict()["step"] == len(made)
+    np.testing.assert_array_equal(param, -float(len(made)))
+
+
+def test_a_copy_made_in_a_step_can_step():
+    copies = []
+    param = np.zeros(3)
+    optimizer = ArrayASGD([param], lr=1.0, lambd=0.0)
+
+    class Grads(list):
+        def __iter__(self):
+            copies.append(copy.deepcopy(optimizer))
+            return super().__iter__()
+
+    optimizer.step(Grads([np.ones(3)]))
+    copies[0].step([np.ones(3)])
+    assert copies[0].state_dict()["step"] == 1
+    optimizer.step([np.ones(3)])
+    assert optimizer.state_dict()["step"] == 2

@@ -443,7 +443,7 @@ def test_scalars_of_numpy_are_grads_of_params_without_axes():
     assert param == 0.125
 
 
-@pytest.mark.parametrize("attribute", ["shape", "dtype", "__array__"])
+@pytest.mark.parametrize("attribute", ["shape", "dtype", "__array__", "__array_interface__"])
 def test_what_iterates_into_copies_is_no_sequence_of_arrays(attribute):
     """Its copies would be updated and dropped."""
     rows = type("Dataset", (), {attribute: None, "__iter__": lambda _: iter([f32(2), f32(2)])})

@@ -93,7 +93,8 @@ def test_array_asgd_takes_the_dtypes_of_all_libraries(asked):
 @pytest.mark.parametrize(
     ("make", "asked", "error", "message"),
     [
-        (ASGD, "float32", TypeError, "^average_dtype: expected None, torch.float32 .* 'float32'"),
+        (ASGD, 32, TypeError, "^average_dtype: expected None, torch.float32 .* 32 of type int"),
+        (ASGD, "half", ValueError, "^Invalid average_dtype: half"),
         (ASGD, np.float64, TypeError, "^average_dtype: expected None, torch.float32"),
         (ASGD, torch.float16, ValueError, "^Invalid average_dtype: torch.float16"),
         (ASGD, torch.complex128, ValueError, "^Invalid average_dtype: torch.complex128"),

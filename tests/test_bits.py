@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from averaging import asks_early
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Reference, exact_step
@@ -32,6 +33,7 @@ def equal(array, tensor):
     return np.array_equal(array, tensor.detach().numpy(), equal_nan=True)
 
 
+@asks_early
 @pytest.mark.heavy
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
@@ -88,6 +90,7 @@ def test_each_simd_level_has_the_bits_of_torch_at_every_step(simd_level, dtype, 
         assert equal(ax, state["ax"])
 
 
+@asks_early
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_reference_listing_over_a_whole_run(dtype):
     rng = np.random.default_rng(1)
@@ -191,6 +194,7 @@ def test_float64_stays_close_to_exact_arithmetic():
         assert max(errors) < 50 * np.finfo(np.float64).eps
 
 
+@asks_early
 @pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
 def test_complex_arrays_have_the_bits_of_torch(dtype, double_scalars):
     rng = np.random.default_rng(4)

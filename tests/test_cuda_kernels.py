@@ -266,6 +266,7 @@ def test_only_the_user_may_write_to_the_folder(compiled, tmp_path, umask):
     folder = tmp_path / "asgd_fast" / "cuda"
     (path,) = folder.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import (
     DTensor,
@@ -139,13 +140,64 @@ def check_averages():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     ours, params = beside_torch(mesh, [Shard(0)], extra=1, steps=2)
     assert all(param not in ours.state or "ax" not in ours.state[param] for param in params)
-    ours, params = beside_torch(mesh, [Shard(0)], extra=1)
-    iterates = [part.clone() for part in parts_of(param.detach() for param in params)]
-    averages = [part.clone() for part in parts_of(ours.averages)]
-    with ours.averaged_parameters():
-        assert_bits([param.detach() for param in params], averages, "inside")
-    assert_bits([param.detach() for param in params], iterates, "after")
-    assert_bits(ours.averages, averages, "after")
+    for placements, keywords in (
+        ([Shard(0)], {}),
+        ([Replicate()], {}),
+        ([Shard(0)], {"average_dtype": torch.float64}),
+    ):
+        ours, params = stepped(mesh, placements, **keywords)
+        iterates = [part.clone() for part in parts_of(param.detach() for param in params)]
+        averages = [part.clone() for part in parts_of(ours.averages)]
+        with ours.averaged_parameters():
+            rounded = [ax.to(torch.float32) for ax in averages]
+            assert_bits([param.detach() for param in params], rounded, "inside")
+        assert_bits([param.detach() for param in params], iterates, "after")
+        assert_bits(ours.averages, averages, "after")
+        loss = (params[0] * params[0]).sum()
+        with (
+            ours.averaged_parameters(),
+            pytest.raises(RuntimeError, match="modified by an inplace"),
+        ):
+            loss.backward()
+
+
+def stepped(mesh, placements, **keywords):
+    """Params whose averages have begun, a plain one among them."""
+    params = [*placed(mesh, placements), nn.Parameter(torch.full((3,), 0.5))]
+    optimizer = ASGD(params, lr=0.1, t0=1, **keywords)
+    for step in range(5):
+        give_grads(params, step)
+        optimizer.step()
+    return optimizer, params
+
+
+@torch.no_grad()
+def check_averages_copied():
+    """To plain tensors, to DTensors of other placements and meshes, and from plain params."""
+    n = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (n,))
+    ours, params = stepped(mesh, [Shard(0)])
+    averages = [ax.full_tensor() if isinstance(ax, DTensor) else ax for ax in ours.averages]
+    other = init_device_mesh("cpu", (1, n))
+    for where, placements in (
+        (None, None),
+        (mesh, [Shard(0)]),
+        (mesh, [Replicate()]),
+        (other, [Replicate(), Shard(0)]),
+    ):
+        targets = [torch.zeros(param.shape) for param in params]
+        if where is not None:
+            targets = [distribute_tensor(target, where, placements) for target in targets]
+        ours.copy_averages_to(targets)
+        full = [x.full_tensor() if isinstance(x, DTensor) else x for x in targets]
+        assert_bits(full, averages, placements)
+    targets = [torch.zeros(param.shape) for param in params]
+    targets[-1] = DTensor.from_local(targets[-1], mesh, [Partial()])
+    with pytest.raises(TypeError, match="target: tensor 4: a DTensor of placements"):
+        ours.copy_averages_to(targets)
+    assert not any(target.any() for target in targets[:-1])
+    ours.copy_averages_to(params)
+    assert_bits(params, ours.averages, "the params themselves")
 
 
 def check_versions():
@@ -158,6 +210,31 @@ def check_versions():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def check_state_asked_for():
+    """What torch's tools do before training makes no step, and has all ranks decide alike."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    trained = []
+    for asks in (True, False):
+        model = nn.Module()
+        model.params = nn.ParameterList(placed(mesh, [Shard(0)]))
+        optimizer = ASGD(model.parameters(), lr=0.1, t0=1)
+        if asks:
+            state = get_optimizer_state_dict(model, optimizer)["state"]
+            assert [float(entry["step"]) for entry in state.values()] == [0] * len(SHAPES)
+        for step in range(3):
+            give_grads(list(model.parameters()), step)
+            optimizer.step()
+        trained.append((optimizer, list(model.parameters())))
+    (one, params), (other, others) = trained
+    assert_same(one, other, params, others, "asked")
+    # A first step in which one rank has no gradient but zeros is a step.
+    param = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    param.grad = distribute_tensor(torch.tensor([1.0, 0, 0, 0]), mesh, [Shard(0)])
+    optimizer = ASGD([param], lr=0.0)
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1
 
 
 def check_fully_shard():
@@ -194,6 +271,8 @@ def test_steps_have_the_bits_of_torch(n, tmp_path):
         check_gradients_placed_otherwise,
         check_half_types,
         check_averages,
+        check_averages_copied,
+        check_state_asked_for,
         check_versions,
         check_fully_shard,
     )

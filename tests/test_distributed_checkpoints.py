@@ -277,3 +277,85 @@ def test_hyperparameters_that_torch_does_not_have_come_back(way, own, tmp_path):
     way(source, target, tmp_path / "file")
     assert own.items() <= target.optimizer.param_groups[0].items()
     assert target.optimizer.param_groups[0]["lr"] == OPTIONS["lr"]
+
+
+def asked_by_step(side):
+    """As torch's tools do."""
+    for p in side.params:
+        p.grad = torch.zeros_like(p)
+    lr = side.optimizer.param_groups[0]["lr"]
+    side.optimizer.param_groups[0]["lr"] = (
+        torch.tensor(0.0) if isinstance(lr, torch.Tensor) else 0.0
+    )
+    side.optimizer.step(closure=None)
+    side.optimizer.param_groups[0]["lr"] = lr
+
+
+def asked_of_copy(side):
+    get_optimizer_state_dict(side.model, side.optimizer)
+    side.model, side.optimizer = copy.deepcopy((side.model, side.optimizer))
+    side.params = list(side.model.parameters())
+
+
+ASKED = {
+    "nested": lambda side: get_optimizer_state_dict(side.model, side.optimizer),
+    "flattened": lambda side: get_optimizer_state_dict(
+        *(side.model, side.optimizer), options=StateDictOptions(flatten_optimizer_state_dict=True)
+    ),
+    "step": asked_by_step,
+    "copied": asked_of_copy,
+}
+
+
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lr": torch.tensor(0.3)}, {"lazy_average": False}, {"average_dtype": torch.float64}],
+    ids=["default", "tensor lr", "eager", "wide"],
+)
+def test_asking_for_state_before_training_makes_no_step(options, ask):
+    """In torch's class the first step of the training has no effect."""
+    sides = []
+    for asks in (True, False):
+        torch.manual_seed(0)
+        side = Side(ASGD, (3,), (4, 5), dtype=torch.float32, t0=1, **copy.deepcopy(options))
+        before = [p.detach().clone() for p in side.params]
+        if asks:
+            ask(side)
+            for p, q in zip(side.params, before, strict=True):
+                same(p.detach(), q)
+            side.optimizer.param_groups[0]["lr"] *= 2
+            entries = [] if ask is asked_of_copy else side.entries()
+            for entry, p in zip(entries, side.params, strict=bool(entries)):
+                assert [float(entry[name]) for name in ("step", "mu")] == [0, 1]
+                assert entry["eta"] == torch.tensor(0.6)
+                same(entry["ax"], p.detach().to(entry["ax"].dtype))
+        else:
+            side.optimizer.param_groups[0]["lr"] *= 2
+        side.run(4)
+        sides.append(side)
+    one, other = sides
+    for p, q in zip(one.params, other.params, strict=True):
+        same(p, q)
+    for entry, wanted in zip(one.entries(), other.entries(), strict=True):
+        for name in NAMES:
+            same(entry[name], wanted[name])
+
+
+@ways
+def test_a_checkpoint_from_before_training_begins_it(way, tmp_path):
+    """Whatever lr the target was made with, as after a step."""
+    source = Side(ASGD, (3,), (4, 5), t0=1)
+    get_optimizer_state_dict(source.model, source.optimizer)
+    target = Side(ASGD, (3,), (4, 5), lr=9.0)
+    target.follow(source)
+    way(source, target, tmp_path / "file")
+    if way is WAYS["the optimizer"]:
+        target.follow(source)
+    for side in (source, target):
+        side.run(4)
+    for p, q in zip(source.params, target.params, strict=True):
+        same(p, q)
+    for entry, wanted in zip(target.entries(), source.entries(), strict=True):
+        for name in NAMES:
+            same(entry[name], wanted[name])

@@ -18,6 +18,18 @@ OPTIONS = {"lr": 0.3, "lambd": 1e-2, "t0": T0, "weight_decay": 0.01}
 SCALARS = ("step", "eta", "mu")
 STEPS = range(T0 + 5)
 
+# Floats near whole numbers, which arithmetic arrives at, and such as have no fractions.
+ODD_STARTS = [
+    0.07 * 100,
+    sum([0.1] * 50),
+    3 + 2**-51,
+    5 - 2**-50,
+    5e-324,
+    -1 + 2**-53,
+    2.0**53,
+    1e300,
+]
+
 
 def saved_and_loaded(state_dict):
     file = io.BytesIO()
@@ -84,6 +96,22 @@ def test_checkpoints_replace_a_state_in_use(steps, to_torch, looks):
     saved = saved_and_loaded((twins.ours if to_torch else twins.theirs).state_dict())
     (twins.theirs if to_torch else twins.ours).load_state_dict(saved)
     twins.check()
+    twins.run(T0 + 5)
+
+
+@pytest.mark.parametrize("t0", ODD_STARTS)
+@pytest.mark.parametrize("copies", [False, True], ids=["loaded", "copied"])
+@pytest.mark.parametrize("steps", [1, 3, T0 + 5])
+def test_averaging_begins_at_t0_whatever_its_last_bits(steps, copies, t0, way):
+    twins = Twins(parameters((3,), (4,)), t0=t0)
+    twins.run(steps, lambda k, i: i == 1 and k < 2)
+    if copies:
+        both = twins.params, twins.ours, twins.theirs_params, twins.theirs
+        twins.params, twins.ours, twins.theirs_params, twins.theirs = copy.deepcopy(both)
+    else:
+        for optimizer in (twins.ours, twins.theirs):
+            optimizer.load_state_dict(way(optimizer.state_dict()))
+    assert twins.ours.param_groups[0]["t0"] == t0
     twins.run(T0 + 5)
 
 

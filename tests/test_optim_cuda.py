@@ -17,7 +17,7 @@ from torch.optim.asgd import asgd as torch_asgd
 from twins import NAMES
 
 from asgd_fast import ASGD
-from asgd_fast._torch import fallback, state
+from asgd_fast._torch import conversions, fallback
 from asgd_fast.cuda import device as device_module
 from asgd_fast.cuda.launches import HEADER
 
@@ -444,7 +444,7 @@ def test_autograd_is_told(gpu):
 
 def test_a_state_for_another_kind_of_gpu_is_made_as_torch_makes_it(gpu, monkeypatch):
     """Of AMD's devices, which torch calls cuda too, no engine knows."""
-    monkeypatch.setattr(state, "DEVICES", ("cpu",))
+    monkeypatch.setattr(conversions, "_DEVICES", ("cpu",))
     twins = Twins(params_of((5, 3)), t0=2, foreach=False)
     for _ in range(5):
         twins.theirs_params[0].grad = torch.randn(1).expand(5, 3)

@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from averaging import asks_early
 from runs import ArrayRun, runs, saved_and_loaded, with_lr
 from torch import nn
 from twins import bits, parameters, same
@@ -89,6 +90,7 @@ REFUSED = [
 ]
 
 
+@asks_early
 @pytest.mark.parametrize(("name", "value", "error", "message"), REFUSED)
 @runs
 def test_keywords_that_are_refused(make, name, value, error, message):

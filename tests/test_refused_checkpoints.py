@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ BAD_SCALARS = {
     "None": (None, TypeError, "expected a real number, got None"),
     "str": ("0.1", TypeError, "expected a real number, got '0.1'"),
     "list": ([0.1], TypeError, r"expected a real number, got \[0.1\]"),
+    "elsewhere": (torch.tensor(0.5, device="meta"), TypeError, "expected a dense tensor.*on meta"),
+    "sparse": (torch.ones(1).to_sparse(), TypeError, "expected a dense tensor.*torch.sparse_coo"),
     "huge": (10**400, TypeError, "expected a real number, got 1000"),
 }
 BAD_STARTS = {
@@ -37,6 +40,8 @@ BAD_AVERAGES = {
     "None": (None, TypeError, "expected a tensor, got NoneType"),
     "list": ([0.0] * 3, TypeError, "expected a tensor, got list"),
     "number": (0.5, TypeError, "expected a tensor, got float"),
+    "elsewhere": (torch.zeros(3, device="meta"), TypeError, "expected a dense tensor.*on meta"),
+    "sparse": (torch.zeros(3).to_sparse(), TypeError, "expected a dense tensor.*torch.sparse_coo"),
 }
 BAD_HYPERPARAMETERS = {
     "lr": ("0.1", TypeError, "lr: expected a real number, got '0.1'"),
@@ -71,6 +76,13 @@ def without(name):
     return spoil
 
 
+def without_in_group(name):
+    def spoil(saved):
+        del saved["param_groups"][1][name]
+
+    return spoil
+
+
 def in_place_of_the_entry(saved):
     saved["state"][1] = [1.0, 2.0]
 
@@ -92,6 +104,14 @@ SPOILT = {
     **{
         f"group's {name}": (put_in_group(name, value), error, rf"^param_groups\[1\]: {message}")
         for name, (value, error, message) in BAD_HYPERPARAMETERS.items()
+    },
+    **{
+        f"group's {name} missing": (
+            without_in_group(name),
+            KeyError,
+            rf"param_groups\[1\]: missing \['{name}'\]",
+        )
+        for name in ("lr", "lambd", "alpha", "t0", "weight_decay")
     },
     "a list": (in_place_of_the_entry, TypeError, r"^state\[1\]: expected a dict, got list"),
     "no state": (lambda saved: saved.pop("state"), KeyError, "state"),
@@ -126,6 +146,23 @@ TAKEN = {
 }
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64, lambda x: np.array([x])])
+def test_numbers_of_numpy_are_taken(kind):
+    params = parameters((3,), (4,))
+    optimizer = ASGD(params, **OPTIONS)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entry in saved["state"].values():
+        entry.update({name: kind(float(entry[name])) for name in SCALARS})
+    other = ASGD(params)
+    other.load_state_dict(saved)
+    for p in params:
+        for name in SCALARS:
+            same(other.state[p][name], optimizer.state[p][name])
+
+
 @pytest.mark.parametrize("name", SCALARS)
 @pytest.mark.parametrize("change", TAKEN.values(), ids=TAKEN)
 def test_scalars_that_torch_takes_are_taken(change, name):
@@ -143,6 +180,24 @@ def test_scalars_that_torch_takes_are_taken(change, name):
         ours, theirs = (entries_of(o)[x] for o, x in ((twins.ours, p), (twins.theirs, q)))
         for name in NAMES:
             assert float(ours[name].sum()) == float(theirs[name].sum())
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, lambda x: np.array([x])])
+def test_scalars_of_numpy_are_the_numbers_that_they_hold(kind):
+    p, q = parameters((3,), (3,))
+    optimizer, other = ASGD([p], t0=0), ASGD([q], t0=0)
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    entry = saved["state"][0]
+    entry.update({name: kind(entry[name].item()) for name in SCALARS})
+    other.load_state_dict(saved)
+    q.grad = torch.ones(3)
+    for each in (optimizer, other):
+        each.step()
+    for name in SCALARS:
+        assert torch.equal(optimizer.state[p][name], other.state[q][name])
 
 
 @pytest.mark.parametrize("step", [2**63 - 1, 2**63, 2**100, 1e30])
@@ -293,6 +348,27 @@ def test_a_t0_that_was_put_into_an_entry_stays_there():
     other = ASGD([p])
     other.load_state_dict(saved)
     assert other.state[p]["t0"] == 2.5
+
+
+@pytest.mark.parametrize("t0", [2.5, 2.0**47, 2.0**53])
+def test_where_averages_begin_is_kept_when_the_t0_of_the_group_cannot_show_it(t0):
+    """As it is no whole number, or so large that its last bits are no fractions."""
+    params = parameters((3,), (3,), dtype=torch.float64)
+    optimizer = ASGD(params)
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    optimizer.start_averaging()
+    optimizer.param_groups[0]["t0"] = t0
+    other = ASGD(params)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.param_groups[0]["t0"] == t0
+    iterates = []
+    for _ in range(4):
+        params[1].grad = torch.randn_like(params[1])
+        other.step()
+        iterates.append(params[1].detach().clone())
+    mean = torch.stack(iterates).mean(dim=0)
+    torch.testing.assert_close(other.state[params[1]]["ax"], mean, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("mu", [0.3, 1.5, -1.0, float("nan")])

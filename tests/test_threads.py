@@ -252,6 +252,20 @@ def test_a_stub_of_torch_lends_no_threads(tmp_path, stub):
     assert result.stdout == "True []\n"
 
 
+@pytest.mark.parametrize("stub", ["types.ModuleType", "unittest.mock.MagicMock"])
+def test_a_stub_of_torch_with_its_core_is_no_hindrance(stub):
+    program = f"""
+        import sys, types, unittest.mock
+        import numpy as np
+        import asgd_fast
+        sys.modules.update({{name: {stub}(name) for name in ("torch", "torch._C")}})
+        param = np.ones(3)
+        asgd_fast.asgd_(param, np.ones(3), eta=0.5, lambd=0.0)
+        print(param.tolist())
+    """
+    assert started(textwrap.dedent(program)).stdout == "[0.5, 0.5, 0.5]\n"
+
+
 @pytest.mark.parametrize(("given", "seen"), [(None, "PASSIVE"), ("active", "ACTIVE")])
 def test_threads_of_a_runtime_that_is_new_sleep_between_steps(given, seen):
     """Unless the user says otherwise; the environment is as before afterwards."""

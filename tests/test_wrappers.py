@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from averaging import saves_inside
 from twins import parameters
 
 from asgd_fast import ASGD
@@ -76,6 +77,7 @@ def test_settings_that_change_change_for_both(wrapped, through):
         assert getattr(wrapper, name) == getattr(optimizer, name) == value
 
 
+@saves_inside
 @wrappers
 @pytest.mark.parametrize("entered", ["wrapper", "optimizer"])
 def test_both_refuse_what_is_refused_inside_averaged_parameters(wrapped, entered):

@@ -68,7 +68,7 @@ cdef class Rows:
     cdef Plan _plan                 # likewise
     cdef Mirror *mirrors
     cdef Py_ssize_t n_mirrors
-    cdef readonly int64_t work      # the bytes of all params of the CPU, each as whole cache lines
+    cdef readonly int64_t cpu_bytes  # of all params of the CPU, each as whole cache lines
     cdef readonly bint has_gpu_rows
     # Where each GPU is to work, by its number: the stream of its first param, as `stream_of`; and
     # sets of the other streams on which libraries work, 0 for one that is not known.

@@ -163,7 +163,7 @@ cdef class Rows:
     def clear(self):
         """Give every array back."""
         self.n_rows = self._n_steps = self.n_mirrors = 0
-        self.work = 0
+        self.cpu_bytes = 0
         self.has_gpu_rows = False
         self.on_device = None
         self.device = CPU
@@ -246,7 +246,9 @@ cdef class Rows:
         cdef Row *row
         cdef Scalars now = Scalars(0, eta, mu)
         cdef Plan plan = Plan(
-            lr, 0, lambd, alpha, t0, average_every, current, weight_decay, grad_scale, False, False)
+            lr=lr, lr_size=0, lambd=lambd, alpha=alpha, t0=t0, average_every=average_every,
+            current=current, weight_decay=weight_decay, grad_scale=grad_scale, float_step=False,
+            float_next=False)
         for each in (grads, axs, scalars, starts):
             if each is not None and len(each) != n:
                 raise ValueError(f"got {len(each)} for {n} params; expected one for each")
@@ -441,9 +443,9 @@ cdef class Rows:
         """Count the row."""
         cdef Row *row = &self.rows[self.n_rows]
         cdef int64_t size = row.n * size_of(row.kind)
-        row.offset = self.work
+        row.offset = self.cpu_bytes
         if row.device == CPU:
-            self.work += (size + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+            self.cpu_bytes += (size + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
         self.n_rows += 1
         return 0
 

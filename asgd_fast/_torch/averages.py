@@ -15,6 +15,7 @@ from torch import Tensor
 
 from asgd_fast import _engines
 from asgd_fast._torch.conversions import extent
+from asgd_fast._torch.distributed import check_layout, laid_out_as, part_of
 from asgd_fast._torch.internals import forget_copies, increment_versions
 from asgd_fast._torch.scalars import floats
 
@@ -40,18 +41,22 @@ class _Pair:
         The param's own, wherever the param itself may be put meanwhile.
     spare : Tensor or None
         Holds the param meanwhile; None where the memory of the average does.
+    parts : (Tensor, Tensor or None, Tensor) or None
+        The memory, the spare memory and the average for an engine, of DTensors those of this rank;
+        None where no engine takes them.
     for_engine : bool
         Whether the engine makes the exchange, rather than torch.
     """
 
-    __slots__ = ("ax", "for_engine", "memory", "own", "param", "spare")
+    __slots__ = ("ax", "for_engine", "memory", "own", "param", "parts", "spare")
 
     def __init__(self, own: ParamState, ax: Tensor) -> None:
         param: Tensor = own.param
         self.param, self.own, self.ax = param, own, ax
         self.memory = param.detach()
         self.spare = self.memory.clone() if ax.dtype != param.dtype else None
-        self.for_engine = type(self.memory) is type(ax) is Tensor
+        self.parts = _parts(self.memory, self.spare, ax)
+        self.for_engine = self.parts is not None
 
     def leave_to_torch(self) -> None:
         """Keep the param in spare memory, so that each half of the exchange can be repeated."""
@@ -77,7 +82,7 @@ class _Pair:
         if not self.for_engine:
             assert self.spare is not None
             self.param.detach().copy_(self.spare)
-        elif self.param.data_ptr() != self.memory.data_ptr():  # it was given other memory
+        elif extent(self.param.detach())[0] != extent(self.memory)[0]:  # it was given other memory
             self.param.detach().copy_(self.memory)
 
 
@@ -101,7 +106,7 @@ def exchanged(states: Sequence[ParamState]) -> Iterator[None]:
     """
     pairs = _pairs(states)
     exchanges = _for_engine(pairs)
-    written = _written(exchanges)
+    written = _written(pairs)
     try:
         forget_copies()
         increment_versions(written)
@@ -126,11 +131,19 @@ def copy_to(states: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor
     states : sequence of ParamState
         Of params whose averages have begun.
     targets : iterable of (Tensor, Tensor)
-        Each a param of the optimizer and where its average goes.
+        Each a param of the optimizer and where its average goes. All ranks of DTensors must call.
+
+    Raises
+    ------
+    TypeError
+        As `check_layout`. Nothing is changed.
     """
     averages = {own.param: own.ax if own.ax is not None else own.source for own in states}
-    for param, target in targets:
-        target.copy_(averages.get(param, param))
+    pairs = [(averages.get(param, param), target) for param, target in targets]
+    for i, (average, target) in enumerate(pairs):
+        check_layout(f"target: tensor {i}", average, target)
+    for average, target in pairs:
+        target.copy_(laid_out_as(average, target))
 
 
 def begun(states: Sequence[ParamState]) -> list[ParamState]:
@@ -223,13 +236,21 @@ def _are_fit(pairs: list[_Pair]) -> bool:
 
 
 def _for_engine(pairs: list[_Pair]) -> list[_engines.Exchange]:
-    return [(pair.memory, pair.spare, pair.ax) for pair in pairs if pair.for_engine]
+    return [pair.parts for pair in pairs if pair.for_engine and pair.parts is not None]
 
 
-def _written(exchanges: list[_engines.Exchange]) -> list[Tensor]:
+def _parts(memory: Tensor, spare: Tensor | None, ax: Tensor) -> _engines.Exchange | None:
+    """Return the tensors that an engine would exchange, if it takes such."""
+    if type(memory) is type(ax) is Tensor:
+        return memory, spare, ax
+    parts = part_of(memory), part_of(spare), part_of(ax, memory)
+    return None if parts[0] is None or parts[2] is None else parts
+
+
+def _written(pairs: list[_Pair]) -> list[Tensor]:
     """Return the tensors whose memory the engine writes, as far as autograd is concerned."""
-    written = [memory for memory, _, _ in exchanges]
-    written += [ax for _, spare, ax in exchanges if spare is None]
+    written = [pair.memory for pair in pairs if pair.for_engine]
+    written += [pair.ax for pair in pairs if pair.for_engine and pair.spare is None]
     return [tensor for tensor in written if not tensor.is_inference()]
 
 

@@ -1,16 +1,16 @@
 """Checkpoints of a torch optimizer: their form, which is torch's, and what is refused in them.
 
 torch's tools load what is named in both optimizers, so a checkpoint has torch's keys alone. Where
-`start` has begun averages at different step counts, the t0 of the group is the next float above its
-own: each param's is then step - t0 = 1 / mu, and params that have no state yet begin with their
-first iterate. To torch the two numbers are as good as equal.
+`start` has begun averages at different step counts, the t0 of the group is marked in its last bits:
+the t0 of each param is then step - 1 / mu, and params that have no state yet begin with their first
+iterate. To torch a marked t0 is as good as equal.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from itertools import chain
-from math import inf, nextafter
+from math import inf, isfinite, ulp
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "pack", "unpack"]
 
+# Those that torch's groups have had in all versions.
+_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
+
+# How many units in its last place a marked t0 is above the whole number that it stands for. A t0
+# that somebody has computed, such as 0.07 * 100, is off by one or a few.
+_MARK = 165
+
 # With average_every, mu is 0 in most steps. It is then saved as step - t0 times so little that an
 # average does not move by it.
 _LITTLE = 2.0**-100
@@ -49,9 +56,7 @@ def pack(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         drop_usual(group)
         entries = {key: state[key] for key in group["params"] if key in state}
         if any("t0" in entry for entry in entries.values()):
-            for key in [key for key, entry in entries.items() if not has_steps(entry)]:
-                del state[key], entries[key]
-            state.update(_pack_starts(group, entries))
+            _pack_starts(state, group, entries)
     return {**state_dict, "state": state}
 
 
@@ -80,6 +85,8 @@ def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[
     kept = [{name: own[name] for name in OWN_HYPERPARAMETERS if name in own} for own in own_groups]
     groups = [{**own, **group} for own, group in zip(kept, groups, strict=True)]
     for i, (own, group) in enumerate(zip(own_groups, groups, strict=True)):
+        if missing := [name for name in _HYPERPARAMETERS if name not in group]:
+            raise KeyError(f"param_groups[{i}]: missing {missing}")
         _check_group(f"param_groups[{i}]", {**own, **group})
     return {**state_dict, "state": state, "param_groups": groups}
 
@@ -102,6 +109,9 @@ def unpack(
         As for `adopt`.
     """
     result: defaultdict[Tensor, Any] = defaultdict(dict, state)
+    for param, entry in state.items():
+        if type(entry) is dict and not entry:  # a copy of one that has made no step
+            del result[param]
     for group in groups:
         drop_usual(group)
         entries = {p: _released(p, state[p]) for p in group["params"] if has_steps(state.get(p))}
@@ -118,29 +128,32 @@ def unpack(
     return result
 
 
-def _pack_starts(group: Group, entries: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+def _pack_starts(state: dict[Any, Any], group: Group, entries: dict[Any, dict[str, Any]]) -> None:
     """Put where the averages of params begin into the t0 of their group, if that can be undone."""
     t0 = float(group["t0"])
-    if not t0.is_integer() or not all(entry.keys() >= {*SCALARS} for entry in entries.values()):
-        return entries
+    marked = t0 + _MARK * ulp(t0)
+    stepped = {key: entry for key, entry in entries.items() if has_steps(entry)}
+    if _unmarked(marked) != t0 or not all(x.keys() >= {*SCALARS} for x in stepped.values()):
+        return
     packed = {}
-    for key, entry in entries.items():
+    for key, entry in stepped.items():
         step, mu = floats([entry["step"], entry["mu"]])
         start = entry.get("t0", t0)
         if mu == 0:
             entry = {**entry, "mu": torch.full_like(entry["mu"], (step - start) * _LITTLE)}
         packed[key] = {name: x for name, x in entry.items() if name != "t0"}
         if _start_of(packed[key], group) != start:
-            return entries
-    group["t0"] = nextafter(t0, inf)
-    return packed
+            return
+    group["t0"] = marked
+    for key in entries.keys() - packed.keys():
+        del state[key]
+    state.update(packed)
 
 
 def _unpack_starts(group: Group, entries: Iterable[dict[str, Any]]) -> bool:
     """Undo `_pack_starts`; whether there was anything to undo."""
-    packed = group.get("t0", 0)
-    t0 = nextafter(packed, -inf)
-    if packed == inf or float(packed).is_integer() or not t0.is_integer():
+    t0 = _unmarked(float(group.get("t0", 0)))
+    if t0 is None:
         return False
     group["t0"] = t0
     for entry in entries:
@@ -150,6 +163,12 @@ def _unpack_starts(group: Group, entries: Iterable[dict[str, Any]]) -> bool:
         if 0 < entry["mu"] < _LITTLE * 2**40:
             entry["mu"] = entry["mu"] * 0
     return True
+
+
+def _unmarked(t0: float) -> float | None:
+    """Return the whole number that a marked t0 stands for; None if it is not marked."""
+    whole = float(round(t0)) if isfinite(t0) else t0
+    return whole if whole != t0 == whole + _MARK * ulp(whole) else None
 
 
 def _start_of(entry: dict[str, Any], group: Group) -> float:
@@ -193,6 +212,8 @@ def _checked_copy(name: str, entry: Any, param: Tensor) -> dict[str, Any]:
         raise KeyError(f"{name}: missing {missing}")
     for key in SCALARS:
         _check_number(f"{name}[{key!r}]", copies[key])
+        if not isinstance(copies[key], Tensor):
+            copies[key] = number(key, copies[key])  # NumPy's, too
     if "t0" in copies:
         copies["t0"] = check_scalar(f"{name}['t0']", copies["t0"], low=-inf)
     ax = copies.get("ax", param)
@@ -206,6 +227,7 @@ def _checked_copy(name: str, entry: Any, param: Tensor) -> dict[str, Any]:
     with torch.inference_mode(False), torch.no_grad():  # which the copies are to outlive
         for key in (*SCALARS, "ax"):
             if isinstance(x := copies.get(key), Tensor):
+                _check_memory(f"{name}[{key!r}]", x, param)
                 copies[key] = _Kept(x.detach().to(param.device, copy=True))
     return copies
 
@@ -218,6 +240,15 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected one number, got a tensor of shape {tuple(value.shape)}")
     elif value.is_complex():
         raise TypeError(f"{name}: expected a real number, got a tensor of {value.dtype}")
+
+
+def _check_memory(name: str, tensor: Tensor, param: Tensor) -> None:
+    """Refuse a tensor that has no memory, where its param has, or that leaves out zeros."""
+    if tensor.layout != torch.strided or (tensor.is_meta and not param.is_meta):
+        raise TypeError(
+            f"{name}: expected a dense tensor with values, got one of {tensor.layout} on "
+            f"{tensor.device}"
+        )
 
 
 def _check_group(name: str, group: Group) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asgd_fast._torch.distributed import has_memory
+from asgd_fast._torch.distributed import has_memory, part_of
 from asgd_fast.threads import is_forked
 
 if TYPE_CHECKING:
@@ -90,7 +90,12 @@ def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def extent(tensor: Tensor | None) -> tuple[int, int]:
-    """Return where the memory of a tensor begins and ends; (0, 0) if it has no address."""
+    """Return where the memory of a tensor begins and ends; (0, 0) if it has no address.
+
+    Of a DTensor it is the memory of this rank's part.
+    """
+    part = part_of(tensor)
+    tensor = tensor if part is None else part
     if tensor is None or tensor.device.type not in _DEVICES or tensor.layout != torch.strided:
         return 0, 0
     if tensor.numel() == 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from asgd_fast._torch.internals import alike, local_tensor
 from asgd_fast._torch.memory import is_ordinary
 
-__all__ = ["has_memory", "part_of", "redistributed"]
+__all__ = ["check_layout", "has_memory", "is_zero", "laid_out_as", "part_of", "redistributed"]
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -50,6 +50,13 @@ def part_of(tensor: Any, like: Any = None) -> Tensor | None:
 
 
 @torch.no_grad()
+def is_zero(tensor: Tensor) -> bool:
+    """Whether all elements are 0, on all ranks."""
+    count: Any = (tensor != 0).sum()
+    return not (count.full_tensor() if is_dtensor(count) else count)
+
+
+@torch.no_grad()
 def redistributed(grad: Any, param: Any, *, sums: bool) -> Tensor | None:
     """Return a gradient laid out as its param, if it is a DTensor of the same mesh; else None.
 
@@ -65,4 +72,49 @@ def redistributed(grad: Any, param: Any, *, sums: bool) -> Tensor | None:
     if has_sums(grad) and not sums:
         return None
     result: Tensor = grad.redistribute(placements=param.placements)
+    return result
+
+
+def _are_alike(tensor: Any, other: Any) -> bool:
+    return is_dtensor(tensor) and is_dtensor(other) and alike(tensor, other)
+
+
+def check_layout(name: str, tensor: Any, like: Any) -> None:
+    """Refuse what `laid_out_as` cannot make.
+
+    Raises
+    ------
+    TypeError
+        One is a DTensor, and the other has neither all elements nor is it a DTensor that has them.
+    """
+    if not (is_dtensor(tensor) or is_dtensor(like)):
+        return
+    for each in (tensor, like):
+        if is_dtensor(each) and has_sums(each) and not _are_alike(tensor, like):
+            raise TypeError(f"{name}: a DTensor of placements {each.placements} is not supported")
+        if not (is_dtensor(each) or is_ordinary(each)):
+            raise TypeError(
+                f"{name}: expected a torch.Tensor or a DTensor, got {type(each).__name__}"
+            )
+
+
+def laid_out_as(tensor: Any, like: Any) -> Tensor:
+    """Return a tensor laid out over the ranks as another: all of them must call.
+
+    Parameters
+    ----------
+    tensor, like : Tensor
+        DTensors or not, of one shape.
+    """
+    whole: Tensor = tensor
+    if is_dtensor(tensor) and not (is_dtensor(like) and tensor.device_mesh == like.device_mesh):
+        whole = tensor.full_tensor()
+    if not is_dtensor(like):
+        return whole
+    placed: Any = whole
+    if not is_dtensor(whole):
+        module = sys.modules["torch.distributed.tensor"]
+        everywhere = [module.Replicate()] * like.device_mesh.ndim
+        placed = module.DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
+    result: Tensor = placed.redistribute(placements=like.placements)
     return result

@@ -14,7 +14,7 @@ def scalar_tensor(value: float, dtype: torch.dtype) -> Tensor: ...
 @disjoint_base
 class Record(dict[str, Any]):
     ax: Tensor | None
-    start: float | None
+    own_t0: float | None
     source: Any
     has_average: bool
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...

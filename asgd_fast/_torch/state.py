@@ -14,6 +14,7 @@ from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.conversions import copy_as, has_engine, is_shared
+from asgd_fast._torch.distributed import is_zero
 from asgd_fast._torch.groups import number
 from asgd_fast._torch.record import SCALARS, Record, scalar_tensor
 from asgd_fast._torch.scalars import floats, refuse_capture, scalar_dtype, to_device
@@ -29,7 +30,9 @@ __all__ = [
     "adopt",
     "find",
     "has_steps",
+    "is_for_state",
     "new_average",
+    "prepare",
     "start",
     "start_before_first",
     "states_of",
@@ -85,6 +88,34 @@ class ParamState(Record):
         return OrderedDict, (self.contents(),)
 
 
+class Unstepped(ParamState):
+    """The state of a param that has made no step, for who asks for it; the step makes its own.
+
+    Parameters
+    ----------
+    own : ParamState
+        What the first step would begin with.
+    group : dict
+        The param's, whose lr may change until then.
+    """
+
+    __slots__ = ("group",)
+
+    def __init__(self, own: ParamState, group: Group) -> None:
+        super().__init__(own)
+        self.group = group
+        self.bind(own.param, is_lazy=own.is_lazy, average_dtype=own.average_dtype)
+
+    def complete(self) -> dict[str, Any]:
+        """Return the entries with which a step would begin now."""
+        lazy, dtype = self.is_lazy, self.average_dtype
+        return adopt(self.param, {}, self.group, lazy=lazy, average_dtype=dtype).complete()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave nothing to copies, whose first steps make their own."""
+        return dict, ()
+
+
 def _opening(name: str) -> Any:
     """Return a method of dict that opens the state first."""
     method = getattr(dict, name)
@@ -119,7 +150,7 @@ def has_steps(found: Any) -> bool:
     """
     if type(found) is ParamState and not found.is_open:
         return True
-    return bool(found) and not found.keys() <= {"t0"}
+    return bool(found) and type(found) is not Unstepped and not found.keys() <= {"t0"}
 
 
 def find(
@@ -276,6 +307,43 @@ def states_of(
     return states
 
 
+def is_for_state(groups: Iterable[Group]) -> bool:
+    """Whether a first step would do nothing but count: lr and all gradients are 0.
+
+    By such a step ``torch.distributed.checkpoint`` has optimizers make their state.
+    """
+    groups = list(groups)
+    grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
+    return (
+        len(grads) > 0
+        # Who has lr on a GPU does not want the host to wait for it.
+        and not any(getattr(group["lr"], "is_cuda", False) for group in groups)
+        and all(number("lr", group["lr"]) == 0 for group in groups)
+        and not any(grad.is_sparse or grad.is_meta or not is_zero(grad) for grad in grads)
+    )
+
+
+def prepare(
+    state: State, groups: Iterable[Group], *, lazy: bool, average_dtype: torch.dtype | None
+) -> None:
+    """Let params that have a gradient have a state without a step.
+
+    Parameters
+    ----------
+    state : dict of Tensor to dict
+        The optimizer's.
+    groups : iterable of dict
+        The optimizer's param_groups.
+    lazy, average_dtype
+        As for `adopt`.
+    """
+    for group in groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                own = adopt(param, {}, group, lazy=lazy, average_dtype=average_dtype)
+                state[param] = Unstepped(own, group)
+
+
 def start(state: State, group: Group, states: Sequence[ParamState]) -> None:
     """Make the next iterate of each param of a group the first one in its average.
 
@@ -294,7 +362,7 @@ def start(state: State, group: Group, states: Sequence[ParamState]) -> None:
     # The next one is number step + 1, and number t0 + 2 is the first.
     t0 = max(steps, default=0.0) - 1
     for own, step in zip(states, steps, strict=True):
-        own.start = step - 1 if step - 1 != t0 else None
+        own.own_t0 = step - 1 if step - 1 != t0 else None
         own.begin_anew(step)
         if own.is_lazy and not group["capturable"]:  # a captured graph writes the average
             own.ax = None

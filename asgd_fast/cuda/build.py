@@ -245,8 +245,8 @@ def _folder() -> Path | None:
     if not folder.is_absolute():  # of nobody's home: where the process happens to be
         return None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        for each in (folder.parent, folder):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _is_ours(folder.stat()):
             return folder
     except OSError:

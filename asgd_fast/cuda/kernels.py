@@ -27,7 +27,6 @@ from asgd_fast.cuda.launches import (
     FIRST_BITS,
     FLAGS_AT,
     FOUND_INF_AT,
-    GRAD_SCALE_AT,
     HAS_WEIGHT_DECAY,
     HEADER,
     HOW_AT,
@@ -35,6 +34,7 @@ from asgd_fast.cuda.launches import (
     JOB_AT,
     L2_AT,
     LAMBD_AT,
+    LOSS_SCALE_AT,
     LR_AT,
     LR_IS_DOUBLE,
     LR_IS_FLOAT,
@@ -447,8 +447,8 @@ def _scalars_in_memory(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
         if is_current and step <= t0:
             decay = 1.0
         factor = double(word(words, at + SIGN_AT))
-        if word(words, GRAD_SCALE_AT) != 0:
-            factor *= types.float64(types.float32(1.0 / read_float(word(words, GRAD_SCALE_AT))))
+        if word(words, LOSS_SCALE_AT) != 0:
+            factor *= types.float64(types.float32(1.0 / read_float(word(words, LOSS_SCALE_AT))))
         weight_decay = double(word(words, at + L2_AT))
         if is_skipped(words):
             phase = SKIP

@@ -223,7 +223,7 @@ def prepared(rows: Rows, job: int, *, capturable: bool = False) -> Launches:
         if device_scalars:
             own = rows.on_device
             assert own is not None
-            addresses = _address(own.grad_scale, number), _address(own.found_inf, number)
+            addresses = _address(own.loss_scale, number), _address(own.found_inf, number)
         for part in _parts(job, param != average):
             start = 0
             while start < len(rows):

@@ -13,7 +13,7 @@ CHUNK_AT: int
 SETS_AT: int
 JOB_AT: int
 TICKET_AT: int
-GRAD_SCALE_AT: int
+LOSS_SCALE_AT: int
 FOUND_INF_AT: int
 HEADER: int
 PLACE_AT: int
@@ -63,7 +63,7 @@ def pack(
     words: npt.NDArray[np.uint64],
     job: int,
     n_blocks: int,
-    grad_scale: int = 0,
+    loss_scale: int = 0,
     found_inf: int = 0,
 ) -> tuple[int, int, int]: ...
 def run(groups: list[tuple[Callable[[], Any], ...]], success: object) -> list[tuple[Any, ...]]: ...

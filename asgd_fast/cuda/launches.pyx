@@ -25,7 +25,7 @@ cdef enum:
     _SETS_AT = 3         # where the first set is; the others come before it
     _JOB_AT = 4
     _TICKET_AT = 5       # addresses, for scalars on the device: where blocks draw tickets,
-    _GRAD_SCALE_AT = 6   # the loss scale, and whether gradients are infinite; the last two or 0
+    _LOSS_SCALE_AT = 6   # the loss scale, and whether gradients are infinite; the last two or 0
     _FOUND_INF_AT = 7
     _HEADER = 8
 
@@ -93,8 +93,8 @@ cdef enum:
 # What kernels and tests know the above by.
 N_ROWS_AT, N_CHUNKS_AT, CHUNK_AT, SETS_AT, JOB_AT = (
     _N_ROWS_AT, _N_CHUNKS_AT, _CHUNK_AT, _SETS_AT, _JOB_AT)
-TICKET_AT, GRAD_SCALE_AT, FOUND_INF_AT, HEADER = (
-    _TICKET_AT, _GRAD_SCALE_AT, _FOUND_INF_AT, _HEADER)
+TICKET_AT, LOSS_SCALE_AT, FOUND_INF_AT, HEADER = (
+    _TICKET_AT, _LOSS_SCALE_AT, _FOUND_INF_AT, _HEADER)
 PLACE_AT, SCALARS_AT, FIRST_BITS, TAIL_BITS = _PLACE_AT, _SCALARS_AT, _FIRST_BITS, _TAIL_BITS
 NEG_ETA_AT, DECAY_AT, WEIGHT_DECAY_AT, FACTOR_AT, MU_AT, HOW_AT = (
     _NEG_ETA_AT, _DECAY_AT, _WEIGHT_DECAY_AT, _FACTOR_AT, _MU_AT, _HOW_AT)
@@ -176,7 +176,7 @@ def launch_kind(int64_t key):
 
 def pack(
     Rows rows, int64_t key, Py_ssize_t start, uint64_t[::1] words, int job, int64_t n_blocks,
-    uint64_t grad_scale=0, uint64_t found_inf=0,
+    uint64_t loss_scale=0, uint64_t found_inf=0,
 ):
     """Lay out a launch of so many rows of a key as find room.
 
@@ -193,7 +193,7 @@ def pack(
     job : int
     n_blocks : int
         How many blocks keep the GPU busy.
-    grad_scale, found_inf : int
+    loss_scale, found_inf : int
         Addresses, for scalars on the device; else 0.
 
     Returns
@@ -262,7 +262,7 @@ def pack(
     words[_CHUNK_AT] = chunk
     words[_SETS_AT] = _HEADER + n_rows * row_size + (n_sets - 1) * set_size
     words[_JOB_AT] = job
-    words[_GRAD_SCALE_AT] = grad_scale
+    words[_LOSS_SCALE_AT] = loss_scale
     words[_FOUND_INF_AT] = found_inf
     # Rows without elements too have scalars that are to be advanced.
     n_blocks = max(n_chunks, <int64_t>1) if n_rows != 0 else 0

@@ -15,7 +15,7 @@ cdef class DeviceRows:
     cdef DeviceRow *rows
     cdef Py_ssize_t n_rows
     cdef list scalars  # a `DeviceScalars` for each row
-    cdef public object grad_scale
+    cdef public object loss_scale
     cdef public object found_inf
 
     cdef int add(self, const DeviceRow *row, scalars) except -1

@@ -5,14 +5,14 @@ from torch import Tensor, device, dtype
 
 @final
 class DeviceRows:
-    grad_scale: dict[int, Tensor] | None
+    loss_scale: dict[int, Tensor] | None
     found_inf: dict[int, Tensor] | None
     def count(self) -> None: ...
     def scale(
         self,
         devices: Iterable[int],
         found_inf: Tensor,
-        grad_scale: Tensor | float | None,
+        loss_scale: Tensor | float | None,
     ) -> None: ...
 
 @final

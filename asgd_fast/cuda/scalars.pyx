@@ -17,7 +17,7 @@ cdef class DeviceRows:
 
     Attributes
     ----------
-    grad_scale, found_inf : dict of int to Tensor, or None
+    loss_scale, found_inf : dict of int to Tensor, or None
         One float32 in the memory of each GPU, by its number: what gradients are divided by, and
         whether the step is to be skipped.
     """
@@ -42,17 +42,17 @@ cdef class DeviceRows:
         for scalars in self.scalars:
             scalars.steps += 1
 
-    def scale(self, devices, found_inf, grad_scale):
+    def scale(self, devices, found_inf, loss_scale):
         """Set what a GradScaler found out.
 
         Parameters
         ----------
         devices : iterable of int
         found_inf : Tensor
-        grad_scale : Tensor, float or None
+        loss_scale : Tensor, float or None
         """
         self.found_inf = _on_each(devices, found_inf)
-        self.grad_scale = None if grad_scale is None else _on_each(devices, grad_scale)
+        self.loss_scale = None if loss_scale is None else _on_each(devices, loss_scale)
 
 
 cdef class DeviceScalars:
