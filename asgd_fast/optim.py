@@ -78,7 +78,7 @@ class ASGD(torch.optim.ASGD):
     of which this is a subclass. For each param p with its gradient g and its average ax, every line
     rounded once::
 
-        g = g / loss_scale              under a GradScaler
+        g = g / loss_scale              if fused_amp, under a GradScaler
         g = -g                          if maximize
         g = fma(weight_decay, p, g)     if weight_decay != 0
         p = fma(-eta, g, p * (1 - lambd * eta))
@@ -179,8 +179,12 @@ class ASGD(torch.optim.ASGD):
 
     The one pass is made over tensors of the CPU or of CUDA devices, of float32, float64, float16,
     bfloat16, complex64 or complex128, whose elements fill a block of memory, in any order of the
-    axes. Half types are computed in float32 and rounded once. Everything else, and tensors that
-    share memory with each other, go to torch's own ``asgd``, with its results and its speed.
+    axes; and over the parts of DTensors, where param, gradient and average are laid out alike. Half
+    types are computed in float32 and rounded once. Everything else, and tensors that share memory
+    with each other, go to torch's own ``asgd``, with its results and its speed.
+
+    A first step in which lr and all gradients are 0, by which ``torch.distributed.checkpoint`` has
+    optimizers make their state, makes it without counting.
 
     The GIL is released while memory is updated, and the memory of a tensor must not be replaced or
     resized meanwhile by another thread (``p.data = other``).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -87,6 +88,30 @@ def saved_and_loaded(state_dict):
     torch.save(state_dict, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def steps_made_by_threads(step):
+    """Return how many of 240 steps four threads have made; the others must have been refused."""
+    made, refused = [], []
+
+    def make_one():
+        try:
+            made.append(step())
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def make_some():
+        for _ in range(60):
+            make_one()
+
+    threads = [threading.Thread(target=make_some) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) + len(refused) == 240
+    assert set(refused) <= {"step: another thread is making a step of this optimizer"}
+    return len(made)
 
 
 WAYS = {

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from averaging import asks_early
+from runs import steps_made_by_threads
 
 from asgd_fast import ArrayASGD, get_num_threads
 
@@ -553,27 +554,9 @@ def test_a_step_that_comes_into_another_threads_is_refused_rather_than_lost():
     """Those that are made are counted, and move the params."""
     param, grad = np.zeros(300_000), np.ones(300_000)
     optimizer = ArrayASGD([param], lr=1.0, lambd=0.0)
-    made, refused = [], []
-
-    def make_one():
-        try:
-            made.append(optimizer.step([grad]))
-        except RuntimeError as error:
-            refused.append(str(error))
-
-    def make_some():
-        for _ in range(60):
-            make_one()
-
-    threads = [threading.Thread(target=make_some) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) + len(refused) == 240
-    assert set(refused) <= {"step: another thread is making a step of this optimizer"}
-    assert optimizer.state_dict()["step"] == len(made)
-    np.testing.assert_array_equal(param, -float(len(made)))
+    made = steps_made_by_threads(lambda: optimizer.step([grad]))
+    assert optimizer.state_dict()["step"] == made
+    np.testing.assert_array_equal(param, -float(made))
 
 
 def test_a_copy_made_in_a_step_can_step():

@@ -109,17 +109,6 @@ FAULTS = {
     "no address": (numbers(), {"data": None}, r"its elements have no memory \(the address is NULL"),
 }
 
-
-@each(exporters.KINDS)
-@pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize("fault", FAULTS)
-def test_an_unfit_array_is_refused(kind, role, fault):
-    array, said, message = FAULTS[fault]
-    arrays = rows(kind)
-    arrays[role][1] = kind(array, **said)
-    assert_refused(arrays, ValueError, rf"{role}\[1\]: {message}")
-
-
 # What may be wrong with arrays that are written; grads like these are copied.
 UNFIT_LAYOUTS = {
     "strided": (numbers(8)[::2], {}, GAPS),
@@ -129,10 +118,11 @@ UNFIT_LAYOUTS = {
 
 
 @each(exporters.KINDS)
-@pytest.mark.parametrize("role", ["params", "axs"])
-@pytest.mark.parametrize("fault", UNFIT_LAYOUTS)
-def test_an_unfit_layout_is_refused(kind, role, fault):
-    array, said, message = UNFIT_LAYOUTS[fault]
+@pytest.mark.parametrize(
+    ("fault", "role"), [*product(FAULTS, ROLES), *product(UNFIT_LAYOUTS, ["params", "axs"])]
+)
+def test_an_unfit_array_is_refused(kind, role, fault):
+    array, said, message = (FAULTS | UNFIT_LAYOUTS)[fault]
     arrays = rows(kind)
     arrays[role][1] = kind(array, **said)
     assert_refused(arrays, ValueError, rf"{role}\[1\]: {message}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
 import torch
+from runs import saved_and_loaded
 from torch import nn
 from twins import NAMES, Twins, entries_of, parameters, same, sealed_or_open
 
@@ -29,13 +29,6 @@ ODD_STARTS = [
     2.0**53,
     1e300,
 ]
-
-
-def saved_and_loaded(state_dict):
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def pickled(x):

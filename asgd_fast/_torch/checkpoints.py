@@ -115,7 +115,7 @@ def unpack(
     for group in groups:
         drop_usual(group)
         entries = {p: _released(p, state[p]) for p in group["params"] if has_steps(state.get(p))}
-        was_started = group.pop("averaging_started", False)  # in checkpoints of 2026
+        was_started = group.pop("averaging_started", False)  # in older checkpoints
         if _unpack_starts(group, entries.values()) or was_started:
             start_before_first(result, group)
         for param, entry in entries.items():

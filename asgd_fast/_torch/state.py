@@ -144,11 +144,8 @@ def wide(param: Tensor, average_dtype: torch.dtype | None) -> torch.dtype:
 
 
 def has_steps(found: Any) -> bool:
-    """Whether what stands in the place of a param's state is more than where its average begins.
-
-    Nobody else may learn of a sealed one by the question, which would open it.
-    """
-    if type(found) is ParamState and not found.is_open:
+    """Whether what stands in the place of a param's state is more than where its average begins."""
+    if type(found) is ParamState and not found.is_open:  # any question to the dict would open it
         return True
     return bool(found) and type(found) is not Unstepped and not found.keys() <= {"t0"}
 
@@ -307,19 +304,19 @@ def states_of(
     return states
 
 
-def is_for_state(groups: Iterable[Group]) -> bool:
+def is_for_state(groups: Sequence[Group]) -> bool:
     """Whether a first step would do nothing but count: lr and all gradients are 0.
 
     By such a step ``torch.distributed.checkpoint`` has optimizers make their state.
     """
-    groups = list(groups)
+    # Who has lr on a GPU does not want the host to wait for it.
+    if any(getattr(group["lr"], "is_cuda", False) for group in groups):
+        return False
+    if any(number("lr", group["lr"]) != 0 for group in groups):
+        return False
     grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
-    return (
-        len(grads) > 0
-        # Who has lr on a GPU does not want the host to wait for it.
-        and not any(getattr(group["lr"], "is_cuda", False) for group in groups)
-        and all(number("lr", group["lr"]) == 0 for group in groups)
-        and not any(grad.is_sparse or grad.is_meta or not is_zero(grad) for grad in grads)
+    return bool(grads) and all(
+        not (grad.is_sparse or grad.is_meta) and is_zero(grad) for grad in grads
     )
 
 

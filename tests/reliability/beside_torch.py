@@ -7,7 +7,6 @@ those of tests/oracle.py.
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from oracle import averaged
+from runs import saved_and_loaded
 from twins import NAMES, Twins, bits, entries_of, same, twin
 
 import asgd_fast
@@ -185,7 +185,7 @@ class Walk(RuleBasedStateMachine):
         }[way]  # fmt: skip
         for optimizer, source in zip((ours, theirs), states, strict=True):
             if source is not None:
-                state = through_file(source.state_dict()) if f else source.state_dict()
+                state = saved_and_loaded(source.state_dict()) if f else source.state_dict()
                 optimizer.load_state_dict(state)
                 optimizer.param_groups[0].pop("foreach", None)
                 for group in optimizer.param_groups:
@@ -257,13 +257,6 @@ class Walk(RuleBasedStateMachine):
                     same(ours[p][name], theirs[q][name])
                 if theirs[q]["mu"] != 1:
                     same(ours[p]["ax"], self.axs[i])
-
-
-def through_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def run(campaign):

@@ -47,6 +47,17 @@ def refused(function, *arguments, **options):
     raise AssertionError("accepted what must be refused")
 
 
+def go_through_all(optimizer, step, targets):
+    """Do with an optimizer what can be done with it."""
+    for _ in range(4):
+        step()
+    with optimizer.averaged_parameters():
+        optimizer.state_dict()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.start_averaging()
+    optimizer.copy_averages_to(targets)
+
+
 def array_calls():
     """Yield what is called over and over, by name."""
     p, g, ax = (np.ones(40) for _ in range(3))
@@ -58,17 +69,11 @@ def array_calls():
     yield "ArrayASGD.step", lambda: optimizer.step(grads)
     yield "ArrayASGD.step refused", lambda: refused(optimizer.step, [g, np.ones(4)])
 
-    def make():
+    def live():
         other = asgd_fast.ArrayASGD([p, np.ones(3)], t0=0)
-        for _ in range(4):
-            other.step(grads)
-        with other.averaged_parameters():
-            other.state_dict()
-        other.load_state_dict(other.state_dict())
-        other.start_averaging()
-        other.copy_averages_to([np.ones(40), np.ones(3)])
+        go_through_all(other, lambda: other.step(grads), [np.ones(40), np.ones(3)])
 
-    yield "a life of ArrayASGD", make
+    yield "a life of ArrayASGD", live
     state = optimizer.state_dict()
     bad = {**state, "mu": state["mu"] + 2}
     yield "load_state_dict refused", lambda: refused(optimizer.load_state_dict, bad)
@@ -112,17 +117,11 @@ def torch_calls():
 
     yield "ASGD.step", step
 
-    def make():
+    def live():
         other = asgd_fast.ASGD(params, t0=0)
-        for _ in range(4):
-            step(other)
-        with other.averaged_parameters():
-            other.state_dict()
-        other.load_state_dict(other.state_dict())
-        other.start_averaging()
-        other.copy_averages_to([torch.ones(40), torch.ones(3)])
+        go_through_all(other, lambda: step(other), [torch.ones(40), torch.ones(3)])
 
-    yield "a life of ASGD", make
+    yield "a life of ASGD", live
 
 
 def measure(n, kept):
