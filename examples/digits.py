@@ -68,12 +68,10 @@ def train(seed: int, epochs: int, progress: tqdm[NoReturn]) -> list[tuple[float,
     for _ in range(epochs):
         for batch in np.array_split(rng.permutation(len(train_images)), batches_per_epoch):
             optimizer.step(gradients(train_images[batch], train_labels[batch], weights, bias))
-        curve.append(
-            (
-                accuracy(test_images, test_labels, weights, bias),
-                accuracy(test_images, test_labels, *optimizer.averages),
-            )
-        )
+        last = average = accuracy(test_images, test_labels, weights, bias)
+        if optimizer.is_averaging:
+            average = accuracy(test_images, test_labels, *optimizer.averages)
+        curve.append((last, average))
         progress.update()
     return curve
 

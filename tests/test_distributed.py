@@ -34,12 +34,15 @@ def placed(mesh, placements, dtype=torch.float32, shapes=SHAPES):
     ]
 
 
-def give_grads(params, step, placements=None, *, dtype=None):
+def give_grads(params, step, placements=None):
     """Gradients that are the same in each call with the same step."""
     torch.manual_seed(step)
     for param in params:
-        grad = torch.randn(param.shape, dtype=dtype or param.dtype)
-        if isinstance(param, DTensor):
+        grad = torch.randn(param.shape, dtype=param.dtype)
+        if placements == [Partial()]:  # of which each rank has a summand of its own
+            summand = grad * (dist.get_rank() + 0.1)
+            grad = DTensor.from_local(summand, param.device_mesh, placements)
+        elif isinstance(param, DTensor):
             grad = distribute_tensor(grad, param.device_mesh, placements or param.placements)
         param.grad = grad
 
