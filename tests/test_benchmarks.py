@@ -366,6 +366,7 @@ def test_compare_takes_this_machines_results(gate, published, tmp_path):
     assert "instructions.Loop.track_loop" in compared.stdout
 
 
+@pytest.mark.skipif(find_spec("asv") is None, reason="asv is not installed")
 def test_no_results_are_written_among_those_of_another_processor(tmp_path):
     """A folder that is said to be another processor's, and one that nobody has."""
     folder = tmp_path / "results" / "theirs"
