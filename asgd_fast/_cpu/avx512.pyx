@@ -1,3 +1,5 @@
+# cython: linetrace=False
+# Vectors cannot be traced; the baseline, whose text is the same, has none.
 """The loops of _cpu/loops.pxi for x86-64 processors with AVX-512 (F, VL, DQ, BW)."""
 
 include "loops.pxi"
