@@ -113,6 +113,7 @@ names = [
     "_torch/memory",
     "_torch/record",
     "_torch/gather",
+    "_torch/exchange",
     "_core",
     *(f"_cpu/{level}" for level in LEVELS),
     "cuda/launches",

@@ -23,6 +23,7 @@ from asgd_fast._engines import (
     from_host,
     is_on_gpu,
     refuse_recording,
+    rows_to_exchange,
     template,
     to_host,
     update,
@@ -495,7 +496,7 @@ class ArrayASGD:
                 exchanged_ones[i] = param
         self._exchanged = exchanged_ones
         try:
-            with exchanged(arrays):
+            with exchanged(rows_to_exchange(arrays), lambda: rows_to_exchange(arrays)):
                 yield
         finally:
             self._exchanged = None

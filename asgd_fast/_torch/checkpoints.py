@@ -20,7 +20,7 @@ from asgd_fast._torch.conversions import broadcasts
 from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, check_group, drop_usual, number
 from asgd_fast._torch.record import SCALARS, scalar_tensor
 from asgd_fast._torch.scalars import floats, scalar_dtype
-from asgd_fast._torch.state import ParamState, adopt, has_steps, start_before_first, wide
+from asgd_fast._torch.state import adopt, complete, has_steps, start_before_first, wide
 from asgd_fast.schedule import check_scalar
 
 if TYPE_CHECKING:
@@ -45,14 +45,8 @@ _LITTLE = 2.0**-100
 
 
 def pack(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint in torch's form, a hook after torch has made it.
-
-    Scalars and averages that nobody has seen yet are made as tensors for it.
-    """
-    state = {
-        key: entry.complete() if isinstance(entry, ParamState) else entry
-        for key, entry in state_dict["state"].items()
-    }
+    """Return a checkpoint in torch's form, a hook after torch has made it."""
+    state = complete(state_dict["state"])
     for group in state_dict["param_groups"]:
         drop_usual(group)
         entries = {key: state[key] for key in group["params"] if key in state}

@@ -32,11 +32,15 @@ def scalar_dtype() -> torch.dtype:
 
 def floats(scalars: Sequence[Any]) -> list[float]:
     """Return numbers, or what tensors of one element have; waits once for each device."""
-    values = [0.0 if isinstance(x, Tensor) and x.is_cuda else float(x) for x in scalars]
+    values = list(scalars)
     there: dict[torch.device, list[int]] = {}
     for i, x in enumerate(scalars):
+        if type(x) is float:
+            continue
         if isinstance(x, Tensor) and x.is_cuda:
             there.setdefault(x.device, []).append(i)
+        else:
+            values[i] = float(x)
     for places in there.values():
         read = torch.stack([scalars[i].detach().reshape(()).double() for i in places]).tolist()
         for i, value in zip(places, read, strict=True):
