@@ -230,7 +230,7 @@ cdef class Record(dict):
         with torch.no_grad(), torch.inference_mode(False):
             mu.fill_(1)
 
-    cdef int read(self, Mirror *mirror) except -1:
+    cdef int read(self, tuple scalars, Mirror *mirror) except -1:
         """Read the scalars of an open record, and note where they are to be written.
 
         False if they are not three tensors of one float on the host.
@@ -240,7 +240,7 @@ cdef class Record(dict):
         cdef bint is_fit
         cdef int i
         for i in range(3):
-            tensor = dict.get(self, _NAMES[i])
+            tensor = scalars[i]
             if not is_ordinary(tensor) or not lend(tensor, True, &borrowed):
                 return False
             is_fit = (

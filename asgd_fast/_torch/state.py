@@ -93,8 +93,14 @@ class ParamState(Record):
         return iter(names)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be copied and pickled as a dict that ``torch.load`` takes with ``weights_only``."""
-        return OrderedDict, (self.contents(),)
+        """Be copied and pickled as a dict that ``torch.load`` takes with ``weights_only``.
+
+        An average that begins because somebody has set mu is in it.
+        """
+        if not self.is_open or float(self.get("mu", 1)) == 1:
+            return OrderedDict, (self.contents(),)
+        with ordinary_tensors():
+            return OrderedDict, (self.complete(),)
 
 
 class Unstepped(ParamState):
@@ -253,9 +259,7 @@ def adopt(
         dtypes = {scalar_dtype(), *(getattr(own[name], "dtype", None) for name in SCALARS)}
         own.seal(floats(own.scalars()), is_double=torch.float64 in dtypes)
         is_captured = bool(group.get("capturable")) and param.is_cuda
-        if own.scalars()[2] != 1:
-            own.has_average = True
-        elif own.is_lazy and not is_captured:
+        if own.mu == 1 and own.is_lazy and not is_captured:
             own.ax = None
         if is_captured:
             to_device(own, param.device)
