@@ -317,7 +317,7 @@ class ArrayASGD:
         Warns
         -----
         AveragingNotBegunWarning
-            Once, if steps were made and no average has begun.
+            Once, if steps were made and no average has begun or begins with the next one.
         """
         self._warn_unless_begun(stacklevel=3)
         return self._averages_or_copies()
@@ -330,17 +330,14 @@ class ArrayASGD:
         ]
 
     def _warn_unless_begun(self, stacklevel: int) -> None:
-        """Warn once if steps were made, no average has begun, and none was told to."""
+        """Warn once if steps were made, and no average has begun or begins with the next one."""
         steps = self._scalars[:, 0]
-        if (
-            self._has_warned
-            or self.is_averaging
-            or not steps.any()
-            or not np.isnan(self._starts).all()
-        ):
+        if self._has_warned or self.is_averaging or not steps.any():
+            return
+        t0 = self._starts_of_each()
+        if (steps >= t0 + 1).any():
             return
         self._has_warned = True
-        t0 = self._t0_of_each()
         nearest = np.argmin(t0 - steps)
         warnings.warn(
             f"averages were asked for after step {steps[nearest]:g}, but none has begun: t0 is "
@@ -604,7 +601,7 @@ class ArrayASGD:
             "step": self._scalars[:, 0].astype(np.int64),
             "eta": self._scalars[:, 1].copy(),
             "mu": self._scalars[:, 2].copy(),
-            "start": np.where(np.isnan(self._starts), self._t0_of_each(), self._starts),
+            "start": self._starts_of_each(),
             "group": self._group_of_each(),
         }
         for name in self.defaults:
@@ -746,6 +743,9 @@ class ArrayASGD:
             _checked_hyperparameters(group, f"param_groups[{k}]: ")
             for k, group in enumerate(self.param_groups)
         ]
+
+    def _starts_of_each(self) -> np.typing.NDArray[np.float64]:
+        return np.where(np.isnan(self._starts), self._t0_of_each(), self._starts)
 
     def _t0_of_each(self) -> np.typing.NDArray[np.float64]:
         t0s = [float(group["t0"]) for group in self.param_groups]

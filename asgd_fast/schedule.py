@@ -34,6 +34,7 @@ _TITLES = {"lr": "learning rate"} | {
 class AveragingNotBegunWarning(UserWarning):
     """Averages were asked for before any has begun, so that the params themselves stand for them.
 
+    There is none where the first begins with the next step, as after ``start_averaging()``.
     ``warnings.simplefilter("ignore", asgd_fast.AveragingNotBegunWarning)`` silences it.
     """
 

@@ -269,11 +269,18 @@ class Averaging:
 
     def _begun(self, call: str, *, stacklevel: int) -> list[ParamState]:
         """Return the states whose averages have begun, for a call that asks for averages."""
-        records = self._records()
-        begun = averages.begun(records)
-        step = 0.0 if begun else max(floats([x.scalars()[0] for x in records]), default=0)
-        if step:
-            t0 = min(float(group["t0"]) for group in self.param_groups)
+        begun = averages.begun(self._records())
+        if begun:
+            return begun
+        starts = []  # t0 and the number of steps of each
+        for group in self.param_groups:
+            records = self._records(group)
+            steps = floats([record.scalars()[0] for record in records])
+            for record, step in zip(records, steps, strict=True):
+                t0 = group["t0"] if record.own_t0 is None else record.own_t0
+                starts.append((float(t0), step))
+        t0, step = min(starts, key=lambda start: start[0] - start[1], default=(0, 0))
+        if step and step < t0 + 1:  # else one begins with the next step
             self._settings.warn_once(
                 AveragingNotBegunWarning,
                 f"{call}: no average has begun, as t0 is {t0:g} and the number of steps is "
