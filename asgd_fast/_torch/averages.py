@@ -15,8 +15,9 @@ from torch import Tensor
 
 from asgd_fast import _engines
 from asgd_fast._torch.conversions import extent
-from asgd_fast._torch.distributed import check_layout, laid_out_as, part_of
+from asgd_fast._torch.distributed import check_layout, laid_out_as
 from asgd_fast._torch.internals import forget_copies, increment_versions
+from asgd_fast._torch.parts import part_of
 from asgd_fast._torch.scalars import floats
 
 if TYPE_CHECKING:
