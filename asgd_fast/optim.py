@@ -31,6 +31,7 @@ from asgd_fast._torch.internals import (
     increment_versions,
     is_watched,
 )
+from asgd_fast._torch.redundancy import has_parameters
 from asgd_fast._torch.scalars import floats
 from asgd_fast._torch.settings import KEYWORDS, Settings, Shared, checked_average_dtype
 from asgd_fast.schedule import AveragingNotBegunWarning, check_place
@@ -283,6 +284,7 @@ class ASGD(torch.optim.ASGD):
                 raise TypeError(f"{name}: is set for the optimizer as a whole, not for a group")
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._own.had_parameters |= has_parameters(self.param_groups[-1]["params"])
         drop_usual(self.param_groups[-1])
 
     @_hooked
@@ -470,7 +472,9 @@ class ASGD(torch.optim.ASGD):
         They trade places in one pass; the params keep their memory, and get their bits back on the
         way out, after an exception too. A param whose averaging has not begun stays as it is; if
         none has, there is an `AveragingNotBegunWarning`, once for each optimizer. Models wrapped by
-        ``fully_shard`` are resharded on both ways, so that they gather what stands in the params.
+        ``fully_shard`` are resharded on both ways, so that they gather what stands in the params;
+        under ``ZeroRedundancyOptimizer`` all ranks enter and leave together, and send each other
+        what they step.
         Buffers are not touched. Averages that are wider than their params, and those that no engine
         takes, need memory of the size of the params meanwhile.
 
@@ -485,8 +489,9 @@ class ASGD(torch.optim.ASGD):
         Raises
         ------
         RuntimeError
-            The averages stand in the params already, or the params are parts of a
-            ``FullyShardedDataParallel`` module, which may have copies of them. Nothing is changed.
+            The averages stand in the params already; or the params are parts of a
+            ``FullyShardedDataParallel`` module, which may have copies of them; or others stand in
+            their place in the groups, as DeepSpeed's ZeRO has it. Nothing is changed.
         ValueError
             The state has an average of another shape than its param. Nothing is changed.
 
@@ -507,10 +512,12 @@ class ASGD(torch.optim.ASGD):
         """
         self._refuse_exchanged("averaged_parameters")
         self._refuse_flattened("averaged_parameters", self._params())
+        self._refuse_replaced("averaged_parameters")
         begun = self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
         try:
             self._is_exchanged = True
-            with averages.exchanged(begun):
+            with self._own.redundancy.shared_again(), averages.exchanged(begun):
+                self._own.redundancy.share()
                 yield
         finally:
             try:
@@ -542,7 +549,9 @@ class ASGD(torch.optim.ASGD):
             is not clear which belongs to which. Nothing is changed.
         RuntimeError
             The parameters of the target are parts of a ``FullyShardedDataParallel`` module, which
-            may have copies of them. Nothing is changed.
+            may have copies of them; or the ranks of a ``ZeroRedundancyOptimizer`` have the averages
+            each of some params, and the target is not the model that is trained. Nothing is
+            changed.
 
         See Also
         --------
@@ -550,6 +559,7 @@ class ASGD(torch.optim.ASGD):
         """
         params = self._params()
         targets: list[Any]
+        self._own.redundancy.check_target(target)
         forget_copies()
         if isinstance(target, torch.nn.Module):
             targets = self._params_in(target, params)
@@ -574,6 +584,7 @@ class ASGD(torch.optim.ASGD):
                 )
         begun = self._begun("copy_averages_to", stacklevel=4)
         averages.copy_to(begun, zip(params, targets, strict=True))
+        self._own.redundancy.share()
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return the state dict of the model with the averages in it: the model to ship.
@@ -613,7 +624,7 @@ class ASGD(torch.optim.ASGD):
         >>> shipped.load_state_dict(optimizer.averaged_state_dict(model))
         <All keys matched successfully>
         """
-        own = set(map(id, self._params()))
+        own = set(map(id, self._own.redundancy.params(self.param_groups)))
         forget_copies()
         if not any(id(param) in own for param in model.parameters()):
             raise ValueError("model: has none of the optimizer's params")
@@ -648,7 +659,8 @@ class ASGD(torch.optim.ASGD):
         """Make the next step's iterate the first one in the averages.
 
         Averages that have begun are begun anew. Params that have no gradient in the next step
-        begin with their own next step. Sets t0 of the group. A CUDA graph that was captured before
+        begin with their own next step. Sets t0 of the group, the same on all ranks of a
+        ``ZeroRedundancyOptimizer``, which must call together. A CUDA graph that was captured before
         keeps the t0 that it knew, as all plain numbers: capture anew.
 
         Parameters
@@ -661,14 +673,21 @@ class ASGD(torch.optim.ASGD):
         IndexError, TypeError
             There is no such group.
         RuntimeError
-            The averages stand in the params: see `averaged_parameters`.
+            The averages stand in the params: see `averaged_parameters`; or the params were taken
+            out of the groups.
         """
         self._refuse_exchanged("start_averaging")
+        if not self._params():
+            self._refuse_replaced("start_averaging")
         groups = self.param_groups
         if group is not None:
             groups = [groups[check_place("group", group, len(groups))]]
-        for own in groups:
-            state.start(self.state, own, self._states(own))
+        states = [self._states(own) for own in groups]
+        redundancy = self._own.redundancy
+        steps = redundancy.greatest([state.most_steps(each) for each in states])
+        for own, each, n in zip(groups, states, steps, strict=True):
+            state.start(self.state, own, each, n)
+        redundancy.set_t0(self.param_groups)
 
     def reset_averages(self, group: int | None = None) -> None:
         """Forget the averages, and begin them anew: the same as `start_averaging`.
@@ -729,6 +748,14 @@ class ASGD(torch.optim.ASGD):
             raise RuntimeError(
                 f"{call}: is not possible inside averaged_parameters(), where the averages stand "
                 "in the params"
+            )
+
+    def _refuse_replaced(self, call: str) -> None:
+        if self._own.had_parameters and not has_parameters(self._params()):
+            raise RuntimeError(
+                f"{call}: the groups no longer have the params that they were given, as DeepSpeed's "
+                "ZeRO lets copies of them be stepped, which the model does not read; use "
+                "torch.distributed.fsdp.fully_shard instead, or see docs/distributed.md"
             )
 
     def _refuse_flattened(self, call: str, params: list[Tensor]) -> None:

@@ -43,11 +43,14 @@ _MARK = 165
 _LITTLE = 2.0**-100
 
 
-def pack(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+def pack(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint in torch's form, a hook after torch has made it.
 
-    Scalars and averages that nobody has seen yet are made as tensors for it.
+    Scalars and averages that nobody has seen yet are made as tensors for it. A
+    ZeroRedundancyOptimizer takes the states from it, but not the groups, so that nothing can be
+    marked there.
     """
+    may_mark = optimizer._own.redundancy.wrapper() is None
     state = {
         key: entry.complete() if isinstance(entry, ParamState) else entry
         for key, entry in state_dict["state"].items()
@@ -55,7 +58,7 @@ def pack(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     for group in state_dict["param_groups"]:
         drop_usual(group)
         entries = {key: state[key] for key in group["params"] if key in state}
-        if any("t0" in entry for entry in entries.values()):
+        if may_mark and any("t0" in entry for entry in entries.values()):
             _pack_starts(state, group, entries)
     return {**state_dict, "state": state}
 
