@@ -753,8 +753,8 @@ class ASGD(torch.optim.ASGD):
     def _refuse_replaced(self, call: str) -> None:
         if self._own.had_parameters and not has_parameters(self._params()):
             raise RuntimeError(
-                f"{call}: the groups no longer have the params that they were given, as DeepSpeed's "
-                "ZeRO lets copies of them be stepped, which the model does not read; use "
+                f"{call}: the groups no longer have the params that they were given; DeepSpeed's "
+                "ZeRO puts copies there, which the model does not read; use "
                 "torch.distributed.fsdp.fully_shard instead, or see docs/distributed.md"
             )
 
