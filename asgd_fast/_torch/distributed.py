@@ -15,19 +15,12 @@ from torch import Tensor
 from asgd_fast._torch.memory import is_ordinary
 from asgd_fast._torch.parts import are_alike, has_sums, is_dtensor
 
-__all__ = ["check_layout", "has_memory", "is_zero", "laid_out_as", "redistributed"]
+__all__ = ["check_layout", "has_memory", "laid_out_as", "redistributed"]
 
 
 def has_memory(tensor: Any) -> bool:
     """Whether engines may know its memory: an ordinary tensor's, or that of a DTensor's part."""
     return is_ordinary(tensor) or (is_dtensor(tensor) and not has_sums(tensor))
-
-
-@torch.no_grad()
-def is_zero(tensor: Tensor) -> bool:
-    """Whether all elements are 0, on all ranks."""
-    count: Any = (tensor != 0).sum()
-    return not (count.full_tensor() if is_dtensor(count) else count)
 
 
 @torch.no_grad()

@@ -7,7 +7,11 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack  # 2.4 and later
+from torch._C import (
+    _is_tracing,  # of all versions
+    _len_torch_dispatch_stack,  # 2.4 and later
+    _len_torch_function_stack,  # 2.4 and later
+)
 from torch._C._autograd import _profiler_enabled  # 2.4 and later
 from torch._C._functorch import peek_interpreter_stack  # 2.4 and later
 from torch.autograd import forward_ad
@@ -28,8 +32,10 @@ __all__ = [
     "forget_copies",
     "has_observers",
     "increment_versions",
+    "is_asked_for_state",
     "is_watched",
     "local_tensor",
+    "recorder",
     "redundancy_around",
     "share_params",
     "spec_of",
@@ -70,8 +76,28 @@ def is_watched() -> bool:
         _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or (_len_torch_function_stack() > 0 and get_proxy_mode() is not None)
+        or recorder() is not None
     )
+
+
+def recorder() -> str | None:
+    """Return the name of what records torch's own operations at the moment, and misses others."""
+    if _is_tracing():
+        return "torch.jit.trace"
+    has_modes = _len_torch_dispatch_stack() or _len_torch_function_stack()
+    return "make_fx" if has_modes and get_proxy_mode() is not None else None
+
+
+def is_asked_for_state() -> bool:
+    """Whether the step is the one by which ``torch.distributed.checkpoint`` has state made.
+
+    It sets lr and gradients to 0 for that step, which a user's own first one may also have.
+    """
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    caller = getattr(module, "_init_optim_state", None)  # of all versions; without, steps count
+    if caller is None:
+        return False
+    return _frame_of(caller) is not None
 
 
 def check_graph_capture(optimizer: Any) -> None:
@@ -120,16 +146,21 @@ def redundancy_around() -> Any:
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if module is None:
         return None
-    maker = module.ZeroRedundancyOptimizer._init_local_optimizer.__code__  # of all versions
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not maker:
-        frame = frame.f_back
+    frame = _frame_of(module.ZeroRedundancyOptimizer._init_local_optimizer)  # of all versions
     return None if frame is None else frame.f_locals["self"]
 
 
 def share_params(redundancy: Any) -> None:
     """Let a ZeroRedundancyOptimizer send the params of each rank to all others."""
     redundancy._sync_params()  # of all versions
+
+
+def _frame_of(function: Any) -> FrameType | None:
+    """Return the innermost frame in which a function is running; None if it is not."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return frame
 
 
 def _takes_lists() -> bool:
