@@ -31,7 +31,7 @@ lint: $(VENV)/test $(VENV)/dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint asgd_fast
 	$(BIN)/mypy
 	$(BIN)/stubtest --mypy-config-file pyproject.toml --ignore-missing-stub \
-	    $(foreach m,_core _schedule _rows.dlpack _rows.rows _rows.overlap _torch.memory _torch.record _torch.gather _torch.exchange cuda.scalars cuda.launches,asgd_fast.$m)
+	    $(foreach m,_core _schedule _rows.dlpack _rows.rows _rows.overlap _torch.memory _torch.parts _torch.record _torch.gather _torch.exchange cuda.scalars cuda.launches,asgd_fast.$m)
 
 # Builds the sdist, the wheel from the sdist, and uses the wheel in an environment of its own, away
 # from the source tree.

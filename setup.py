@@ -111,6 +111,7 @@ names = [
     "_rows/overlap",
     "_rows/rows",
     "_torch/memory",
+    "_torch/parts",
     "_torch/record",
     "_torch/gather",
     "_torch/exchange",

@@ -27,6 +27,7 @@ from asgd_fast._torch.internals import (
     increment_versions,
     is_asked_for_state,
 )
+from asgd_fast._torch.redundancy import has_parameters
 from asgd_fast._torch.settings import KEYWORDS, Settings, Shared, checked_average_dtype
 from asgd_fast._torch.state import put_unstepped
 from asgd_fast.threads import threads_for
@@ -273,6 +274,7 @@ class ASGD(torch.optim.ASGD, Averaging):
                 raise TypeError(f"{name}: is set for the optimizer as a whole, not for a group")
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._settings.had_parameters |= has_parameters(self.param_groups[-1]["params"])
         drop_usual(self.param_groups[-1])
 
     @_hooked

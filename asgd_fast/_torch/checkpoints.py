@@ -44,13 +44,18 @@ _MARK = 165
 _LITTLE = 2.0**-100
 
 
-def pack(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint in torch's form, a hook after torch has made it."""
+def pack(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint in torch's form, a hook after torch has made it.
+
+    A ZeroRedundancyOptimizer takes the states from it, but not the groups, so that nothing can be
+    marked there.
+    """
+    may_mark = optimizer._settings.redundancy.wrapper() is None
     state = complete(state_dict["state"])
     for group in state_dict["param_groups"]:
         drop_usual(group)
         entries = {key: state[key] for key in group["params"] if key in state}
-        if any("t0" in entry for entry in entries.values()):
+        if may_mark and any("t0" in entry for entry in entries.values()):
             _pack_starts(state, group, entries)
     return {**state_dict, "state": state}
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asgd_fast._torch.distributed import has_memory, part_of
+from asgd_fast._torch.distributed import has_memory
+from asgd_fast._torch.parts import part_of
 from asgd_fast.threads import is_forked
 
 if TYPE_CHECKING:

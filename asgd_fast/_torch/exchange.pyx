@@ -6,10 +6,10 @@ This module knows states and their memory; it does not know when averages are wa
 from asgd_fast._rows.dlpack cimport stream_of
 from asgd_fast._rows.rows cimport AX, CPU, GRAD, PARAM, Row, Rows
 from asgd_fast._torch.memory cimport is_ordinary, lend
+from asgd_fast._torch.parts cimport part_of
 from asgd_fast._torch.record cimport Record
 
 from asgd_fast._torch.conversions import extent
-from asgd_fast._torch.distributed import part_of
 
 
 cdef class Pair:

@@ -15,11 +15,12 @@ from asgd_fast._rows.dlpack cimport Borrowed, give_back, stream_of
 from asgd_fast._rows.rows cimport AX, CPU, FLOAT32, GRAD, PARAM, Mirror, Row, Rows
 from asgd_fast._schedule cimport Plan, Step, averages, mu_of, rounded
 from asgd_fast._torch.memory cimport is_ordinary, lend
+from asgd_fast._torch.parts cimport part_of
 from asgd_fast._torch.record cimport Record
 from asgd_fast.cuda.scalars cimport DeviceRows, DeviceScalars
 
 from asgd_fast._torch.conversions import average_as_param, extent, grad_as_param
-from asgd_fast._torch.distributed import part_of, redistributed
+from asgd_fast._torch.distributed import redistributed
 from asgd_fast._torch.groups import check_group, number, scalars_in_types
 from asgd_fast._torch.internals import is_watched
 from asgd_fast._torch.record import SCALARS

@@ -33,6 +33,7 @@ __all__ = [
     "complete",
     "find",
     "has_steps",
+    "most_steps",
     "new_average",
     "put_unstepped",
     "start",
@@ -371,7 +372,12 @@ def _scalars_of(records: Sequence[ParamState]) -> dict[int, list[Tensor]]:
     return scalars
 
 
-def start(state: State, group: Group, states: Sequence[ParamState]) -> None:
+def most_steps(states: Sequence[ParamState]) -> float:
+    """Return the greatest number of steps of some params, 0 of none."""
+    return max(floats([own.scalars()[0] for own in states]), default=0.0)
+
+
+def start(state: State, group: Group, states: Sequence[ParamState], most: float) -> None:
     """Make the next iterate of each param of a group the first one in its average.
 
     Params that have made no step yet are averaged from their first iterate on.
@@ -384,10 +390,11 @@ def start(state: State, group: Group, states: Sequence[ParamState]) -> None:
         One of the optimizer's param_groups.
     states : sequence of ParamState
         Of the group.
+    most : float
+        The greatest number of steps of its params, on whatever rank.
     """
     steps = floats([own.scalars()[0] for own in states])
-    # The next one is number step + 1, and number t0 + 2 is the first.
-    t0 = max(steps, default=0.0) - 1
+    t0 = most - 1  # the next one is number step + 1, and number t0 + 2 is the first
     for own, step in zip(states, steps, strict=True):
         own.own_t0 = step - 1 if step - 1 != t0 else None
         own.begin_anew(step)
