@@ -39,8 +39,8 @@ _HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 # that somebody has computed, such as 0.07 * 100, is off by one or a few.
 _MARK = 165
 
-# Where t0 does not follow from mu, mu is saved as step - t0 times so little that no average moves by
-# it; mu itself follows from step - t0. With average_every mu is 0 in most steps, and with a decayed
+# Where t0 does not follow from mu, mu is saved as step - t0 times so little that no average moves.
+# mu itself follows from step - t0. With average_every it is 0 in most steps, and with a decayed
 # average it soon changes no more.
 _LITTLE = 2.0**-100
 
