@@ -30,8 +30,10 @@ from asgd_fast._engines import (
 )
 from asgd_fast._rows.rows import Rows, dtype_of, is_array
 from asgd_fast.schedule import (
+    Averaging,
     AveragingNotBegunWarning,
     check_average_every,
+    check_averaging,
     check_lr_schedule,
     check_place,
     check_scalar,
@@ -44,6 +46,10 @@ Array: TypeAlias = Any
 
 # The hyperparameters of a group, with the least value that each may have.
 _LEAST = {"lr": 0.0, "lambd": 0.0, "alpha": 0.0, "t0": -math.inf, "weight_decay": 0.0}
+
+# How saved states have averaging, and "mean" in it.
+_SAVED_AVERAGING = np.dtype([("kind", "U10"), ("number", "f8")])
+_SAVED_MEAN = ("polynomial", 0.0)
 
 
 def asgd_(
@@ -192,6 +198,10 @@ class ArrayASGD:
     average_every : int, default=1
         Average each so many-th iterate only, from the first one of the average on. The other steps
         do not touch the average.
+    averaging : {"mean", ("ema", decay), ("polynomial", power)}, default="mean"
+        The weights of the iterates in the average: equal; exponential, as an iterate loses the
+        factor `decay` with each later one, 1e-6 <= decay <= 1; or growing as i ** power for the
+        i-th, 0 <= power <= 1e6. `Schedule` has the formulas.
 
     Attributes
     ----------
@@ -251,6 +261,7 @@ class ArrayASGD:
         average_dtype: np.typing.DTypeLike | None = None,
         lr_schedule: str = "torch",
         average_every: int = 1,
+        averaging: Averaging = "mean",
     ) -> None:
         self.average_dtype = _checked_average_dtype(average_dtype)
         self.defaults = _checked_hyperparameters(
@@ -263,6 +274,7 @@ class ArrayASGD:
                 "maximize": maximize,
                 "lr_schedule": lr_schedule,
                 "average_every": average_every,
+                "averaging": averaging,
             }
         )
         self.param_groups: list[dict[str, Any]] = []
@@ -440,6 +452,7 @@ class ArrayASGD:
                 t0=own["t0"],
                 starts=self._starts[part],
                 average_every=own["average_every"],
+                averaging=own["averaging"],
                 current=own["lr_schedule"] == "current",
                 weight_decay=own["weight_decay"],
                 grad_scale=-1.0 if own["maximize"] else 1.0,
@@ -585,7 +598,8 @@ class ArrayASGD:
         dict of str to numpy.ndarray
             "step", "eta", "mu", "start" and "group" of shape (n,) for n params, where "start" is
             t0, of the group or as `start_averaging` has set it; each hyperparameter, of shape
-            (len(param_groups),); and the averages, or the params that they equal before they begin,
+            (len(param_groups),), but "averaging", of a structured dtype, only where that is not
+            "mean"; and the averages, or the params that they equal before they begin,
             copied, as "ax.0" to "ax.{n - 1}". It goes
             through ``np.savez(file, **state)`` and ``np.load(file)``, pickle and ``copy.deepcopy``.
 
@@ -605,7 +619,12 @@ class ArrayASGD:
             "group": self._group_of_each(),
         }
         for name in self.defaults:
-            state[name] = np.array([own[name] for own in hyperparameters])
+            values = [own[name] for own in hyperparameters]
+            if name != "averaging":
+                state[name] = np.array(values)
+            elif set(values) != {"mean"}:
+                saved = [_SAVED_MEAN if value == "mean" else value for value in values]
+                state[name] = np.array(saved, _SAVED_AVERAGING)
         for i, ax in enumerate(self._averages_or_copies()):
             state[f"ax.{i}"] = _saved(f"averages[{i}]", ax)
         return state
@@ -634,6 +653,9 @@ class ArrayASGD:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
         expected = self.state_dict()
+        means = np.array([_SAVED_MEAN] * len(self.param_groups), _SAVED_AVERAGING)
+        expected.setdefault("averaging", means)
+        state_dict = {"averaging": means, **state_dict}
         missing, unknown = expected.keys() - set(state_dict), set(state_dict) - expected.keys()
         if missing or unknown:
             raise ValueError(
@@ -770,6 +792,8 @@ def _checked_hyperparameters(group: Mapping[str, Any], where: str = "") -> dict[
         checked["maximize"] = bool(group["maximize"])
         checked["lr_schedule"] = check_lr_schedule(group["lr_schedule"])
         checked["average_every"] = check_average_every(group["average_every"])
+        # Optimizers that were pickled by earlier versions have none.
+        checked["averaging"] = check_averaging(group.get("averaging", "mean"))
     except KeyError:
         missing = {*_LEAST, "maximize", "lr_schedule", "average_every"} - group.keys()
         raise ValueError(f"{where}missing {sorted(missing)}") from None

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from asgd_fast._torch.settings import Settings
     from asgd_fast._torch.state import ParamState
 
-__all__ = ["Averaging"]
+__all__ = ["WithAverages"]
 
 
-class Averaging:
+class WithAverages:
     """The methods of an optimizer that have to do with its averages."""
 
     param_groups: list[Group]

@@ -13,7 +13,7 @@ import torch
 from asgd_fast._rows.describe cimport data_of
 from asgd_fast._rows.dlpack cimport Borrowed, give_back, stream_of
 from asgd_fast._rows.rows cimport AX, CPU, FLOAT32, GRAD, PARAM, Mirror, Row, Rows
-from asgd_fast._schedule cimport Plan, Step, averages, mu_of, rounded
+from asgd_fast._schedule cimport Plan, Step, averages, mu_of, rounded, set_averaging
 from asgd_fast._torch.memory cimport is_ordinary, lend
 from asgd_fast._torch.parts cimport part_of
 from asgd_fast._torch.record cimport Record
@@ -182,6 +182,7 @@ cdef class Work:
             common.plan.lr = number("lr", self._lr)
         common.plan.lambd, common.plan.alpha, common.plan.t0 = lambd, alpha, t0
         common.plan.average_every = group.get("average_every", 1)
+        set_averaging(&common.plan, group.get("averaging", "mean"))
         common.plan.weight_decay = number("weight_decay", group["weight_decay"])
         common.plan.grad_scale = -self.unscale if group["maximize"] else self.unscale
         common.capturable = group["capturable"]
@@ -359,7 +360,8 @@ cdef class Work:
         decay, eta, mu = scalars_in_types(self._group, step.eta, step.next.step)
         step.decay = number("decay", decay)
         step.next.eta = self._stored(eta, record)
-        if plan.average_every == 1 and isnan(record.t0):
+        if (plan.average_every == 1 and plan.ema_decay == 1 and plan.power == 0
+                and isnan(record.t0)):
             step.next.mu = self._stored(mu, record)
         return 0
 
