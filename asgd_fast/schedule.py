@@ -29,7 +29,7 @@ LR_SCHEDULES = ("torch", "current")
 
 # Which weights iterates have in an average: "mean", ("ema", decay) or ("polynomial", power). A list
 # is what JSON makes of a pair.
-Averaging: TypeAlias = "str | tuple[str, float] | list[Any]"
+Averaging: TypeAlias = str | tuple[str, float] | list[Any]
 
 _MEAN = "mean"
 _AVERAGINGS = "'mean', ('ema', decay) or ('polynomial', power)"

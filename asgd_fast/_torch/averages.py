@@ -71,12 +71,12 @@ def exchanged(records: Sequence[ParamState]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def copy_to(states: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor]]) -> None:
+def copy_to(records: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copy averages, or params whose averaging has not begun.
 
     Parameters
     ----------
-    states : sequence of ParamState
+    records : sequence of ParamState
         Of params whose averages have begun.
     targets : iterable of (Tensor, Tensor)
         Each a param of the optimizer and where its average goes. All ranks of DTensors must call.
@@ -86,7 +86,7 @@ def copy_to(states: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor
     TypeError
         As `check_layout`. Nothing is changed.
     """
-    averages = {own.param: own.ax if own.ax is not None else own.source for own in states}
+    averages = {x.param: x.source if x.ax is None else x.ax for x in records}
     pairs = [(averages.get(param, param), target) for param, target in targets]
     for i, (average, target) in enumerate(pairs):
         check_layout(f"target: tensor {i}", average, target)
@@ -94,22 +94,22 @@ def copy_to(states: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor
         target.copy_(laid_out_as(average, target))
 
 
-def begun(states: Sequence[ParamState]) -> list[ParamState]:
+def begun(records: Sequence[ParamState]) -> list[ParamState]:
     """Return the states of params whose averages have begun."""
-    mus = floats([own.mu for own in states])
-    return [own for own, mu in zip(states, mus, strict=True) if mu != 1]
+    mus = floats([record.mu for record in records])
+    return [record for record, mu in zip(records, mus, strict=True) if mu != 1]
 
 
-def average_of(own: ParamState) -> Tensor:
+def average_of(record: ParamState) -> Tensor:
     """Return the average of a param, wherever it stands, or before it begins a copy of the param.
 
     Somebody may keep it, so the state must know that it was shown.
     """
-    source: Tensor = own.source
-    if source is not own.param:  # it stands in the param
+    source: Tensor = record.source
+    if source is not record.param:  # it stands in the param
         return source
-    ax: Tensor | None = own.contents().get("ax")
-    return own.param_as_average() if ax is None else ax
+    ax: Tensor | None = record.contents().get("ax")
+    return record.param_as_average() if ax is None else ax
 
 
 def params_named(model: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
