@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from asgd_fast import _core
 from asgd_fast._engines import launches_for
-from asgd_fast._torch import averages, checkpoints, fallback, state
+from asgd_fast._torch import averages, batch_norm, checkpoints, fallback, state
 from asgd_fast._torch.conversions import copy_as
 from asgd_fast._torch.gather import Work, gather
 from asgd_fast._torch.groups import Group, check_group, drop_usual
@@ -464,19 +464,33 @@ class ASGD(torch.optim.ASGD):
             hook.remove()
 
     @contextmanager
-    def averaged_parameters(self) -> Iterator[None]:
+    def averaged_parameters(
+        self, *, model: torch.nn.Module | None = None, update_bn: Iterable[Any] | None = None
+    ) -> Iterator[None]:
         """Hold the averages in the params for as long as the context lasts, to evaluate the model.
 
         They trade places in one pass; the params keep their memory, and get their bits back on the
         way out, after an exception too. A param whose averaging has not begun stays as it is; if
         none has, there is an `AveragingNotBegunWarning`, once for each optimizer. Models wrapped by
         ``fully_shard`` are resharded on both ways, so that they gather what stands in the params.
-        Buffers are not touched. Averages that are wider than their params, and those that no engine
-        takes, need memory of the size of the params meanwhile.
+        Averages that are wider than their params, and those that no engine takes, need memory of
+        the size of the params meanwhile.
 
         Inside, steps are refused; a CUDA graph that is replayed does not ask. Do not write into the
         params there: it would go into the averages, or be lost. `state_dict` gives what it gives
         outside; ``model.state_dict()`` holds the averages.
+
+        Parameters
+        ----------
+        model : Module, optional
+            Its buffers get their bits back on the way out, whatever becomes of them inside, as
+            where ``torch.optim.swa_utils.update_bn(loader, model)`` is called there. Without it
+            buffers are not touched.
+        update_bn : iterable of Tensor, or of list or tuple, optional
+            Training data. Inside, the running statistics of batch normalization in `model` are then
+            those of the averages, computed by torch's ``update_bn``: in one pass in training mode,
+            with a batch, or the first element of one, as the input of `model`, on its device. Left
+            out while no average has begun.
 
         Yields
         ------
@@ -487,6 +501,8 @@ class ASGD(torch.optim.ASGD):
         RuntimeError
             The averages stand in the params already, or the params are parts of a
             ``FullyShardedDataParallel`` module, which may have copies of them. Nothing is changed.
+        TypeError
+            `model` is no Module, or missing where there is `update_bn`. Nothing is changed.
         ValueError
             The state has an average of another shape than its param. Nothing is changed.
 
@@ -505,12 +521,15 @@ class ASGD(torch.optim.ASGD):
         >>> weight.item()
         -3.0
         """
+        batch_norm.check_model(model, update_bn)
         self._refuse_exchanged("averaged_parameters")
         self._refuse_flattened("averaged_parameters", self._params())
         begun = self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
         try:
             self._is_exchanged = True
-            with averages.exchanged(begun):
+            with averages.exchanged(begun), batch_norm.kept_buffers(model):
+                if model is not None and update_bn is not None and begun:
+                    batch_norm.update_statistics(model, update_bn)
                 yield
         finally:
             try:
@@ -592,8 +611,8 @@ class ASGD(torch.optim.ASGD):
             begun, and the rest of the model as it is. If none has, there is an
             `AveragingNotBegunWarning`, once for each optimizer. The names are those of the model
             inside of ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel``. Running
-            statistics of batch normalization stay those of the iterates: see
-            ``torch.optim.swa_utils.update_bn``.
+            statistics of batch normalization are those of the iterates, unless it is called inside
+            ``averaged_parameters(model=model, update_bn=loader)``.
 
         Raises
         ------
