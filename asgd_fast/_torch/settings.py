@@ -44,6 +44,10 @@ class Settings:
         The categories of the warnings that were given, each once.
     is_stepping : bool
         Whether a step is being made, by whatever thread.
+    iterates : dict of Tensor to Tensor
+        What is to be put back into params where averages stand, by an optimizer with modes.
+    versions : list of int
+        Those of all params after its last step; empty where they are not known.
     """
 
     def __init__(self) -> None:
@@ -56,6 +60,8 @@ class Settings:
         self.is_exchanged = False
         self.is_stepping = False
         self.warned: set[type[Warning]] = set()
+        self.iterates: dict[torch.Tensor, torch.Tensor] = {}
+        self.versions: list[int] = []
 
     def unusual(self) -> dict[str, Any]:
         """Return the keywords that are not the defaults."""
