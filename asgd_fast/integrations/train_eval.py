@@ -14,6 +14,7 @@ from torch import Tensor
 
 from asgd_fast import ASGD
 from asgd_fast._torch import averages
+from asgd_fast._torch.averaging import refuse_flattened
 from asgd_fast._torch.internals import forget_copies, versions_of
 
 if TYPE_CHECKING:
@@ -81,12 +82,12 @@ class TrainEvalASGD(ASGD):
         RuntimeError
             The params are parts of a ``FullyShardedDataParallel`` module.
         """
-        if self._own.iterates:
+        if self._settings.iterates:
             return
-        self._refuse_flattened("eval", self._params())
+        refuse_flattened("eval", self._params())
         begun = self._begun("eval", stacklevel=4)
-        if self._own.versions not in ([], versions_of(self._params())):
-            self._warn_once(
+        if self._settings.versions not in ([], versions_of(self._params())):
+            self._settings.warn_once(
                 UserWarning,
                 "eval: the params were written since the last step, as best weights are that a "
                 "trainer loads at the end; they are left as they are. To evaluate averages of "
@@ -98,7 +99,7 @@ class TrainEvalASGD(ASGD):
 
     def train(self) -> None:
         """Put the iterates back into the params; nothing happens if they stand there."""
-        if self._own.iterates:
+        if self._settings.iterates:
             self._put_back()
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,9 +112,9 @@ class TrainEvalASGD(ASGD):
         """
         state_dict = super().state_dict()
         for i, param in enumerate(self._params()):
-            if param in self._own.iterates and i in state_dict["state"]:
+            if param in self._settings.iterates and i in state_dict["state"]:
                 entry = state_dict["state"][i]
-                state_dict["state"][i] = {**entry, _ITERATE: self._own.iterates[param]}
+                state_dict["state"][i] = {**entry, _ITERATE: self._settings.iterates[param]}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,9 +134,9 @@ class TrainEvalASGD(ASGD):
         """
         plain, iterates = self._split(state_dict)
         super().load_state_dict(plain)
-        self._own.iterates.clear()
-        self._own.versions.clear()
-        self._put_averages(self._states(), iterates)
+        self._settings.iterates.clear()
+        self._settings.versions.clear()
+        self._put_averages(self._records(), iterates)
 
     def _split(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[Tensor, Tensor]]:
         """Return a checkpoint without iterates, and these by param."""
@@ -152,18 +153,18 @@ class TrainEvalASGD(ASGD):
         return {**state_dict, "state": state}, iterates
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        if self._own.iterates:
+        if self._settings.iterates:
             raise RuntimeError(
                 "step: the averages stand in the params since eval(); call train() before the "
                 "gradients are computed"
             )
         loss = super()._step(closure)
-        self._own.versions = versions_of(self._params())
+        self._settings.versions = versions_of(self._params())
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or another process needs."""
-        if self._own.iterates:
+        if self._settings.iterates:
             raise RuntimeError("copying the optimizer: is not possible after eval(); call train()")
         return super().__getstate__()
 
@@ -172,18 +173,20 @@ class TrainEvalASGD(ASGD):
     def _put_averages(self, states: list[ParamState], iterates: dict[Tensor, Tensor]) -> None:
         """Keep copies of iterates, and put the averages in the place of their params."""
         kept = {p: torch.empty_like(p).copy_(iterate) for p, iterate in iterates.items()}
-        self._own.iterates.update(kept)  # before anything is written, for `train` after interrupts
+        self._settings.iterates.update(
+            kept
+        )  # before anything is written, for `train` after interrupts
         averages.copy_to(states, [(param, param) for param in kept])
         forget_copies()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _put_back(self) -> None:
-        for param, iterate in self._own.iterates.items():
+        for param, iterate in self._settings.iterates.items():
             param.copy_(iterate)
         forget_copies()
-        self._own.iterates.clear()
-        self._own.versions = versions_of(self._params())
+        self._settings.iterates.clear()
+        self._settings.versions = versions_of(self._params())
 
 
 def _checked(name: str, iterate: Any, param: Tensor) -> Tensor:
