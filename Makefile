@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard $(foreach d,. _cpu _rows _torch cuda,asgd_fast/$d/*.p[xy][xdi] asgd_fast/$d/*.pxi asgd_fast/$d/*.h))
 
-.PHONY: demo test test-pythons reliability cuda lint dist coverage performance
+.PHONY: demo test test-frameworks test-pythons reliability cuda lint dist coverage performance
 .PHONY: bench bench-smoke bench-check bench-record annotate callgrind kernel clean
 
 demo: $(VENV)/demo
@@ -14,6 +14,10 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest $(TEST)
+
+# The callbacks and examples for training frameworks, in these; `make test` skips what is missing.
+test-frameworks: $(VENV)/frameworks
+	$(BIN)/python -m pytest tests/integrations asgd_fast/integrations $(TEST)
 
 # On each Python that is found, or on those of PYTHONS, such as 3.10 or a path; without torch.
 test-pythons:
@@ -107,6 +111,12 @@ $(VENV)/demo: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/test: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# fastai alone: its torchvision would bring another torch.
+$(VENV)/frameworks: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --editable '.[test,frameworks]'
+	$(BIN)/python -m pip install --quiet --no-deps fastai==2.8.12
 	touch $@
 
 # With the compiler for GPUs, by which the tests compile all kernels; no GPU is needed.
