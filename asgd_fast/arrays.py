@@ -30,7 +30,7 @@ from asgd_fast._engines import (
 )
 from asgd_fast._rows.rows import Rows, dtype_of, is_array
 from asgd_fast.schedule import (
-    Averaging,
+    AveragingKind,
     AveragingNotBegunWarning,
     check_average_every,
     check_averaging,
@@ -261,7 +261,7 @@ class ArrayASGD:
         average_dtype: np.typing.DTypeLike | None = None,
         lr_schedule: str = "torch",
         average_every: int = 1,
-        averaging: Averaging = "mean",
+        averaging: AveragingKind = "mean",
     ) -> None:
         self.average_dtype = _checked_average_dtype(average_dtype)
         self.defaults = _checked_hyperparameters(
@@ -618,13 +618,12 @@ class ArrayASGD:
             "start": self._starts_of_each(),
             "group": self._group_of_each(),
         }
-        for name in self.defaults:
-            values = [own[name] for own in hyperparameters]
-            if name != "averaging":
-                state[name] = np.array(values)
-            elif set(values) != {"mean"}:
-                saved = [_SAVED_MEAN if value == "mean" else value for value in values]
-                state[name] = np.array(saved, _SAVED_AVERAGING)
+        columns = {name: [own[name] for own in hyperparameters] for name in hyperparameters[0]}
+        averaging = columns.pop("averaging")
+        state |= {name: np.array(values) for name, values in columns.items()}
+        if set(averaging) != {"mean"}:
+            saved = [_SAVED_MEAN if value == "mean" else value for value in averaging]
+            state["averaging"] = np.array(saved, _SAVED_AVERAGING)
         for i, ax in enumerate(self._averages_or_copies()):
             state[f"ax.{i}"] = _saved(f"averages[{i}]", ax)
         return state
@@ -693,7 +692,7 @@ class ArrayASGD:
                 check_scalar(f"state_dict[{name!r}][{i}]", value, low=low, high=high)
         hyperparameters = [
             _checked_hyperparameters(
-                {name: state[name][k].item() for name in self.defaults},
+                {name: state[name][k].item() for name in {*self.defaults, "averaging"}},
                 f"state_dict of param_groups[{k}]: ",
             )
             for k in range(len(self.param_groups))

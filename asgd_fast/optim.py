@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from asgd_fast._torch.internals import (
 from asgd_fast._torch.redundancy import has_parameters
 from asgd_fast._torch.settings import KEYWORDS, Settings, Shared, checked_average_dtype
 from asgd_fast._torch.state import put_unstepped
-from asgd_fast.schedule import Averaging  # noqa: TC001  # type hints are resolved at run time
+from asgd_fast.schedule import AveragingKind  # noqa: TC001  # type hints are resolved at run time
 from asgd_fast.threads import threads_for
 
 __all__ = ["ASGD"]
@@ -242,7 +242,7 @@ class ASGD(torch.optim.ASGD, WithAverages):
         average_dtype: torch.dtype | str | None = None,
         lr_schedule: str = "torch",
         average_every: int = 1,
-        averaging: Averaging = "mean",
+        averaging: AveragingKind = "mean",
         fused_amp: bool = False,
     ) -> None:
         self._settings = Settings()

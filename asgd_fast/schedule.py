@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from asgd_fast._schedule import next_scalars
 
 __all__ = [
-    "Averaging",
+    "AveragingKind",
     "AveragingNotBegunWarning",
     "Schedule",
     "check_average_every",
@@ -29,7 +29,7 @@ LR_SCHEDULES = ("torch", "current")
 
 # Which weights iterates have in an average: "mean", ("ema", decay) or ("polynomial", power). A list
 # is what JSON makes of a pair.
-Averaging: TypeAlias = "str | tuple[str, float] | list[Any]"
+AveragingKind: TypeAlias = "str | tuple[str, float] | list[Any]"
 
 _MEAN = "mean"
 _AVERAGINGS = "'mean', ('ema', decay) or ('polynomial', power)"
@@ -308,6 +308,9 @@ class Schedule:
     (3, 0.5, 0.5)
     """
 
+    # Here, for schedules that were pickled by earlier versions.
+    averaging: AveragingKind = _MEAN
+
     def __init__(
         self,
         lr: float = 1e-2,
@@ -315,13 +318,13 @@ class Schedule:
         alpha: float = 0.75,
         t0: float = 1e6,
         *,
-        averaging: Averaging = "mean",
+        averaging: AveragingKind = "mean",
     ) -> None:
         self.lr = check_scalar("lr", lr)
         self.lambd = check_scalar("lambd", lambd)
         self.alpha = check_scalar("alpha", alpha)
         self.t0 = check_scalar("t0", t0, low=-math.inf)
-        self.averaging: Averaging = check_averaging(averaging)
+        self.averaging = check_averaging(averaging)
         self.step = 0
         self.eta = self.lr
         self.mu = 1.0
@@ -362,7 +365,7 @@ class Schedule:
             `averaging` by the name "ema" or "polynomial", unless that is "mean".
         """
         state = dict(vars(self))
-        averaging = check_averaging(state.pop("averaging"))
+        averaging = check_averaging(state.pop("averaging", _MEAN))
         if not isinstance(averaging, str):
             state.update([averaging])
         return state

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def main(file: str) -> None:
     optimizer = ArrayASGD([np.zeros(3)], lr=0.1)
     np.savez(file, **optimizer.state_dict())
+    ArrayASGD([np.zeros(3)], averaging=("ema", 0.999))
+    ArrayASGD([np.zeros(3)], averaging=("ema", "0.999"))  # type: ignore[arg-type]
     trigger = NonMonotonicTrigger(optimizer)
     for loss in (1, 1.0, np.float32(1), np.ones(1)):
         trigger.step(loss)
