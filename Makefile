@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard $(foreach d,. _cpu _rows _torch cuda,asgd_fast/$d/*.p[xy][xdi] asgd_fast/$d/*.pxi asgd_fast/$d/*.h))
 
-.PHONY: demo test test-pythons reliability cuda lint dist coverage performance
+.PHONY: demo test test-pythons reliability cuda lint docs dist coverage performance
 .PHONY: bench bench-smoke bench-check bench-record annotate callgrind kernel clean
 
 demo: $(VENV)/demo
@@ -32,6 +32,10 @@ lint: $(VENV)/test $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/stubtest --mypy-config-file pyproject.toml --ignore-missing-stub \
 	    $(foreach m,_core _schedule _rows.dlpack _rows.rows _rows.overlap _torch.memory _torch.record _torch.gather cuda.scalars cuda.launches,asgd_fast.$m)
+
+# The site, in build/docs; its start page is index.html.
+docs: $(VENV)/test $(VENV)/docs
+	$(BIN)/python -m sphinx -W -q -E -c docs -d build/doctrees . build/docs
 
 # Builds the sdist, the wheel from the sdist, and uses the wheel in an environment of its own, away
 # from the source tree.
@@ -116,6 +120,10 @@ $(VENV)/cuda: $(VENV)/test
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 $(VENV)/bench: $(VENV)/bin/python asv_benchmarks/requirements.txt

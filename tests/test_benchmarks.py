@@ -5,9 +5,7 @@ That every benchmark runs is checked by `make bench-smoke`, which has them all r
 
 from __future__ import annotations
 
-import functools
 import html
-import http.server
 import itertools
 import json
 import os
@@ -16,12 +14,12 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from browser import find_browser, visiting
 
 import asgd_fast
 from asgd_fast import _core
@@ -400,10 +398,7 @@ LIBRARIES = (
 @pytest.fixture(scope="module")
 def browse(published, tmp_path_factory):
     """A function that returns what a browser makes of a part of the page."""
-    browsers = ("chromium", "chromium-browser", "google-chrome")
-    browser = next(filter(None, map(shutil.which, browsers)), None)
-    if browser is None:
-        pytest.skip("there is no chromium")
+    find_browser()
     if not all((SHARED / library).is_file() for library in LIBRARIES):
         pytest.skip("there are no JavaScript libraries of Debian's")
     page = published / "index.html"
@@ -415,39 +410,8 @@ def browse(published, tmp_path_factory):
         scripts.append(f'<script src="{name}"></script>')
     page.write_text(text.replace("</title>", "</title>" + "\n".join(scripts), 1))
 
-    handler = functools.partial(QuietHandler, directory=published)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    profile = tmp_path_factory.mktemp("profile")
-
-    def visit(part):
-        return subprocess.run(
-            [
-                browser,
-                "--headless=new",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                f"--user-data-dir={profile}",
-                "--window-size=1400,900",
-                "--virtual-time-budget=10000",
-                "--dump-dom",
-                f"http://127.0.0.1:{server.server_port}/index.html#{part}",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-        ).stdout
-
-    yield visit
-    server.shutdown()
-    server.server_close()
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
+    with visiting(published, tmp_path_factory.mktemp("profile")) as visit:
+        yield lambda part: visit(f"index.html#{part}")
 
 
 def figures_in(graph):
