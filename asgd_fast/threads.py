@@ -33,10 +33,10 @@ SYSTEM_RUNTIMES = ("libgomp.so.1", "libomp.so.5", "libomp.dylib")
 # By which users tell a runtime how its threads wait for work.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
-# A thread more for so many bytes of params. Where threads are awake, as beside large operations of
-# torch, an eighth of it would gain already; where they must be woken, this much is needed
-# (docs/performance.md).
-BYTES_PER_THREAD = 1 << 20
+# A thread more for so many bytes of params. Two threads gain from 768 KiB on even where one must be
+# woken first; where both are awake, as beside large operations of torch, from 128 or 256 KiB on,
+# but nobody can tell which it is (docs/performance.md).
+BYTES_PER_THREAD = 384 << 10
 
 # What set_num_threads was told, and the runtime's own number at that time.
 _told: tuple[int, int] | None = None

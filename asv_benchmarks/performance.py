@@ -3,30 +3,32 @@
     OMP_PROC_BIND=true python asv_benchmarks/performance.py [section ...] [--save docs]
 
 Bound threads stay apart; else some virtual machines let two of them share a processor. Sections:
-large, halves, averages, backward, hot, arrays, scaling, threads; all by default.
+large, halves, averages, backward, hot, arrays, classifier, scaling, threads; all by default.
 
 The contenders are timed in turn in one process, every round each of them once, and the medians over
 the rounds are printed, as tables in Markdown; ratios are the medians of those of each round.
 Optimizers are timed whole: hooks, gradients gathered, params, averages and their scalars updated,
-versions counted. `--save` writes the figures as performance.json and a plot as performance.png.
+versions counted. `--save` puts the figures beside those of other machines: performance_page.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
+import subprocess
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from measure import LAST_CACHE, Times, after_backward, from_memory, in_turn, ratio, typical
+from measure import LAST_CACHE, Times, after_backward, from_memory, in_turn
 from models import resnet50
+from performance_page import OURS, PLAIN, SGD, figures, record, tables
 from plain import FLAGS, PlainLoops
 
 import asgd_fast
-from asgd_fast import ASGD, _core, asgd_
+from asgd_fast import ASGD, ArrayASGD, _core, asgd_
 from asgd_fast._rows.rows import Rows
 
 if TYPE_CHECKING:
@@ -34,10 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-OURS = "asgd_fast"
-PLAIN = "plain loop"
 AVERAGING = "asgd_fast, averaging"
-SGD = "torch.optim.SGD(fused=True)"
 
 # For each phase: the options that bring an optimizer into it, the bytes that it moves for each
 # float32 element, and the plain loop of that traffic.
@@ -101,30 +100,7 @@ def compiled(p: Tensor, ax: Tensor, phase: str) -> Callable[[], object]:
     return call
 
 
-def table(title: str, header: list[str], rows: list[list[object]]) -> None:
-    """Print a table in Markdown."""
-    print(f"\n### {title}\n")
-    print("| " + " | ".join(header) + " |")
-    print("| " + " | ".join("---" for _ in header) + " |")
-    for row in rows:
-        print("| " + " | ".join(str(cell) for cell in row) + " |", flush=True)
-
-
-def row_of(times: Times, name: str, n: int, width: int) -> list[object]:
-    """Return a row: the name, milliseconds, GB/s, and how many times as long as ours it takes."""
-    nanoseconds = typical(times, name)
-    return [
-        name,
-        f"{nanoseconds / 1e6:.3f}",
-        f"{n * width / nanoseconds:.1f}",
-        f"{ratio(times, name, OURS):.2f}",
-    ]
-
-
-HEADER = ["", "ms", "GB/s, if it moved no more than ours", "times ours"]
-
-
-def large(plain: PlainLoops) -> dict[str, Any]:
+def large(plain: PlainLoops) -> dict[str, Times]:
     """One float32 tensor, in each phase."""
     results = {}
     for n in (10**6, 10**7, 10**8):
@@ -143,18 +119,19 @@ def large(plain: PlainLoops) -> dict[str, Any]:
             if phase == "lazy":
                 contenders[SGD] = stepped(torch.optim.SGD([p], lr=0.01, fused=True))
             # What the caches hold is found there, and then the memory does not matter.
-            measure = in_turn if 12 * n <= LAST_CACHE else from_memory
-            times = measure(contenders, max(15, min(60, 4 * 10**8 // n)))
-            table(
-                f"{n:,} float32, {phase}, {width} bytes an element",
-                HEADER,
-                [row_of(times, name, n, width) for name in times],
+            is_cached = 12 * n <= LAST_CACHE
+            if is_cached:
+                contenders["asgd_fast, the engine alone"] = engine(
+                    p, p.grad, None if phase == "lazy" else ax, torch.get_num_threads()
+                )
+            measure = in_turn if is_cached else from_memory
+            results[f"{n:,} float32, {phase}, {width} B"] = measure(
+                contenders, max(15, min(60, 4 * 10**8 // n))
             )
-            results[f"{n} {phase}"] = times
     return results
 
 
-def halves(plain: PlainLoops) -> dict[str, Any]:
+def halves(plain: PlainLoops) -> dict[str, Times]:
     """One tensor of 10 million elements of each half type, in each phase."""
     results = {}
     n = 10**7
@@ -169,19 +146,13 @@ def halves(plain: PlainLoops) -> dict[str, Any]:
                 "torch.optim.ASGD": torchs([p], phase, ax),
                 "torch.optim.ASGD(foreach=True)": torchs([p], phase, ax, foreach=True),
             }
-            times = from_memory(contenders, 30)
-            table(
-                f"{n:,} {dtype}, {phase}, {width // 2} bytes an element",
-                HEADER,
-                [row_of(times, name, n, width // 2) for name in times],
-            )
-            results[f"{dtype} {phase}"] = times
+            name = str(dtype).removeprefix("torch.")
+            results[f"{n:,} {name}, {phase}, {width // 2} B"] = from_memory(contenders, 30)
     return results
 
 
-def averages(plain: PlainLoops) -> dict[str, Any]:
+def averages(plain: PlainLoops) -> dict[str, Times]:
     """Wide averages, averages of each tenth iterate, and averages put to use."""
-    results = {}
     n = 10**7
 
     def wide(dtype: torch.dtype, average_dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -232,21 +203,13 @@ def averages(plain: PlainLoops) -> dict[str, Any]:
             "torch: p kept in a clone": by_torch,
         }
 
-    cases: dict[str, tuple[int, Callable[[], dict[str, Callable[[], object]]]]] = {
-        "float32 in float64, averaging": (28, partial(wide, torch.float32, torch.float64)),
-        "bfloat16 in float32, averaging": (14, partial(wide, torch.bfloat16, torch.float32)),
-        "float32, average_every=10, ten steps": (128, each_tenth),
-        "float32, averaged_parameters, in and out": (32, swapped),
+    cases: dict[str, Callable[[], dict[str, Callable[[], object]]]] = {
+        "float32 in float64, averaging, 28 B": partial(wide, torch.float32, torch.float64),
+        "bfloat16 in float32, averaging, 14 B": partial(wide, torch.bfloat16, torch.float32),
+        "float32, average_every=10, ten steps, 128 B": each_tenth,
+        "float32, averaged_parameters, in and out, 32 B": swapped,
     }
-    for title, (width, contenders) in cases.items():
-        times = from_memory(contenders(), 30)
-        table(
-            f"{n:,} {title}, {width} bytes an element",
-            HEADER,
-            [row_of(times, name, n, width) for name in times],
-        )
-        results[title] = times
-    return results
+    return {f"{n:,} {title}": from_memory(contenders(), 30) for title, contenders in cases.items()}
 
 
 def repeated(call: Callable[[], object], times: int) -> None:
@@ -255,7 +218,7 @@ def repeated(call: Callable[[], object], times: int) -> None:
         call()
 
 
-def backward(_: PlainLoops) -> dict[str, Any]:
+def backward(_: PlainLoops) -> dict[str, Times]:
     """Time steps where training loops have them, after a backward pass; one thread."""
     results = {}
     everyone = torch.get_num_threads()
@@ -269,14 +232,12 @@ def backward(_: PlainLoops) -> dict[str, Any]:
             "torch.optim.SGD(foreach=True)": torch.optim.SGD(params, lr=1e-3, foreach=True),
             "torch.optim.ASGD": torch.optim.ASGD(params),
         }
-        times = after_backward(optimizers, params, 41)
-        many(f"{title}, float32, after a backward pass", times, len(sizes), SGD)
-        results[title] = times
+        results[title] = after_backward(optimizers, params, 41)
     torch.set_num_threads(everyone)
     return results
 
 
-def hot(_: PlainLoops) -> dict[str, Any]:
+def hot(_: PlainLoops) -> dict[str, Times]:
     """Time steps in a row, whose gradients stay and are in the caches as far as they fit."""
     results = {}
     for title, sizes in MANY.items():
@@ -291,56 +252,79 @@ def hot(_: PlainLoops) -> dict[str, Any]:
                 torch.optim.SGD(params, lr=1e-3, foreach=True)
             ),
         }
-        times = in_turn(contenders, 21)
-        many(f"{title}, float32, hot", times, len(sizes), OURS)
-        results[title] = times
+        results[title] = in_turn(contenders, 21)
     return results
 
 
-def many(title: str, times: Times, n_tensors: int, other: str) -> None:
-    """Print the table of a case of `MANY`, with ratios to one contender."""
-    table(
-        title,
-        ["", "us a step", "ns a tensor", "times ours" if other == OURS else f"times {other}"],
-        [
-            [
-                name,
-                f"{typical(times, name) / 1e3:.1f}",
-                f"{typical(times, name) / n_tensors:.0f}",
-                f"{ratio(times, name, other):.2f}",
-            ]
-            for name in times
-        ],
-    )
+def arrays(_: PlainLoops) -> dict[str, Times]:
+    """Update small arrays, without torch's optimizer around it; one thread."""
+    results = {}
+    everyone = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for title, sizes in {"1,000 arrays of 64": [64] * 1000, "1 array of 64": [64]}.items():
+        params, grads, axs = ([torch.randn(n) for n in sizes] for _ in range(3))
+        as_numpy = [[x.numpy() for x in arrays] for arrays in (params, grads, axs)]
+        lazy, averaging = (ArrayASGD(as_numpy[0], t0=t0) for t0 in (1e6, 0))
+        for _step in range(3):
+            averaging.step(as_numpy[1])
+        contenders: dict[str, Callable[[], object]] = {
+            "asgd_, NumPy, no average": partial(asgd_, *as_numpy[:2], eta=0.01),
+            "asgd_, NumPy": partial(asgd_, *as_numpy, eta=0.01, mu=0.1),
+            "ArrayASGD.step, NumPy, lazy": partial(lazy.step, as_numpy[1]),
+            "ArrayASGD.step, NumPy, averaging": partial(averaging.step, as_numpy[1]),
+            "asgd_, torch, no average": partial(asgd_, params, grads, eta=0.01),
+            "asgd_, torch": partial(asgd_, params, grads, axs, eta=0.01, mu=0.1),
+        }
+        results[f"{title}, hot"] = in_turn(contenders, 21)
+        results[f"{title}, caches cold"] = from_memory(contenders, 41)
+    torch.set_num_threads(everyone)
+    return results
 
 
-def arrays(_: PlainLoops) -> dict[str, Any]:
-    """Update 1,000 arrays of 64, without torch's optimizer around it."""
-    sizes = [64] * 1000
-    params = [p.detach() for p in params_of(*sizes)]
-    grads, axs = ([torch.randn(64) for _ in sizes] for _ in range(2))
-    as_numpy = [[x.numpy() for x in arrays] for arrays in (params, grads, axs)]
-    times = in_turn(
-        {
-            "torch tensors": lambda: asgd_(params, grads, axs, eta=0.01, mu=0.1),
-            "torch tensors, no average": lambda: asgd_(params, grads, eta=0.01),
-            "NumPy arrays": lambda: asgd_(*as_numpy, eta=0.01, mu=0.1),
-            "NumPy arrays, no average": lambda: asgd_(*as_numpy[:2], eta=0.01),
-        },
-        21,
-    )
-    table(
-        "asgd_ of 1,000 x 64 float32",
-        ["", "ns a param"],
-        [[name, f"{typical(times, name) / len(sizes):.0f}"] for name in times],
-    )
-    return {"1,000 x 64": times}
+def classifier(_: PlainLoops) -> dict[str, Times]:
+    """Logistic regression, a step for each sample, beside scikit-learn's averaged SGD.
+
+    Ours computes the gradient in NumPy and pays for the calls; theirs is compiled whole.
+    """
+    import numpy as np
+    from sklearn.linear_model import SGDClassifier
+
+    results = {}
+    rng = np.random.default_rng(0)
+    for n_features in (10, 100, 1000, 10_000, 100_000):
+        n_samples = max(20, min(1000, 10**6 // n_features))
+        xs = rng.normal(size=(n_samples, n_features))
+        ys = np.where(xs[:, 0] > 0, 1.0, -1.0)
+        theirs = SGDClassifier(
+            loss="log_loss", penalty=None, learning_rate="constant", eta0=0.01, average=True
+        )
+        theirs.partial_fit(xs, ys, classes=[-1, 1])
+        weights = np.zeros(n_features)
+        ours = ArrayASGD(weights, lr=0.01, lambd=0.0, alpha=0.0, t0=0)
+
+        def epoch(
+            optimizer: ArrayASGD = ours,
+            weights: np.ndarray = weights,
+            xs: np.ndarray = xs,
+            ys: np.ndarray = ys,
+        ) -> None:
+            for x, y in zip(xs, ys, strict=True):
+                optimizer.step((-y / (1 + np.exp(y * (x @ weights)))) * x)
+
+        times = in_turn(
+            {
+                "ArrayASGD": epoch,
+                "SGDClassifier(average=True)": partial(theirs.partial_fit, xs, ys),
+            },
+            15,
+        )
+        results[f"{n_features:,} features"] = _divided(times, n_samples)
+    return results
 
 
-def scaling(plain: PlainLoops) -> dict[str, Any]:
+def scaling(plain: PlainLoops) -> dict[str, Times]:
     """Time an element over sizes, with one thread and with all."""
     results = {}
-    rows: list[list[object]] = []
     everyone = torch.get_num_threads()
     for n in (10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8, 3 * 10**8):
         (p,) = params_of(n)
@@ -363,127 +347,55 @@ def scaling(plain: PlainLoops) -> dict[str, Any]:
             },
             max(7, min(40, 4 * 10**8 // n)),
         )
-        results[str(n)] = times
-        rows.append(
-            [
-                f"{n:,}",
-                *(f"{typical(times, name) / n:.3f}" for name in times),
-                f"{ratio(times, 'asgd_fast, 1 thread', OURS):.2f}",
-                f"{ratio(times, 'plain loop, 1 thread', PLAIN):.2f}",
-            ]
-        )
-    names = [f"{name}, ns an element" for name in times]
-    table(
-        "Averaging over sizes",
-        ["float32 elements", *names, f"gain of {everyone} threads", "gain of the plain loop"],
-        rows,
-    )
+        results[f"{n:,}"] = _divided(times, n)
     return results
 
 
-def threads(_: PlainLoops) -> dict[str, Any]:
-    """When a second thread is worth its start, with the others awake."""
+def threads(_: PlainLoops) -> dict[str, Times]:
+    """When a second thread is worth its start: awake, and asleep as after work of one thread."""
     results = {}
-    rows: list[list[object]] = []
-    awake = torch.zeros(1 << 17)
     everyone = torch.get_num_threads()
-    for kib in (32, 64, 128, 256, 512, 1024, 4096):
-        (p,) = params_of(kib * 256)
-        rows_of_step = Rows(("param", "grad", "average"))
-        assert p.grad is not None
-        rows_of_step.extend([p.detach()], [p.grad], [torch.zeros_like(p)], eta=0.01, mu=0.1)
+    awake = torch.zeros(1 << 19)
 
-        def step(n: int, rows_of_step: Rows = rows_of_step) -> None:
-            awake.add_(1)  # what torch does in a training loop all the time
-            _core.update(rows_of_step, n)
+    def wake() -> None:
+        awake.add_(1)  # what torch does in a training loop all the time
 
-        times = in_turn(
-            {
-                "1": partial(step, 1),
-                str(everyone): partial(step, everyone),
-                "": lambda: awake.add_(1),
-            },
-            60,
-        )
-        results[str(kib)] = times
-        overhead = typical(times, "")
-        rows.append(
-            [
-                kib,
-                *(
-                    f"{(typical(times, name) - overhead) / 1e3:.1f}"
-                    for name in ("1", str(everyone))
-                ),
-            ]
-        )
-    table("Threads", ["KiB of params", "1 thread, us", f"{everyone} threads, us"], rows)
+    def sleep() -> None:
+        time.sleep(0.01)  # longer than a runtime's threads wait for work
+
+    for kib in (64, 128, 256, 384, 512, 768, 1024, 2048, 4096, 16384):
+        p, g = (torch.randn(kib * 256) for _ in range(2))
+        contenders = {
+            f"{threads}, {state}": (before, engine(p, g, None, threads))
+            for state, before in (("awake", wake), ("asleep", sleep))
+            for threads in (1, everyone)
+        }
+        times: Times = {name: [] for name in contenders}
+        for _round in range(41):
+            for name, (before, step) in contenders.items():
+                before()
+                start = time.perf_counter_ns()
+                step()
+                times[name].append(time.perf_counter_ns() - start)
+        results[f"{kib:,} KiB"] = times
     return results
 
 
-SECTIONS = {
-    section.__name__: section
-    for section in (large, halves, averages, backward, hot, arrays, scaling, threads)
-}
+def engine(p: Tensor, g: Tensor, ax: Tensor | None, n_threads: int) -> Callable[[], object]:
+    """Return a step of the engine alone, its rows gathered already."""
+    rows = Rows(("param", "grad", "average"))
+    axs = None if ax is None else [ax]
+    rows.extend([p.detach()], [g], axs, eta=0.01, mu=1.0 if ax is None else 0.1)
+    return partial(_core.update, rows, n_threads)
 
 
-def plot(results: dict[str, dict[str, Times]], path: Path) -> None:
-    """Draw the times of a large tensor, those over sizes, and those after a backward pass."""
-    import matplotlib as mpl
+def _divided(times: Times, n: int) -> Times:
+    """Return the times of one of n things."""
+    return {name: [x / n for x in rounds] for name, rounds in times.items()}
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplot_mosaic(
-        [["phases", "sizes"], ["backward", "backward"]], figsize=(12, 8.5), layout="constrained"
-    )
-    left, right = axes["phases"], axes["sizes"]
-    names = [
-        OURS,
-        PLAIN,
-        "torch.compile of the update",
-        "torch.optim.ASGD",
-        "torch.optim.ASGD(foreach=True)",
-    ]
-    for k, name in enumerate(names):
-        heights = [typical(results["large"][f"{10**8} {phase}"], name) / 1e6 for phase in PHASES]
-        places = [x + 0.16 * (k - 2) for x in range(len(PHASES))]
-        bars = left.bar(places, heights, 0.15, label=name)
-        left.bar_label(bars, fmt="%.0f", fontsize=8)
-    left.set_xticks(
-        range(len(PHASES)), [f"{phase}\n{PHASES[phase][1]} bytes an element" for phase in PHASES]
-    )
-    left.set_ylabel("ms a step")
-    left.set_title("One tensor of 100 million float32")
-    left.set_ylim(top=1.4 * left.get_ylim()[1])
-    left.legend(fontsize=8, ncols=2, loc="upper center")
-    sizes = [int(n) for n in results["scaling"]]
-    for name in (OURS, PLAIN, "asgd_fast, 1 thread", "plain loop, 1 thread"):
-        style = ":" if name.startswith("plain") else "-"
-        per_element = [typical(results["scaling"][str(n)], name) / n for n in sizes]
-        right.plot(sizes, per_element, style, marker=".", label=name)
-    right.set_xscale("log")
-    right.set_ylim(bottom=0)
-    right.set_xlabel("float32 elements")
-    right.set_ylabel("ns an element")
-    right.set_title("Averaging")
-    right.legend(fontsize=8)
-    below, cases = axes["backward"], results["backward"]
-    beside = [name for name in next(iter(cases.values())) if name != SGD]
-    for k, name in enumerate(beside):
-        ratios = [ratio(times, name, SGD) for times in cases.values()]
-        places = [x + 0.16 * (k - 1.5) for x in range(len(cases))]
-        bars = below.bar(places, [x - 1 for x in ratios], 0.15, bottom=1, label=name)
-        below.bar_label(bars, [f"{x:.2f}" for x in ratios], fontsize=8)
-    below.set_yscale("log")
-    below.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16], ["0.25", "0.5", "1", "2", "4", "8", "16"])
-    below.minorticks_off()
-    below.set_ylim(0.2, 32)
-    below.axhline(1, color="gray", linewidth=0.8)
-    below.set_xticks(range(len(cases)), list(cases))
-    below.set_ylabel(f"times {SGD}")
-    below.set_title("A step after a backward pass, 1 thread")
-    below.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+_SECTIONS = (large, halves, averages, backward, hot, arrays, classifier, scaling, threads)
+SECTIONS = {section.__name__: section for section in _SECTIONS}
 
 
 def main() -> None:
@@ -491,7 +403,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("sections", nargs="*", help=f"any of {', '.join(SECTIONS)}")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
-    parser.add_argument("--save", type=Path, help="the folder for performance.json and .png")
+    parser.add_argument(
+        "--save", type=Path, help="a folder, as docs, for performance.json, .md, .png"
+    )
     arguments = parser.parse_args()
     unknown = set(arguments.sections) - SECTIONS.keys()
     if unknown:
@@ -514,41 +428,22 @@ def main() -> None:
     for name, value in machine.items():
         print(f"- {name}: {value}")
     plain = PlainLoops()
-    results = {name: SECTIONS[name](plain) for name in arguments.sections or SECTIONS}
+    measured = {}
+    for name in arguments.sections or SECTIONS:
+        measured[name] = figures(name, SECTIONS[name](plain))
+        here = {"sections": {name: {"cases": measured[name]}}}
+        print(f"\n### {name}\n", *tables(name, {machine["simd"]: here}), sep="\n", flush=True)
     if arguments.save:
         arguments.save.mkdir(exist_ok=True)
-        medians = {
-            section: {
-                case: {name: round(typical(times, name)) for name in times}
-                for case, times in cases.items()
-            }
-            for section, cases in results.items()
-        }
-        _record(arguments.save / "performance.json", machine, medians)
-        if {"large", "scaling", "backward"} <= results.keys():
-            plot(results, arguments.save / "performance.png")
+        record(arguments.save, machine, _commit(), measured)
 
 
-def _record(path: Path, machine: dict[str, Any], medians: dict[str, Any]) -> None:
-    """Put the figures of this machine in the place of its own, and print all machines' shares."""
-    machines = json.loads(path.read_text()) if path.exists() else {}
-    name = f"{machine['processor']}, {machine['simd']}"
-    before = machines.get(name, {})
-    if before.get("machine") == machine:  # sections that were not measured again stay
-        medians = {**before["median ns a step"], **medians}
-    machines[name] = {"machine": machine, "median ns a step": medians}
-    path.write_text(json.dumps(machines, indent=1) + "\n")
-
-    shares: dict[str, dict[str, str]] = {}
-    for column, figures in machines.items():
-        for section in ("large", "halves", "averages"):
-            for case, times in figures["median ns a step"].get(section, {}).items():
-                share = f"{times[PLAIN] / times[OURS]:.2f}"
-                shares.setdefault(case, {})[column] = share
-    rows: list[list[object]] = [
-        [case, *(share.get(column, "") for column in machines)] for case, share in shares.items()
-    ]
-    table("Shares of the plain loop's speed, by machine", ["", *machines], rows)
+def _commit() -> str:
+    """Return the commit that is measured, marked where files that it has are changed."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def _processor() -> str:
