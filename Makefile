@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard $(foreach d,. _cpu _rows _torch cuda,asgd_fast/$d/*.p[xy][xdi] asgd_fast/$d/*.pxi asgd_fast/$d/*.h))
 
-.PHONY: demo test test-pythons reliability cuda lint docs dist coverage performance
+.PHONY: demo test test-pythons reliability cuda lint docs dist wheels coverage performance
 .PHONY: bench bench-smoke bench-check bench-record annotate callgrind kernel clean
 
 demo: $(VENV)/demo
@@ -45,6 +45,12 @@ dist: $(VENV)/dev
 	$(PYTHON) -m venv build/wheel-env
 	build/wheel-env/bin/python -m pip install --quiet dist/*.whl
 	cd build/wheel-env && bin/python -m asgd_fast
+
+# The wheels of a release for this machine, in dist, each tried in an environment of its own; on each
+# Python that is found, or on those of PYTHONS.
+wheels: $(VENV)/dev
+	.ci/wheels $(PYTHONS)
+	WHEELS=dist .ci/test-pythons $(PYTHONS)
 
 # Traces the Cython lines too, in a copy of the tree that is compiled for it.
 coverage: $(VENV)/test $(VENV)/dev
