@@ -15,7 +15,7 @@ demo: $(VENV)/demo
 test: $(VENV)/test
 	$(BIN)/python -m pytest $(TEST)
 
-# On each Python that is found, or on those of PYTHONS, without torch.
+# On each Python that is found, or on those of PYTHONS, such as 3.10 or a path; without torch.
 test-pythons:
 	.ci/test-pythons $(PYTHONS)
 

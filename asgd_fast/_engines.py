@@ -22,6 +22,7 @@ from asgd_fast.threads import threads_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from types import ModuleType
 
     import numpy.typing as npt
 
@@ -126,18 +127,24 @@ def refuse_recording(call: str) -> None:
     Raises
     ------
     RuntimeError
-        Such a graph is being made, of torch's own operations alone.
+        ``make_fx`` or ``torch.jit.trace`` is at work.
     """
-    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")  # where make_fx is
-    if proxies is None:
-        return
-    modes = sys.modules["torch._C"]
-    if not (modes._len_torch_dispatch_stack() or modes._len_torch_function_stack()):
-        return
-    if proxies.get_proxy_mode() is not None:
+    torch = sys.modules.get("torch")
+    recorder = None if torch is None else _finder_of_recorders(torch)()
+    if recorder is not None:
         raise RuntimeError(
-            f"{call}: make_fx makes a graph of torch's own operations, in which it would be missing"
+            f"{call}: {recorder} records torch's own operations alone, so that it would be missing"
         )
+
+
+@cache
+def _finder_of_recorders(_torch: ModuleType) -> Callable[[], str | None]:
+    """Return what finds out whether torch is recording; a stub of torch never does."""
+    try:
+        from asgd_fast._torch.internals import recorder
+    except (ImportError, AttributeError):
+        return lambda: None
+    return recorder
 
 
 def launches_for(rows: Rows, job: int = UPDATE, *, capturable: bool = False) -> Launches | None:

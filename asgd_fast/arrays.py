@@ -108,7 +108,7 @@ def asgd_(
     BufferError
         The memory of a param or an average may not be written.
     RuntimeError
-        ``make_fx`` of torch is at work, whose graph would lack the update.
+        ``make_fx`` or ``torch.jit.trace`` is at work, whose graph would lack the update.
 
     Notes
     -----

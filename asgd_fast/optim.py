@@ -6,11 +6,9 @@ nor how the pass over the memory is made; what no engine takes goes to torch's o
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,26 +16,20 @@ from torch.optim.optimizer import ParamsT
 
 from asgd_fast import _core
 from asgd_fast._engines import launches_for
-from asgd_fast._torch import averages, checkpoints, fallback, state
-from asgd_fast._torch.conversions import copy_as
+from asgd_fast._torch import checkpoints, fallback
+from asgd_fast._torch.averaging import Averaging
 from asgd_fast._torch.gather import Work, gather
 from asgd_fast._torch.groups import Group, check_group, drop_usual
 from asgd_fast._torch.internals import (
-    are_flattened,
     call_post_hooks,
     check_graph_capture,
-    forget_copies,
     has_observers,
     increment_versions,
-    is_watched,
+    is_asked_for_state,
 )
-from asgd_fast._torch.scalars import floats
 from asgd_fast._torch.settings import KEYWORDS, Settings, Shared, checked_average_dtype
-from asgd_fast.schedule import AveragingNotBegunWarning, check_place
+from asgd_fast._torch.state import put_unstepped
 from asgd_fast.threads import threads_for
-
-if TYPE_CHECKING:
-    from asgd_fast._torch.state import ParamState
 
 __all__ = ["ASGD"]
 
@@ -71,7 +63,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-class ASGD(torch.optim.ASGD):
+class ASGD(torch.optim.ASGD, Averaging):
     r"""Averaged SGD with the bits of ``torch.optim.ASGD(foreach=False)``, in one pass over memory.
 
     Arguments, defaults, messages, hooks, state and checkpoints are those of ``torch.optim.ASGD``,
@@ -183,8 +175,8 @@ class ASGD(torch.optim.ASGD):
     types are computed in float32 and rounded once. Everything else, and tensors that share memory
     with each other, go to torch's own ``asgd``, with its results and its speed.
 
-    A first step in which lr and all gradients are 0, by which ``torch.distributed.checkpoint`` has
-    optimizers make their state, makes it without counting.
+    Where ``torch.distributed.checkpoint`` makes a step before the first one, so that the optimizer
+    makes its state, the state is made and the step does not count.
 
     The GIL is released while memory is updated, and the memory of a tensor must not be replaced or
     resized meanwhile by another thread (``p.data = other``).
@@ -217,8 +209,6 @@ class ASGD(torch.optim.ASGD):
     # A GradScaler that finds it set leaves the unscaling and skipping to the step.
     _step_supports_amp_scaling = Shared[bool]("fused_amp")
 
-    _is_exchanged = Shared[bool]("is_exchanged")
-
     @_uncompiled
     def __init__(
         self,
@@ -239,11 +229,11 @@ class ASGD(torch.optim.ASGD):
         average_every: int = 1,
         fused_amp: bool = False,
     ) -> None:
-        self._own = Settings()
-        self._own.lazy_average = lazy_average
-        self._own.average_dtype = checked_average_dtype(average_dtype)
-        self._own.fused_amp = fused_amp
-        self._own.own_defaults = {"lr_schedule": lr_schedule, "average_every": average_every}
+        self._settings = Settings()
+        self._settings.lazy_average = lazy_average
+        self._settings.average_dtype = checked_average_dtype(average_dtype)
+        self._settings.fused_amp = fused_amp
+        self._settings.own_defaults = {"lr_schedule": lr_schedule, "average_every": average_every}
         super().__init__(
             params,
             lr,
@@ -260,7 +250,7 @@ class ASGD(torch.optim.ASGD):
 
     def __repr__(self) -> str:
         """Name the settings that are not the usual ones, and the hyperparameters of each group."""
-        settings = "".join(f"\n{name}: {value}" for name, value in self._own.unusual().items())
+        settings = "".join(f"\n{name}: {value}" for name, value in self._settings.unusual().items())
         return super().__repr__().replace("(", f"({settings}", 1)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -277,7 +267,7 @@ class ASGD(torch.optim.ASGD):
             As the constructor.
         """
         # Torch's constructor comes here with its own defaults only.
-        self.defaults = {**self.defaults, **self._own.own_defaults}
+        self.defaults = {**self.defaults, **self._settings.own_defaults}
         if isinstance(param_group, dict):
             for name in param_group.keys() & set(KEYWORDS):
                 raise TypeError(f"{name}: is set for the optimizer as a whole, not for a group")
@@ -312,57 +302,47 @@ class ASGD(torch.optim.ASGD):
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        self._refuse_exchanged("step")
+        settings = self._settings
+        settings.refuse_exchanged("step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        own = self._own
-        if own.is_stepping:  # between this look and the next line no other thread gets the GIL
+        if settings.is_stepping:  # between this look and the next line no thread gets the GIL
             raise RuntimeError("step: another thread is making a step of this optimizer")
-        own.is_stepping = True
+        settings.is_stepping = True
         try:
             self._update()
         finally:
-            own.is_stepping = False
+            settings.is_stepping = False
         return loss
 
     def _update(self) -> None:
         """Make the step with the gradients that there are, unless a GradScaler skips it."""
-        own, scale, found_inf = self._own, None, None
-        if not self.state and not is_watched() and state.is_for_state(self.param_groups):
-            lazy, dtype = own.lazy_average, own.average_dtype
-            state.prepare(self.state, self.param_groups, lazy=lazy, average_dtype=dtype)
-            return
-        if own.fused_amp:  # a GradScaler sets these for the step, and takes them away
-            scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        if not self.state and is_asked_for_state():
+            put_unstepped(self.state, self.param_groups, self._settings)
+        elif self._settings.fused_amp:
+            self._update_scaled()
+        else:
+            self._run(gather(self.state, self.param_groups, self._settings))
+
+    def _update_scaled(self) -> None:
+        """Make the step with what a GradScaler sets on the optimizer for its time, if it does."""
+        scale, found_inf = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
         if isinstance(found_inf, Tensor) and found_inf.is_cuda:
             # From now on the device has the scalars, as it alone knows whether it made a step.
-            own.scalars_on_device = True
-            work = self._gather(1.0)
+            self._settings.scalars_on_device = True
+            work = gather(self.state, self.param_groups, self._settings)
             if work.has_all_scalars_on_device() and not work.left:
                 if work.rows.on_device is not None:
                     work.rows.on_device.scale(work.rows.streams, found_inf, scale)
-                self._run(work, 1.0)
+                self._run(work)
                 return
         if found_inf is None or not found_inf:
             unscale = 1.0 if scale is None else _inverse(scale)
-            self._run(self._gather(unscale), unscale)
+            self._run(gather(self.state, self.param_groups, self._settings, unscale))
 
-    def _gather(self, unscale: float) -> Work:
-        """Find out what the step has to do; nothing is changed but where scalars are."""
-        own = self._own
-        return gather(
-            self.state,
-            self.param_groups,
-            unscale=unscale,
-            scalars_on_device=own.scalars_on_device,
-            by_torch=is_watched(),
-            lazy=own.lazy_average,
-            average_dtype=own.average_dtype,
-        )
-
-    def _run(self, work: Work, unscale: float) -> None:
+    def _run(self, work: Work) -> None:
         """Do what a step has to do, all of it checked before anything changes."""
         launches = None
         if work.left:
@@ -377,7 +357,7 @@ class ASGD(torch.optim.ASGD):
         try:
             if work.left:
                 with torch.set_grad_enabled(self.defaults["differentiable"]):
-                    fallback.step(work.left, unscale)
+                    fallback.step(work.left, work.unscale)
             increment_versions(work.written)
             if launches is not None:
                 launches.run()
@@ -387,23 +367,18 @@ class ASGD(torch.optim.ASGD):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or another process needs."""
-        self._refuse_exchanged("copying the optimizer")
-        return {**super().__getstate__(), **self._own.copied()}
+        self._settings.refuse_exchanged("copying the optimizer")
+        return {**super().__getstate__(), **self._settings.copied()}
 
     @_uncompiled
-    def __setstate__(self, state_: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of a checkpoint, a copy or another process."""
-        if not hasattr(self, "_own"):  # a copy
-            self._own = Settings()
-        state_ = dict(state_)
-        self._own.take(state_)
-        own = checkpoints.unpack(
-            state_["state"],
-            state_["param_groups"],
-            lazy=self.lazy_average,
-            average_dtype=self.average_dtype,
-        )
-        super().__setstate__({**state_, "state": {}})  # type: ignore[no-untyped-call]
+        if not hasattr(self, "_settings"):  # a copy
+            self._settings = Settings()
+        state = dict(state)
+        self._settings.take(state)
+        own = checkpoints.unpack(state["state"], state["param_groups"], self._settings)
+        super().__setstate__({**state, "state": {}})  # type: ignore[no-untyped-call]
         self.state = own
         self._make_checkpoints_plain()
 
@@ -424,8 +399,8 @@ class ASGD(torch.optim.ASGD):
         dict
             For ``load_state_dict`` of this class and of ``torch.optim.ASGD``.
         """
-        if self._is_exchanged:
-            self._warn_once(
+        if self._settings.is_exchanged:
+            self._settings.warn_once(
                 UserWarning,
                 "state_dict: called inside averaged_parameters(), where the params of the model "
                 "are the averages; a checkpoint with both has lost the iterate, from which "
@@ -455,7 +430,7 @@ class ASGD(torch.optim.ASGD):
         RuntimeError
             The averages stand in the params: see `averaged_parameters`.
         """
-        self._refuse_exchanged("load_state_dict")
+        self._settings.refuse_exchanged("load_state_dict")
         # Added last, so that the user's own hooks see the dict that they were given.
         hook = self.register_load_state_dict_pre_hook(checkpoints.check)
         try:
@@ -463,298 +438,11 @@ class ASGD(torch.optim.ASGD):
         finally:
             hook.remove()
 
-    @contextmanager
-    def averaged_parameters(self) -> Iterator[None]:
-        """Hold the averages in the params for as long as the context lasts, to evaluate the model.
-
-        They trade places in one pass; the params keep their memory, and get their bits back on the
-        way out, after an exception too. A param whose averaging has not begun stays as it is; if
-        none has, there is an `AveragingNotBegunWarning`, once for each optimizer. Models wrapped by
-        ``fully_shard`` are resharded on both ways, so that they gather what stands in the params.
-        Buffers are not touched. Averages that are wider than their params, and those that no engine
-        takes, need memory of the size of the params meanwhile.
-
-        Inside, steps are refused; a CUDA graph that is replayed does not ask. Do not write into the
-        params there: it would go into the averages, or be lost. `state_dict` gives what it gives
-        outside; ``model.state_dict()`` holds the averages.
-
-        Yields
-        ------
-        None
-
-        Raises
-        ------
-        RuntimeError
-            The averages stand in the params already, or the params are parts of a
-            ``FullyShardedDataParallel`` module, which may have copies of them. Nothing is changed.
-        ValueError
-            The state has an average of another shape than its param. Nothing is changed.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from asgd_fast import ASGD
-        >>> weight = torch.nn.Parameter(torch.zeros(1))
-        >>> optimizer = ASGD([weight], lr=1.0, lambd=0.0, t0=-1)  # averages from the first step on
-        >>> for _ in range(3):
-        ...     weight.grad = torch.ones(1)
-        ...     optimizer.step()
-        >>> with optimizer.averaged_parameters():
-        ...     print(weight.item())
-        -2.0
-        >>> weight.item()
-        -3.0
-        """
-        self._refuse_exchanged("averaged_parameters")
-        self._refuse_flattened("averaged_parameters", self._params())
-        begun = self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
-        try:
-            self._is_exchanged = True
-            with averages.exchanged(begun):
-                yield
-        finally:
-            try:
-                self._is_exchanged = False
-            finally:
-                self._is_exchanged = False  # after an interrupt, too
-
-    def copy_averages_to(self, target: torch.nn.Module | Iterable[Tensor]) -> None:
-        """Copy the averages into a model, or into tensors.
-
-        A param whose averaging has not begun is copied itself; if none has, there is an
-        `AveragingNotBegunWarning`, once for each optimizer.
-
-        Parameters
-        ----------
-        target : Module or iterable of Tensor
-            The model that is trained, whose params are overwritten by their averages for good. Or
-            another model: its parameters go by name where the optimizer was given names, whether
-            or not one of the two models is in a wrapper, such as of ``torch.compile``; else they
-            must be, in their order, those of its only group. Or tensors, one for each param in the
-            order of the groups. Values are rounded to the dtypes of the target.
-
-        Raises
-        ------
-        TypeError
-            `target` is neither.
-        ValueError
-            It has another number of tensors than the optimizer, other names or other shapes; or it
-            is not clear which belongs to which. Nothing is changed.
-        RuntimeError
-            The parameters of the target are parts of a ``FullyShardedDataParallel`` module, which
-            may have copies of them. Nothing is changed.
-
-        See Also
-        --------
-        averaged_state_dict : finds the params in any model, by names.
-        """
-        params = self._params()
-        targets: list[Any]
-        forget_copies()
-        if isinstance(target, torch.nn.Module):
-            targets = self._params_in(target, params)
-        else:
-            targets = list(target) if hasattr(target, "__iter__") else [None]
-            if isinstance(target, Tensor) or not all(isinstance(x, Tensor) for x in targets):
-                raise TypeError(
-                    "target: expected a torch.nn.Module or an iterable of tensors, got "
-                    f"{type(target).__name__}"
-                )
-        self._refuse_flattened("copy_averages_to", targets)
-        if len(targets) != len(params):
-            raise ValueError(
-                f"target: got {len(targets)} tensors for {len(params)} params; expected one for "
-                "each"
-            )
-        for i, (param, other) in enumerate(zip(params, targets, strict=True)):
-            if param.shape != other.shape:
-                raise ValueError(
-                    f"target: tensor {i} of shape {tuple(other.shape)} does not match its param of "
-                    f"shape {tuple(param.shape)}"
-                )
-        begun = self._begun("copy_averages_to", stacklevel=4)
-        averages.copy_to(begun, zip(params, targets, strict=True))
-
-    def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Return the state dict of the model with the averages in it: the model to ship.
-
-        To resume training, save ``model.state_dict()`` and ``optimizer.state_dict()`` instead.
-
-        Parameters
-        ----------
-        model : Module
-            The one that is trained, or a part of it.
-
-        Returns
-        -------
-        dict
-            What ``model.state_dict()`` returns, copied: averages for the params whose averaging has
-            begun, and the rest of the model as it is. If none has, there is an
-            `AveragingNotBegunWarning`, once for each optimizer. The names are those of the model
-            inside of ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel``. Running
-            statistics of batch normalization stay those of the iterates: see
-            ``torch.optim.swa_utils.update_bn``.
-
-        Raises
-        ------
-        ValueError
-            The model has none of the optimizer's params.
-        RuntimeError
-            The params are parts of a ``FullyShardedDataParallel`` module, which may have copies of
-            them.
-
-        Examples
-        --------
-        >>> import torch
-        >>> from asgd_fast import ASGD
-        >>> model = torch.nn.Linear(3, 1)
-        >>> optimizer = ASGD(model.parameters(), t0=0)
-        >>> shipped = torch.nn.Linear(3, 1)
-        >>> shipped.load_state_dict(optimizer.averaged_state_dict(model))
-        <All keys matched successfully>
-        """
-        own = set(map(id, self._params()))
-        forget_copies()
-        if not any(id(param) in own for param in model.parameters()):
-            raise ValueError("model: has none of the optimizer's params")
-        self._refuse_flattened("averaged_state_dict", self._params())
-        self._begun("averaged_state_dict", stacklevel=4)
-        with nullcontext() if self._is_exchanged else self.averaged_parameters():
-            return _uncompiled(averages.shipped)(model)  # compiled, its copy would be empty
-
-    @property
-    def averages(self) -> list[Tensor]:
-        """The averages, one for each param in the order of the groups.
-
-        Each is the tensor that the steps update in place, in the dtype of its param or
-        `average_dtype`. Until averaging begins a copy of the param stands for it, which an average
-        equals until then, unless ``lazy_average=False`` has made it. Inside `averaged_parameters`
-        it is detached from the param, and shares its memory, if that has its dtype.
-        """
-        own = {own.param: own for own in self._states()}
-        return [
-            averages.average_of(own[param])
-            if param in own
-            else copy_as(param, state.wide(param, self.average_dtype))
-            for param in self._params()
-        ]
-
-    @property
-    def is_averaging(self) -> bool:
-        """Whether the average of any param has begun."""
-        return bool(averages.begun(self._states()))
-
-    def start_averaging(self, group: int | None = None) -> None:
-        """Make the next step's iterate the first one in the averages.
-
-        Averages that have begun are begun anew. Params that have no gradient in the next step
-        begin with their own next step. Sets t0 of the group. A CUDA graph that was captured before
-        keeps the t0 that it knew, as all plain numbers: capture anew.
-
-        Parameters
-        ----------
-        group : int, optional
-            The place of a group in `param_groups`. By default all of them start.
-
-        Raises
-        ------
-        IndexError, TypeError
-            There is no such group.
-        RuntimeError
-            The averages stand in the params: see `averaged_parameters`.
-        """
-        self._refuse_exchanged("start_averaging")
-        groups = self.param_groups
-        if group is not None:
-            groups = [groups[check_place("group", group, len(groups))]]
-        for own in groups:
-            state.start(self.state, own, self._states(own))
-
-    def reset_averages(self, group: int | None = None) -> None:
-        """Forget the averages, and begin them anew: the same as `start_averaging`.
-
-        Parameters
-        ----------
-        group : int, optional
-            The place of a group in `param_groups`. By default all of them.
-
-        Raises
-        ------
-        IndexError, TypeError, RuntimeError
-            As `start_averaging`.
-        """
-        self.start_averaging(group)
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _begun(self, call: str, *, stacklevel: int) -> list[ParamState]:
-        """Return the states whose averages have begun, for a call that asks for averages."""
-        states = self._states()
-        begun = averages.begun(states)
-        step = 0.0 if begun else max(floats([own.scalars()[0] for own in states]), default=0)
-        if step:
-            t0 = min(float(group["t0"]) for group in self.param_groups)
-            self._warn_once(
-                AveragingNotBegunWarning,
-                f"{call}: no average has begun, as t0 is {t0:g} and the number of steps is "
-                f"{step:g}; these are the params as they are. start_averaging() begins with the "
-                "next step; or choose a smaller t0",
-                stacklevel,
-            )
-        return begun
-
-    def _warn_once(self, category: type[Warning], message: str, stacklevel: int) -> None:
-        if category not in self._own.warned:
-            warnings.warn(message, category, stacklevel)
-            self._own.warned.add(category)
-
-    def _states(self, *groups: Group) -> list[ParamState]:
-        """Return the states that there are of the params of some groups, by default of all."""
-        return state.states_of(
-            self.state,
-            groups or self.param_groups,
-            lazy=self.lazy_average,
-            average_dtype=self.average_dtype,
-        )
-
     def _make_checkpoints_plain(self) -> None:
         """Let checkpoints have torch's form, before the user's own hooks see them."""
-        if not self._own.has_plain_checkpoints:  # of a copy: hooks are not copied
+        if not self._settings.has_plain_checkpoints:  # of a copy: hooks are not copied
             self.register_state_dict_post_hook(checkpoints.pack, prepend=True)
-            self._own.has_plain_checkpoints = True
-
-    def _refuse_exchanged(self, call: str) -> None:
-        if self._is_exchanged:
-            raise RuntimeError(
-                f"{call}: is not possible inside averaged_parameters(), where the averages stand "
-                "in the params"
-            )
-
-    def _refuse_flattened(self, call: str, params: list[Tensor]) -> None:
-        if are_flattened(params):
-            raise RuntimeError(
-                f"{call}: the params are parts of a FullyShardedDataParallel module, whose next "
-                "forward may read copies of them; use torch.distributed.fsdp.fully_shard instead, "
-                "or take the averages from FullyShardedDataParallel.optim_state_dict(model, "
-                "optimizer)['state'][name]['ax']"
-            )
-
-    def _params_in(self, model: torch.nn.Module, params: list[Tensor]) -> list[Tensor]:
-        """Return the parameter of a model that belongs to each of the optimizer's."""
-        others: list[Tensor] = list(model.parameters())
-        if {id(param) for param in params} <= {id(other) for other in others}:
-            return params
-        names = [name for group in self.param_groups for name in group.get("param_names", ())]
-        if len(names) == len(params):
-            return averages.params_named(model, names)
-        if len(self.param_groups) > 1:
-            raise ValueError(
-                "target: it is not clear which of its parameters belong to which of the "
-                f"{len(self.param_groups)} groups; give the optimizer named_parameters(), or load "
-                "averaged_state_dict() into it"
-            )
-        return others
+            self._settings.has_plain_checkpoints = True
 
 
 @_uncompiled

@@ -159,7 +159,7 @@ TASKS = {
         "digits, softmax",
         "test error (%)",
         Digits,
-        rates=(0.03, 0.1, 0.3, 1.0),
+        rates=(0.03, 0.1, 0.3, 1.0, 3.0),
         weight_decay=1e-3,
         epochs=20,
         seeds=5,
@@ -396,8 +396,9 @@ def plot(runs: Runs, names: Sequence[str], path: Path) -> None:
             upper.plot(task.rates, errors, marker="o", color=color, label=label)
             least = min(least, *errors)
         upper.set(xscale="log", xlabel="lr", ylabel=task.error, title=task.title)
-        upper.set(ylim=(0.9 * least, 2.2 * least), xticks=task.rates, xticks_minor=())
-        upper.set_xticklabels([f"{x:g}" for x in task.rates])
+        upper.set(ylim=(0.95 * least, 1.8 * least))
+        upper.set_xticks(task.rates, [f"{lr:g}" for lr in task.rates])
+        upper.minorticks_off()
         for schedule, color in (("constant", "tab:blue"), ("steps", "tab:green")):
             half = Contender("", schedule, "half")
             lr = runs.choose(name, half)

@@ -232,9 +232,9 @@ def check_state_asked_for():
         trained.append((optimizer, list(model.parameters())))
     (one, params), (other, others) = trained
     assert_same(one, other, params, others, "asked")
-    # A first step in which one rank has no gradient but zeros is a step.
+    # A first step with lr and gradients of 0 that nobody but the user makes is a step.
     param = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
-    param.grad = distribute_tensor(torch.tensor([1.0, 0, 0, 0]), mesh, [Shard(0)])
+    param.grad = torch.zeros_like(param)
     optimizer = ASGD([param], lr=0.0)
     optimizer.step()
     assert optimizer.state[param]["step"] == 1

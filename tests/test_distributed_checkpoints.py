@@ -279,18 +279,6 @@ def test_hyperparameters_that_torch_does_not_have_come_back(way, own, tmp_path):
     assert target.optimizer.param_groups[0]["lr"] == OPTIONS["lr"]
 
 
-def asked_by_step(side):
-    """As torch's tools do."""
-    for p in side.params:
-        p.grad = torch.zeros_like(p)
-    lr = side.optimizer.param_groups[0]["lr"]
-    side.optimizer.param_groups[0]["lr"] = (
-        torch.tensor(0.0) if isinstance(lr, torch.Tensor) else 0.0
-    )
-    side.optimizer.step(closure=None)
-    side.optimizer.param_groups[0]["lr"] = lr
-
-
 def asked_of_copy(side):
     get_optimizer_state_dict(side.model, side.optimizer)
     side.model, side.optimizer = copy.deepcopy((side.model, side.optimizer))
@@ -302,7 +290,6 @@ ASKED = {
     "flattened": lambda side: get_optimizer_state_dict(
         *(side.model, side.optimizer), options=StateDictOptions(flatten_optimizer_state_dict=True)
     ),
-    "step": asked_by_step,
     "copied": asked_of_copy,
 }
 

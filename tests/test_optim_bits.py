@@ -61,6 +61,17 @@ def test_double_by_default(double_scalars, dtype, looks):
 
 
 @sealed_or_open
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=str)
+def test_a_first_step_with_lr_and_gradients_of_0_counts(lr, looks):
+    """As a warm-up has it; torch's checkpoints have states made by such a step of their own."""
+    twins = Twins(parameters((3,), (2, 2)), looks=looks, lr=lr, lambd=1e-2, t0=2)
+    twins.step([torch.zeros_like(p) for p in twins.params])
+    for optimizer, _ in twins.sides:
+        optimizer.param_groups[0]["lr"] = 0.3
+    twins.run(6)
+
+
+@sealed_or_open
 def test_200_params(looks):
     twins = Twins(parameters(*[(3,)] * 200), looks=looks, lr=0.1, lambd=1e-2, t0=5)
     twins.run(12, skip=lambda k, i: (i * 7 + k) % 5 == 0)

@@ -175,9 +175,16 @@ def test_a_method_inside_a_compiled_function(method, steps):
     equal(*results)
 
 
-@pytest.mark.parametrize("pre_dispatch", [False, True])
+RECORDERS = {
+    "make_fx": make_fx,
+    "make_fx before dispatch": lambda function: make_fx(function, pre_dispatch=True),
+    "torch.jit.trace": lambda function: lambda x: torch.jit.trace(function, (x,)),
+}
+
+
+@pytest.mark.parametrize("recorder", RECORDERS)
 @pytest.mark.parametrize("call", ["asgd_", "step", "averaged_parameters", "copy_averages_to"])
-def test_an_update_of_arrays_that_a_graph_would_lack_is_refused(call, pre_dispatch):
+def test_an_update_of_arrays_that_a_graph_would_lack_is_refused(call, recorder):
     param, grad = torch.ones(3), torch.ones(3)
     optimizer = ArrayASGD(param, lr=0.1, t0=-1)
     for _ in range(3):
@@ -196,12 +203,29 @@ def test_an_update_of_arrays_that_a_graph_would_lack_is_refused(call, pre_dispat
             optimizer.copy_averages_to(grad)
         return grad + 1
 
-    with pytest.raises(RuntimeError, match=f"^{call}: make_fx makes a graph"):
-        make_fx(update, pre_dispatch=pre_dispatch)(grad)
+    name = recorder.partition(" ")[0]
+    with pytest.raises(RuntimeError, match=f"{call}: {name} records torch's own operations alone"):
+        RECORDERS[recorder](update)(grad)
     same(param, before)
     same(optimizer.averages[0], average)
     assert torch.equal(grad, torch.ones(3))
     optimizer.step(grad)
+
+
+def test_a_step_is_refused_where_a_trace_cannot_have_it():
+    """Of the torch optimizer, as of torch's."""
+    for kind in (ASGD, torch.optim.ASGD):
+        (p,) = parameters((3,))
+        before, optimizer = p.detach().clone(), kind([p], **OPTIONS)
+
+        def update(grad, p=p, optimizer=optimizer):
+            p.grad = grad
+            optimizer.step()
+            return grad + 1
+
+        with pytest.raises(RuntimeError, match="Tensor that requires grad as a constant"):
+            torch.jit.trace(update, (torch.ones(3),))
+        same(p.detach(), before)
 
 
 @pytest.mark.parametrize("pre_dispatch", [False, True])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from asgd_fast._torch.groups import Group
+    from asgd_fast._torch.settings import Settings
     from asgd_fast._torch.state import State
 
 __all__ = ["check", "pack", "unpack"]
@@ -91,9 +92,7 @@ def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def unpack(
-    state: State, groups: Iterable[Group], *, lazy: bool, average_dtype: torch.dtype | None
-) -> defaultdict[Tensor, Any]:
+def unpack(state: State, groups: Iterable[Group], settings: Settings) -> defaultdict[Tensor, Any]:
     """Return a state that torch has loaded, or that was copied or unpickled, as an optimizer's own.
 
     Scalars and averages keep their precision, and averages get the dtype that they have in this
@@ -105,8 +104,8 @@ def unpack(
         It stays as it is.
     groups : iterable of dict
         The optimizer's param_groups. What checkpoints have besides is taken out of them.
-    lazy, average_dtype
-        As for `adopt`.
+    settings : Settings
+        The optimizer's.
     """
     result: defaultdict[Tensor, Any] = defaultdict(dict, state)
     for param, entry in state.items():
@@ -121,10 +120,8 @@ def unpack(
         for param, entry in entries.items():
             ax = entry.get("ax")
             if isinstance(ax, Tensor) and (param.is_floating_point() or ax.dtype == param.dtype):
-                entry["ax"] = ax.to(wide(param, average_dtype))
-            result[param] = adopt(
-                param, entry, group, lazy=lazy, average_dtype=average_dtype, is_own=True
-            )
+                entry["ax"] = ax.to(wide(param, settings.average_dtype))
+            result[param] = adopt(param, entry, group, settings, is_own=True)
     return result
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from asgd_fast._torch.internals import alike, local_tensor
 from asgd_fast._torch.memory import is_ordinary
 
-__all__ = ["check_layout", "has_memory", "is_zero", "laid_out_as", "part_of", "redistributed"]
+__all__ = ["check_layout", "has_memory", "laid_out_as", "part_of", "redistributed"]
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -47,13 +47,6 @@ def part_of(tensor: Any, like: Any = None) -> Tensor | None:
         return None
     part = local_tensor(tensor)
     return part if is_ordinary(part) else None
-
-
-@torch.no_grad()
-def is_zero(tensor: Tensor) -> bool:
-    """Whether all elements are 0, on all ranks."""
-    count: Any = (tensor != 0).sum()
-    return not (count.full_tensor() if is_dtensor(count) else count)
 
 
 @torch.no_grad()

@@ -1,18 +1,20 @@
 from collections.abc import Iterable
 from typing import Any, final
 
-import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from asgd_fast._rows.rows import Rows
 from asgd_fast._torch.fallback import Left
 from asgd_fast._torch.groups import Group
+from asgd_fast._torch.settings import Settings
 from asgd_fast._torch.state import State
 
 @final
 class Work:
-    def __new__(cls, state: Any) -> Self: ...
+    def __new__(cls, state: Any, settings: Any, unscale: Any) -> Self: ...
+    @property
+    def unscale(self) -> float: ...
     @property
     def rows(self) -> Rows: ...
     @property
@@ -24,12 +26,5 @@ class Work:
     def has_all_scalars_on_device(self) -> bool: ...
 
 def gather(
-    state: State,
-    groups: Iterable[Group],
-    *,
-    unscale: float,
-    scalars_on_device: bool,
-    by_torch: bool,
-    lazy: bool,
-    average_dtype: torch.dtype | None,
+    state: State, groups: Iterable[Group], settings: Settings, unscale: float = ...
 ) -> Work: ...

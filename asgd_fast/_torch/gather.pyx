@@ -21,6 +21,7 @@ from asgd_fast.cuda.scalars cimport DeviceRows, DeviceScalars
 from asgd_fast._torch.conversions import average_as_param, extent, grad_as_param
 from asgd_fast._torch.distributed import part_of, redistributed
 from asgd_fast._torch.groups import check_group, number, scalars_in_types
+from asgd_fast._torch.internals import is_watched
 from asgd_fast._torch.scalars import to_device, to_host, with_scalars
 from asgd_fast._torch.state import ParamState, find, new_average
 
@@ -57,8 +58,11 @@ cdef class Work:
         For torch's own function: params with their groups and states.
     written : list of Tensor
         What the engines write, as far as autograd is concerned.
+    unscale : float
+        What the gradients are multiplied by first.
     """
 
+    cdef readonly double unscale
     cdef readonly Rows rows
     cdef readonly list left
     cdef readonly list written
@@ -71,18 +75,21 @@ cdef class Work:
     cdef object _group       # whose params are being added
     cdef object _lr          # of the group, as it stands there
     cdef object _placed      # the param of the row, if it is a DTensor
-    cdef bint _lazy
-    cdef object _average_dtype
+    cdef object _settings
     cdef bint _scalars_on_device
     cdef bint _round_scalars
     cdef bint _shares_state  # one entry is the state of two params
     cdef Py_ssize_t _position  # in the state: see `_next`
 
-    def __cinit__(self, state):
+    def __cinit__(self, state, settings, double unscale):
+        self.unscale = unscale
         self.rows = Rows(("params[{}]", "grads[{}]", "averages[{}]"))
         self.left = []
         self.written = []
         self._state = state
+        self._settings = settings
+        self._scalars_on_device = settings.scalars_on_device
+        self._round_scalars = torch.get_default_dtype() is not torch.float64
         self._new = {}
         self._adopted = {}
         self._averages = []
@@ -118,12 +125,12 @@ cdef class Work:
                 return False
         return True
 
-    cdef int _add_group(self, group, double unscale, bint by_torch) except -1:
+    cdef int _add_group(self, group, bint by_torch) except -1:
         """Add the params of a group that have a gradient."""
         cdef Common common
         cdef Record record
         cdef list params
-        self._read_group(group, unscale, &common)
+        self._read_group(group, &common)
         by_torch = (
             by_torch or group["differentiable"]
             or common.in_types and isinstance(group["lambd"], TENSOR))  # by which params are scaled
@@ -141,7 +148,7 @@ cdef class Work:
                 self.left.append((group, param, record))
         return 0
 
-    cdef int _read_group(self, group, double unscale, Common *common) except -1:
+    cdef int _read_group(self, group, Common *common) except -1:
         cdef Borrowed borrowed
         lr, lambd, alpha, t0 = group["lr"], group["lambd"], group["alpha"], group["t0"]
         cdef bint is_tensor = not _is_plain(lr) and isinstance(lr, TENSOR)  # 80 ns
@@ -170,7 +177,7 @@ cdef class Work:
         common.plan.lambd, common.plan.alpha, common.plan.t0 = lambd, alpha, t0
         common.plan.average_every = group.get("average_every", 1)
         common.plan.weight_decay = number("weight_decay", group["weight_decay"])
-        common.plan.grad_scale = -unscale if group["maximize"] else unscale
+        common.plan.grad_scale = -self.unscale if group["maximize"] else self.unscale
         common.capturable = group["capturable"]
         return 0
 
@@ -201,9 +208,7 @@ cdef class Work:
         record = _fit_for(param, found)
         if record is not None:
             return record
-        record = find(
-            self._state, param, group, self._adopted, lazy=self._lazy,
-            average_dtype=self._average_dtype)
+        record = find(self._state, param, found, group, self._settings, self._adopted)
         if record.param is not param:
             self._shares_state = True
         if record is not found:
@@ -401,10 +406,7 @@ cdef class Work:
         return 0
 
 
-def gather(
-    state, groups, *, double unscale, bint scalars_on_device, bint by_torch, bint lazy,
-    average_dtype,
-):
+def gather(state, groups, settings, double unscale=1.0):
     """Find out what a step has to do; nothing is changed but where scalars are.
 
     Parameters
@@ -413,16 +415,10 @@ def gather(
         The optimizer's.
     groups : list of dict
         The optimizer's param_groups.
+    settings : Settings
+        The optimizer's.
     unscale : float
         What the gradients are multiplied by first.
-    scalars_on_device : bool
-        Whether scalars of params on a GPU are to be there, as in groups with capturable=True.
-    by_torch : bool
-        Leave everything to torch's own function.
-    lazy : bool
-        Whether averages are to exist only once they begin.
-    average_dtype : torch.dtype, optional
-        As for `wide`.
 
     Returns
     -------
@@ -436,15 +432,12 @@ def gather(
     RuntimeError
         Scalars would have to be made or moved while a CUDA graph is being captured.
     """
-    cdef Work work = Work(state)
-    work._scalars_on_device = scalars_on_device
-    work._lazy = lazy
-    work._average_dtype = average_dtype
-    work._round_scalars = torch.get_default_dtype() is not torch.float64
+    cdef Work work = Work(state, settings, unscale)
+    cdef bint by_torch = is_watched()
     for group in groups:
         check_group(group)
     for group in groups:
-        work._add_group(group, unscale, by_torch)
+        work._add_group(group, by_torch)
     work._check_memory(groups)
     return work
 

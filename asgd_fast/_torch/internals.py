@@ -6,7 +6,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack  # 2.4 and later
+from torch._C import (
+    _is_tracing,  # of all versions
+    _len_torch_dispatch_stack,  # 2.4 and later
+    _len_torch_function_stack,  # 2.4 and later
+)
 from torch._C._autograd import _profiler_enabled  # 2.4 and later
 from torch._C._functorch import peek_interpreter_stack  # 2.4 and later
 from torch.autograd import forward_ad
@@ -17,6 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from types import FrameType
 
 __all__ = [
     "FOREACH_TAKES_HOST_SCALARS",
@@ -27,8 +32,10 @@ __all__ = [
     "forget_copies",
     "has_observers",
     "increment_versions",
+    "is_asked_for_state",
     "is_watched",
     "local_tensor",
+    "recorder",
 ]
 
 # As factors of tensors on a GPU; before 2.7 torch's loop over params takes them instead.
@@ -61,8 +68,31 @@ def is_watched() -> bool:
         _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or (_len_torch_function_stack() > 0 and get_proxy_mode() is not None)
+        or recorder() is not None
     )
+
+
+def recorder() -> str | None:
+    """Return the name of what records torch's own operations at the moment, and misses others."""
+    if _is_tracing():
+        return "torch.jit.trace"
+    has_modes = _len_torch_dispatch_stack() or _len_torch_function_stack()
+    return "make_fx" if has_modes and get_proxy_mode() is not None else None
+
+
+def is_asked_for_state() -> bool:
+    """Whether the step is the one by which ``torch.distributed.checkpoint`` has state made.
+
+    It sets lr and gradients to 0 for that step, which a user's own first one may also have.
+    """
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    caller = getattr(module, "_init_optim_state", None)  # of all versions; without, steps count
+    if caller is None:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not caller.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def check_graph_capture(optimizer: Any) -> None:

@@ -7,6 +7,7 @@ that both have. This module knows no params and no steps.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 import torch
@@ -66,6 +67,20 @@ class Settings:
             if getattr(self, name) != getattr(usual, name)
         }
 
+    def refuse_exchanged(self, call: str) -> None:
+        """Refuse a call, by its name, while the averages stand in the params."""
+        if self.is_exchanged:
+            raise RuntimeError(
+                f"{call}: is not possible inside averaged_parameters(), where the averages stand "
+                "in the params"
+            )
+
+    def warn_once(self, category: type[Warning], message: str, stacklevel: int) -> None:
+        """Warn of something unless there was a warning of its category."""
+        if category not in self.warned:
+            warnings.warn(message, category, stacklevel)
+            self.warned.add(category)
+
     def copied(self) -> dict[str, Any]:
         """Return what a copy of the optimizer is to have, by its names there."""
         return {name: getattr(self, name.removeprefix("_")) for name in _COPIED}
@@ -89,17 +104,17 @@ class Shared(Generic[T]):
     def __get__(self, optimizer: HasSettings | None, owner: Any) -> Shared[T] | T:
         if optimizer is None:
             return self
-        value: T = getattr(optimizer._own, self.name)
+        value: T = getattr(optimizer._settings, self.name)
         return value
 
     def __set__(self, optimizer: HasSettings, value: T) -> None:
-        setattr(optimizer._own, self.name, value)
+        setattr(optimizer._settings, self.name, value)
 
 
 class HasSettings(Protocol):
     """An optimizer, or a wrapper of one."""
 
-    _own: Settings
+    _settings: Settings
 
 
 def checked_average_dtype(value: Any) -> torch.dtype | None:

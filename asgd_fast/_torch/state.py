@@ -14,7 +14,6 @@ from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.conversions import copy_as, has_engine, is_shared
-from asgd_fast._torch.distributed import is_zero
 from asgd_fast._torch.groups import number
 from asgd_fast._torch.record import SCALARS, Record, scalar_tensor
 from asgd_fast._torch.scalars import floats, refuse_capture, scalar_dtype, to_device
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 
     from asgd_fast._torch.groups import Group
+    from asgd_fast._torch.settings import Settings
 
 __all__ = [
     "ParamState",
@@ -30,9 +30,8 @@ __all__ = [
     "adopt",
     "find",
     "has_steps",
-    "is_for_state",
     "new_average",
-    "prepare",
+    "put_unstepped",
     "start",
     "start_before_first",
     "states_of",
@@ -97,19 +96,21 @@ class Unstepped(ParamState):
         What the first step would begin with.
     group : dict
         The param's, whose lr may change until then.
+    settings : Settings
+        The optimizer's.
     """
 
-    __slots__ = ("group",)
+    __slots__ = ("group", "settings")
 
-    def __init__(self, own: ParamState, group: Group) -> None:
+    def __init__(self, own: ParamState, group: Group, settings: Settings) -> None:
         super().__init__(own)
         self.group = group
+        self.settings = settings
         self.bind(own.param, is_lazy=own.is_lazy, average_dtype=own.average_dtype)
 
     def complete(self) -> dict[str, Any]:
         """Return the entries with which a step would begin now."""
-        lazy, dtype = self.is_lazy, self.average_dtype
-        return adopt(self.param, {}, self.group, lazy=lazy, average_dtype=dtype).complete()
+        return adopt(self.param, {}, self.group, self.settings).complete()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave nothing to copies, whose first steps make their own."""
@@ -153,11 +154,10 @@ def has_steps(found: Any) -> bool:
 def find(
     state: State,
     param: Tensor,
+    found: Any,
     group: Group,
+    settings: Settings,
     adopted: dict[int, ParamState],
-    *,
-    lazy: bool,
-    average_dtype: torch.dtype | None,
 ) -> ParamState:
     """Return the state of a param, new where there is none; it is not put into the optimizer's.
 
@@ -169,27 +169,28 @@ def find(
     state : dict of Tensor to dict
         The optimizer's.
     param : Tensor
+    found : object
+        What stands there in the place of its state.
     group : dict
         The param's.
+    settings : Settings
+        The optimizer's.
     adopted : dict of int to ParamState
-        What became of somebody else's entries, by their ids, since the same call for other params.
-    lazy, average_dtype
-        As for `adopt`.
+        What became of somebody else's entries, by their ids, in the same call for other params.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
         As `adopt`.
     """
-    found: Any = state.get(param)
     if not has_steps(found):
-        return adopt(param, found or {}, group, lazy=lazy, average_dtype=average_dtype)
+        return adopt(param, found or {}, group, settings)
     is_known = type(found) is ParamState and found.param is not None
     if is_known and (found.param is param or state.get(found.param) is found):
         return cast("ParamState", found)
     own = adopted.get(id(found))
     if own is None:
-        own = adopt(param, found, group, lazy=lazy, average_dtype=average_dtype)
+        own = adopt(param, found, group, settings)
         adopted[id(found)] = own
     else:
         own.has_average = True  # torch's function needs it
@@ -200,9 +201,8 @@ def adopt(
     param: Tensor,
     entry: Mapping[str, Any],
     group: Group,
+    settings: Settings,
     *,
-    lazy: bool,
-    average_dtype: torch.dtype | None,
     is_own: bool = False,
 ) -> ParamState:
     """Return the state of a param, with the entries that are given.
@@ -214,10 +214,8 @@ def adopt(
         Without step, eta and mu, these are those before the first step.
     group : dict
         The param's.
-    lazy : bool
-        Whether averages are to exist only once they begin.
-    average_dtype : torch.dtype, optional
-        As for `wide`.
+    settings : Settings
+        The optimizer's.
     is_own : bool
         Whether nobody else has the tensors, so that the state may be sealed, and an average may be
         given up that has not begun: the next step would overwrite it.
@@ -230,8 +228,8 @@ def adopt(
         A CUDA graph is being captured, of which making a state cannot be a part.
     """
     own = ParamState(entry)
-    dtype = wide(param, average_dtype)
-    own.bind(param, is_lazy=lazy and not is_shared(param), average_dtype=dtype)
+    dtype = wide(param, settings.average_dtype)
+    own.bind(param, is_lazy=settings.lazy_average and not is_shared(param), average_dtype=dtype)
     if not has_steps(entry):
         refuse_capture(param)
         dtype = scalar_dtype()
@@ -275,9 +273,7 @@ def _is_fit_to_seal(own: ParamState) -> bool:
     )
 
 
-def states_of(
-    state: State, groups: Iterable[Group], *, lazy: bool, average_dtype: torch.dtype | None
-) -> list[ParamState]:
+def states_of(state: State, groups: Iterable[Group], settings: Settings) -> list[ParamState]:
     """Return the states that there are, made the optimizer's own where somebody else's were put in.
 
     Parameters
@@ -286,44 +282,29 @@ def states_of(
         The optimizer's.
     groups : iterable of dict
         Some of its param_groups.
-    lazy, average_dtype
-        As for `adopt`.
+    settings : Settings
+        The optimizer's.
     """
     adopted: dict[int, ParamState] = {}
     states = []
+    found_of = {id(param): found for param, found in state.items()}  # tensors hash in Python
     for group in groups:
         for param in group["params"]:
-            if not has_steps(state.get(param)):
+            found = found_of.get(id(param))
+            if not has_steps(found):
                 continue
-            own = find(state, param, group, adopted, lazy=lazy, average_dtype=average_dtype)
-            state[param] = own
+            own = find(state, param, found, group, settings, adopted)
+            if own is not found:
+                state[param] = own
             if own.param is not param:  # another param's too
-                dtype = wide(param, average_dtype)
+                dtype = wide(param, settings.average_dtype)
                 own = ParamState(own).bind(param, is_lazy=False, average_dtype=dtype)
             states.append(own)
     return states
 
 
-def is_for_state(groups: Sequence[Group]) -> bool:
-    """Whether a first step would do nothing but count: lr and all gradients are 0.
-
-    By such a step ``torch.distributed.checkpoint`` has optimizers make their state.
-    """
-    # Who has lr on a GPU does not want the host to wait for it.
-    if any(getattr(group["lr"], "is_cuda", False) for group in groups):
-        return False
-    if any(number("lr", group["lr"]) != 0 for group in groups):
-        return False
-    grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
-    return bool(grads) and all(
-        not (grad.is_sparse or grad.is_meta) and is_zero(grad) for grad in grads
-    )
-
-
-def prepare(
-    state: State, groups: Iterable[Group], *, lazy: bool, average_dtype: torch.dtype | None
-) -> None:
-    """Let params that have a gradient have a state without a step.
+def put_unstepped(state: State, groups: Iterable[Group], settings: Settings) -> None:
+    """Let params that have a gradient have a state without a step, for who asks for it.
 
     Parameters
     ----------
@@ -331,14 +312,14 @@ def prepare(
         The optimizer's.
     groups : iterable of dict
         The optimizer's param_groups.
-    lazy, average_dtype
-        As for `adopt`.
+    settings : Settings
+        The optimizer's.
     """
     for group in groups:
         for param in group["params"]:
             if param.grad is not None:
-                own = adopt(param, {}, group, lazy=lazy, average_dtype=average_dtype)
-                state[param] = Unstepped(own, group)
+                own = adopt(param, {}, group, settings)
+                state[param] = Unstepped(own, group, settings)
 
 
 def start(state: State, group: Group, states: Sequence[ParamState]) -> None:
