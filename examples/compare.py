@@ -150,6 +150,7 @@ class Task:
     rates: tuple[float, ...]
     weight_decay: float
     epochs: int
+    patience: int
     seeds: int
     choosing: int
 
@@ -162,6 +163,7 @@ TASKS = {
         rates=(0.03, 0.1, 0.3, 1.0, 3.0),
         weight_decay=1e-3,
         epochs=20,
+        patience=5,
         seeds=5,
         choosing=2,
     ),
@@ -172,6 +174,7 @@ TASKS = {
         rates=(0.05, 0.1, 0.2, 0.4),
         weight_decay=1e-4,
         epochs=12,
+        patience=5,
         seeds=5,
         choosing=2,
     ),
@@ -181,8 +184,9 @@ TASKS = {
         Language,
         rates=(10.0, 20.0, 40.0),
         weight_decay=language_model.WEIGHT_DECAY,
-        epochs=16,
-        seeds=3,
+        epochs=12,
+        patience=2,
+        seeds=2,
         choosing=1,
     ),
 }
@@ -229,7 +233,7 @@ def train_by_sgd(task: Task, schedule: str, lr: float, seed: int) -> Record:
         weight_decay=task.weight_decay,
         lr_schedule="current",  # the iterates are those of torch.optim.SGD
     )
-    trigger = NonMonotonicTrigger(optimizer)
+    trigger = NonMonotonicTrigger(optimizer, task.patience)
     swa = AveragedModel(model)
     first = parameters_to_vector(model.parameters()).detach().double()
     total = torch.zeros_like(first)
