@@ -82,10 +82,10 @@ bench-smoke: $(VENV)/test $(VENV)/bench
 bench-check: $(VENV)/bin/python
 	$(BIN)/python asv_benchmarks/gate.py $(CHECK)
 
-# What the machine called MACHINE has no results of yet, on the commits of history.txt.
+# What this kind of machine has no results of yet, on the commits of history.txt.
 bench-record: $(VENV)/bench
-	cut -d' ' -f1 asv_benchmarks/history.txt | ASGD_FAST_MACHINE=$(MACHINE) \
-	  $(BIN)/asv run --machine $(MACHINE) --skip-existing $(BENCH) HASHFILE:-
+	cut -d' ' -f1 asv_benchmarks/history.txt | $(BIN)/asv run --skip-existing $(BENCH) \
+	  --machine "$$($(BIN)/python asv_benchmarks/asv_machine.py)" HASHFILE:-
 
 # What Cython made of each line, as pages in build/annotate; with the directives of setup.py.
 annotate: $(VENV)/dev

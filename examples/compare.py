@@ -175,8 +175,8 @@ TASKS = {
         weight_decay=1e-4,
         epochs=12,
         patience=5,
-        seeds=5,
-        choosing=2,
+        seeds=3,
+        choosing=1,
     ),
     "language": Task(
         "language model",
