@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from asgd_fast._rows.rows import Rows, dtype_of, is_array
 from asgd_fast.schedule import (
     AveragingKind,
     AveragingNotBegunWarning,
+    LrSchedule,
     check_average_every,
     check_averaging,
     check_lr_schedule,
@@ -57,12 +58,12 @@ def asgd_(
     grads: Array | Iterable[Array],
     axs: Array | Iterable[Array] | None = None,
     *,
-    eta: float,
-    mu: float = 1.0,
-    lambd: float = 1e-4,
-    weight_decay: float = 0.0,
+    eta: SupportsFloat,
+    mu: SupportsFloat = 1.0,
+    lambd: SupportsFloat = 1e-4,
+    weight_decay: SupportsFloat = 0.0,
     maximize: bool = False,
-    grad_scale: float | None = None,
+    grad_scale: SupportsFloat | None = None,
 ) -> None:
     """Make one step of Averaged SGD in place, in one pass over the memory.
 
@@ -251,20 +252,20 @@ class ArrayASGD:
     def __init__(
         self,
         params: Array | Iterable[Array] | Iterable[dict[str, Any]],
-        lr: float = 1e-2,
-        lambd: float = 1e-4,
-        alpha: float = 0.75,
-        t0: float = 1e6,
-        weight_decay: float = 0.0,
+        lr: SupportsFloat = 1e-2,
+        lambd: SupportsFloat = 1e-4,
+        alpha: SupportsFloat = 0.75,
+        t0: SupportsFloat = 1e6,
+        weight_decay: SupportsFloat = 0.0,
         *,
         maximize: bool = False,
         average_dtype: np.typing.DTypeLike | None = None,
-        lr_schedule: str = "torch",
-        average_every: int = 1,
+        lr_schedule: LrSchedule = "torch",
+        average_every: SupportsIndex = 1,
         averaging: AveragingKind = "mean",
     ) -> None:
-        self.average_dtype = _checked_average_dtype(average_dtype)
-        self.defaults = _checked_hyperparameters(
+        self.average_dtype: np.dtype[Any] | None = _checked_average_dtype(average_dtype)
+        self.defaults: dict[str, Any] = _checked_hyperparameters(
             {
                 "lr": lr,
                 "lambd": lambd,

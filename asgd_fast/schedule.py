@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from operator import index
-from typing import Any, TypeAlias
+from typing import Any, Literal, SupportsFloat, TypeAlias, get_args
 
 from asgd_fast._schedule import next_scalars
 
 __all__ = [
     "AveragingKind",
     "AveragingNotBegunWarning",
+    "LrSchedule",
     "Schedule",
     "check_average_every",
     "check_averaging",
@@ -25,7 +26,8 @@ __all__ = [
     "check_step",
 ]
 
-LR_SCHEDULES = ("torch", "current")
+LrSchedule: TypeAlias = Literal["torch", "current"]
+LR_SCHEDULES: tuple[str, ...] = get_args(LrSchedule)
 
 # Which weights iterates have in an average: "mean", ("ema", decay) or ("polynomial", power). A list
 # is what JSON makes of a pair.
@@ -313,21 +315,21 @@ class Schedule:
 
     def __init__(
         self,
-        lr: float = 1e-2,
-        lambd: float = 1e-4,
-        alpha: float = 0.75,
-        t0: float = 1e6,
+        lr: SupportsFloat = 1e-2,
+        lambd: SupportsFloat = 1e-4,
+        alpha: SupportsFloat = 0.75,
+        t0: SupportsFloat = 1e6,
         *,
         averaging: AveragingKind = "mean",
     ) -> None:
-        self.lr = check_scalar("lr", lr)
-        self.lambd = check_scalar("lambd", lambd)
-        self.alpha = check_scalar("alpha", alpha)
-        self.t0 = check_scalar("t0", t0, low=-math.inf)
+        self.lr: float = check_scalar("lr", lr)
+        self.lambd: float = check_scalar("lambd", lambd)
+        self.alpha: float = check_scalar("alpha", alpha)
+        self.t0: float = check_scalar("t0", t0, low=-math.inf)
         self.averaging = check_averaging(averaging)
-        self.step = 0
-        self.eta = self.lr
-        self.mu = 1.0
+        self.step: int = 0
+        self.eta: float = self.lr
+        self.mu: float = 1.0
 
     def __repr__(self) -> str:
         """Name the hyperparameters and where the schedule stands."""
