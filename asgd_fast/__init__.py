@@ -12,7 +12,7 @@ try:
     from asgd_fast.schedule import AveragingNotBegunWarning, Schedule
     from asgd_fast.threads import get_num_threads, set_num_threads
     from asgd_fast.triggers import NonMonotonicTrigger
-except ImportError as error:
+except ImportError as _error:
     if PathFinder.find_spec("asgd_fast._core", __path__) is not None:
         raise
     raise ImportError(
@@ -20,7 +20,7 @@ except ImportError as error:
         f"{sys.version_info.major}.{sys.version_info.minor}. If this is a clone, and the installed "
         "package is wanted, start Python in another folder; to use the clone itself, run "
         "'python -m pip install --editable .' there"
-    ) from error
+    ) from _error
 
 if TYPE_CHECKING:
     from asgd_fast.config import show_config

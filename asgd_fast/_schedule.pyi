@@ -1,4 +1,4 @@
-from asgd_fast.schedule import Averaging
+from asgd_fast.schedule import AveragingKind
 
 def next_scalars(
     step: float,
@@ -8,5 +8,5 @@ def next_scalars(
     t0: float,
     average_every: float = 1.0,
     current: bool = False,
-    averaging: Averaging = "mean",
+    averaging: AveragingKind = "mean",
 ) -> tuple[float, float]: ...

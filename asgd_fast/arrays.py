@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
 import numpy as np
 
@@ -30,8 +30,9 @@ from asgd_fast._engines import (
 )
 from asgd_fast._rows.rows import Rows, dtype_of, is_array
 from asgd_fast.schedule import (
-    Averaging,
+    AveragingKind,
     AveragingNotBegunWarning,
+    LrSchedule,
     check_average_every,
     check_averaging,
     check_lr_schedule,
@@ -57,12 +58,12 @@ def asgd_(
     grads: Array | Iterable[Array],
     axs: Array | Iterable[Array] | None = None,
     *,
-    eta: float,
-    mu: float = 1.0,
-    lambd: float = 1e-4,
-    weight_decay: float = 0.0,
+    eta: SupportsFloat,
+    mu: SupportsFloat = 1.0,
+    lambd: SupportsFloat = 1e-4,
+    weight_decay: SupportsFloat = 0.0,
     maximize: bool = False,
-    grad_scale: float | None = None,
+    grad_scale: SupportsFloat | None = None,
 ) -> None:
     """Make one step of Averaged SGD in place, in one pass over the memory.
 
@@ -251,20 +252,20 @@ class ArrayASGD:
     def __init__(
         self,
         params: Array | Iterable[Array] | Iterable[dict[str, Any]],
-        lr: float = 1e-2,
-        lambd: float = 1e-4,
-        alpha: float = 0.75,
-        t0: float = 1e6,
-        weight_decay: float = 0.0,
+        lr: SupportsFloat = 1e-2,
+        lambd: SupportsFloat = 1e-4,
+        alpha: SupportsFloat = 0.75,
+        t0: SupportsFloat = 1e6,
+        weight_decay: SupportsFloat = 0.0,
         *,
         maximize: bool = False,
         average_dtype: np.typing.DTypeLike | None = None,
-        lr_schedule: str = "torch",
-        average_every: int = 1,
-        averaging: Averaging = "mean",
+        lr_schedule: LrSchedule = "torch",
+        average_every: SupportsIndex = 1,
+        averaging: AveragingKind = "mean",
     ) -> None:
-        self.average_dtype = _checked_average_dtype(average_dtype)
-        self.defaults = _checked_hyperparameters(
+        self.average_dtype: np.dtype[Any] | None = _checked_average_dtype(average_dtype)
+        self.defaults: dict[str, Any] = _checked_hyperparameters(
             {
                 "lr": lr,
                 "lambd": lambd,
@@ -618,13 +619,12 @@ class ArrayASGD:
             "start": self._starts_of_each(),
             "group": self._group_of_each(),
         }
-        for name in self.defaults:
-            values = [own[name] for own in hyperparameters]
-            if name != "averaging":
-                state[name] = np.array(values)
-            elif set(values) != {"mean"}:
-                saved = [_SAVED_MEAN if value == "mean" else value for value in values]
-                state[name] = np.array(saved, _SAVED_AVERAGING)
+        columns = {name: [own[name] for own in hyperparameters] for name in hyperparameters[0]}
+        averaging = columns.pop("averaging")
+        state |= {name: np.array(values) for name, values in columns.items()}
+        if set(averaging) != {"mean"}:
+            saved = [_SAVED_MEAN if value == "mean" else value for value in averaging]
+            state["averaging"] = np.array(saved, _SAVED_AVERAGING)
         for i, ax in enumerate(self._averages_or_copies()):
             state[f"ax.{i}"] = _saved(f"averages[{i}]", ax)
         return state
@@ -693,7 +693,7 @@ class ArrayASGD:
                 check_scalar(f"state_dict[{name!r}][{i}]", value, low=low, high=high)
         hyperparameters = [
             _checked_hyperparameters(
-                {name: state[name][k].item() for name in self.defaults},
+                {name: state[name][k].item() for name in {*self.defaults, "averaging"}},
                 f"state_dict of param_groups[{k}]: ",
             )
             for k in range(len(self.param_groups))

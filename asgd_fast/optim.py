@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from asgd_fast._torch.internals import (
 from asgd_fast._torch.redundancy import has_parameters
 from asgd_fast._torch.settings import KEYWORDS, Settings, Shared, checked_average_dtype
 from asgd_fast._torch.state import put_unstepped
-from asgd_fast.schedule import Averaging  # noqa: TC001  # type hints are resolved at run time
+from asgd_fast.schedule import AveragingKind, LrSchedule
 from asgd_fast.threads import threads_for
 
 __all__ = ["ASGD"]
@@ -217,9 +217,9 @@ class ASGD(torch.optim.ASGD, WithAverages):
     True
     """
 
-    lazy_average = Shared[bool]("lazy_average")
-    average_dtype = Shared["torch.dtype | None"]("average_dtype")
-    fused_amp = Shared[bool]("fused_amp")
+    lazy_average: Shared[bool] = Shared("lazy_average")
+    average_dtype: Shared[torch.dtype | None] = Shared("average_dtype")
+    fused_amp: Shared[bool] = Shared("fused_amp")
 
     # A GradScaler that finds it set leaves the unscaling and skipping to the step.
     _step_supports_amp_scaling = Shared[bool]("fused_amp")
@@ -228,11 +228,11 @@ class ASGD(torch.optim.ASGD, WithAverages):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        lambd: float = 1e-4,
-        alpha: float = 0.75,
-        t0: float = 1e6,
-        weight_decay: float = 0,
+        lr: SupportsFloat = 1e-2,
+        lambd: SupportsFloat = 1e-4,
+        alpha: SupportsFloat = 0.75,
+        t0: SupportsFloat = 1e6,
+        weight_decay: SupportsFloat = 0,
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
@@ -240,9 +240,9 @@ class ASGD(torch.optim.ASGD, WithAverages):
         *,
         lazy_average: bool = True,
         average_dtype: torch.dtype | str | None = None,
-        lr_schedule: str = "torch",
-        average_every: int = 1,
-        averaging: Averaging = "mean",
+        lr_schedule: LrSchedule = "torch",
+        average_every: SupportsIndex = 1,
+        averaging: AveragingKind = "mean",
         fused_amp: bool = False,
     ) -> None:
         self._settings = Settings()
@@ -254,13 +254,11 @@ class ASGD(torch.optim.ASGD, WithAverages):
             "average_every": average_every,
             "averaging": averaging,
         }
+        # Torch takes more kinds of numbers than its hints say.
+        scalars: tuple[Any, Any, Any, Any, Any] = (lr, lambd, alpha, t0, weight_decay)
         super().__init__(
             params,
-            lr,
-            lambd,
-            alpha,
-            t0,
-            weight_decay,
+            *scalars,
             foreach,
             maximize,
             differentiable,
@@ -287,7 +285,7 @@ class ASGD(torch.optim.ASGD, WithAverages):
             As the constructor.
         """
         # Torch's constructor comes here with its own defaults only.
-        self.defaults = {**self.defaults, **self._settings.own_defaults}
+        self.defaults: dict[str, Any] = {**self.defaults, **self._settings.own_defaults}
         if isinstance(param_group, dict):
             for name in param_group.keys() & set(KEYWORDS):
                 raise TypeError(f"{name}: is set for the optimizer as a whole, not for a group")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from operator import index
-from typing import Any, TypeAlias
+from typing import Any, Literal, SupportsFloat, TypeAlias, get_args
 
 from asgd_fast._schedule import next_scalars
 
 __all__ = [
-    "Averaging",
+    "AveragingKind",
     "AveragingNotBegunWarning",
+    "LrSchedule",
     "Schedule",
     "check_average_every",
     "check_averaging",
@@ -25,11 +26,12 @@ __all__ = [
     "check_step",
 ]
 
-LR_SCHEDULES = ("torch", "current")
+LrSchedule: TypeAlias = Literal["torch", "current"]
+LR_SCHEDULES: tuple[str, ...] = get_args(LrSchedule)
 
 # Which weights iterates have in an average: "mean", ("ema", decay) or ("polynomial", power). A list
 # is what JSON makes of a pair.
-Averaging: TypeAlias = str | tuple[str, float] | list[Any]
+AveragingKind: TypeAlias = str | tuple[str, float] | list[Any]
 
 _MEAN = "mean"
 _AVERAGINGS = "'mean', ('ema', decay) or ('polynomial', power)"
@@ -308,23 +310,26 @@ class Schedule:
     (3, 0.5, 0.5)
     """
 
+    # Here, for schedules that were pickled by earlier versions.
+    averaging: AveragingKind = _MEAN
+
     def __init__(
         self,
-        lr: float = 1e-2,
-        lambd: float = 1e-4,
-        alpha: float = 0.75,
-        t0: float = 1e6,
+        lr: SupportsFloat = 1e-2,
+        lambd: SupportsFloat = 1e-4,
+        alpha: SupportsFloat = 0.75,
+        t0: SupportsFloat = 1e6,
         *,
-        averaging: Averaging = "mean",
+        averaging: AveragingKind = "mean",
     ) -> None:
-        self.lr = check_scalar("lr", lr)
-        self.lambd = check_scalar("lambd", lambd)
-        self.alpha = check_scalar("alpha", alpha)
-        self.t0 = check_scalar("t0", t0, low=-math.inf)
-        self.averaging: Averaging = check_averaging(averaging)
-        self.step = 0
-        self.eta = self.lr
-        self.mu = 1.0
+        self.lr: float = check_scalar("lr", lr)
+        self.lambd: float = check_scalar("lambd", lambd)
+        self.alpha: float = check_scalar("alpha", alpha)
+        self.t0: float = check_scalar("t0", t0, low=-math.inf)
+        self.averaging = check_averaging(averaging)
+        self.step: int = 0
+        self.eta: float = self.lr
+        self.mu: float = 1.0
 
     def __repr__(self) -> str:
         """Name the hyperparameters and where the schedule stands."""
@@ -362,7 +367,7 @@ class Schedule:
             `averaging` by the name "ema" or "polynomial", unless that is "mean".
         """
         state = dict(vars(self))
-        averaging = check_averaging(state.pop("averaging"))
+        averaging = check_averaging(state.pop("averaging", _MEAN))
         if not isinstance(averaging, str):
             state.update([averaging])
         return state
