@@ -72,14 +72,9 @@ def exchanged(records: Sequence[ParamState]) -> Iterator[None]:
 
 @torch.no_grad()
 def copy_to(records: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy averages, or params whose averaging has not begun.
+    """Copy averages, or params whose averaging has not begun, each to where its target is.
 
-    Parameters
-    ----------
-    records : sequence of ParamState
-        Of params whose averages have begun.
-    targets : iterable of (Tensor, Tensor)
-        Each a param of the optimizer and where its average goes. All ranks of DTensors must call.
+    Each target is a param of the optimizer with a tensor. All ranks of DTensors must call.
 
     Raises
     ------

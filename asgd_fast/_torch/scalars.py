@@ -22,10 +22,7 @@ __all__ = ["floats", "on_host", "refuse_capture", "scalar_dtype", "to_device", "
 
 
 def scalar_dtype() -> torch.dtype:
-    """Return torch's dtype of scalars: float32 unless its default dtype is float64.
-
-    Torch rounds them to a default dtype of half precision besides, which is not done here.
-    """
+    """Return float64 if that is torch's default dtype, else float32, of half types too."""
     is_double = torch.get_default_dtype() is torch.float64
     return torch.float64 if is_double else torch.float32
 

@@ -333,18 +333,8 @@ def most_steps(records: Sequence[ParamState]) -> float:
 def start(state: State, group: Group, records: Sequence[ParamState], most: float) -> None:
     """Make the next iterate of each param of a group the first one in its average.
 
-    Params that have made no step yet are averaged from their first iterate on.
-
-    Parameters
-    ----------
-    state : dict of Tensor to dict
-        The optimizer's.
-    group : dict
-        One of the optimizer's param_groups.
-    records : sequence of ParamState
-        Of the group.
-    most : float
-        The greatest number of steps of its params, on whatever rank.
+    Params that have made no step yet are averaged from their first iterate on. `most` is the
+    greatest number of steps of the group's params, on whatever rank.
     """
     steps = floats([record.scalars()[0] for record in records])
     t0 = most - 1  # the next one is number step + 1, and number t0 + 2 is the first
