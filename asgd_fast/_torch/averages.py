@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from asgd_fast import _engines
-from asgd_fast._torch.conversions import extent
+from asgd_fast._torch.conversions import extent, ordinary_tensors
 from asgd_fast._torch.distributed import check_layout, laid_out_as
 from asgd_fast._torch.exchange import Pair, rows_of, written_of
 from asgd_fast._torch.internals import forget_copies, increment_versions
@@ -52,21 +52,23 @@ def exchanged(records: Sequence[ParamState]) -> Iterator[None]:
     ValueError
         An average has another shape than its param. Nothing is changed.
     """
-    by_engine, rows, by_torch = _pairs(records)
-    undo_by_engine, undo_by_torch = list(by_engine), list(by_torch)
+    pairs, rows = _pairs(records)
+    by_engine = [pair for pair in pairs if not pair.by_torch]
     written = written_of(by_engine)
     try:
         forget_copies()
         increment_versions(written)
         with _engines.exchanged(rows, lambda: _rows_again(by_engine)):
-            _put_averages(by_engine, by_torch)
+            with ordinary_tensors():
+                for pair in pairs:
+                    pair.put_average()
             yield
     finally:
         try:
             increment_versions(written)
-            _put_back(undo_by_engine, undo_by_torch)
+            _put_back(pairs)
         finally:
-            _put_back(undo_by_engine, undo_by_torch)  # what an interrupt has left
+            _put_back(pairs)  # what an interrupt has left
             forget_copies()
 
 
@@ -155,29 +157,18 @@ def shipped(model: torch.nn.Module) -> dict[str, Any]:
     return renamed
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def _pairs(records: Sequence[ParamState]) -> tuple[list[Pair], Rows, list[Pair]]:
-    """Return what is to be exchanged, with all the memory that the exchange takes.
-
-    Returns
-    -------
-    by_engine : list of Pair
-    rows : Rows
-        The same.
-    by_torch : list of Pair
-    """
-    pairs = [Pair(record) for record in records if record.ax is not None]
-    rows, refused = rows_of(pairs)
-    others = set(refused)
-    by_engine = [pair for i, pair in enumerate(pairs) if i not in others]
-    by_torch = [pairs[i] for i in refused]
-    if not rows.is_disjoint() or rows.touches([extent(pair.memory) for pair in by_torch]):
-        rows.clear()
-        by_engine, by_torch = [], pairs
-    for pair in by_torch:
-        pair.make_spare()
-    return by_engine, rows, by_torch
+def _pairs(records: Sequence[ParamState]) -> tuple[list[Pair], Rows]:
+    """Return what is to be exchanged, with the rows of what an engine exchanges."""
+    with ordinary_tensors():
+        pairs = [Pair(record) for record in records if record.ax is not None]
+        rows, refused = rows_of(pairs)
+        for_torch = [pairs[i] for i in refused]
+        if not rows.is_disjoint() or rows.touches([extent(pair.memory) for pair in for_torch]):
+            rows.clear()
+            for_torch = pairs
+        for pair in for_torch:
+            pair.leave_to_torch()
+    return pairs, rows
 
 
 def _rows_again(pairs: list[Pair]) -> Rows:
@@ -190,23 +181,9 @@ def _rows_again(pairs: list[Pair]) -> Rows:
     return rows
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def _put_averages(by_engine: list[Pair], by_torch: list[Pair]) -> None:
-    """Let the states show what an engine has exchanged, and exchange the rest."""
-    for pair in by_engine:
-        pair.show()
-    for pair in by_torch:
-        pair.put_average()
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _put_back(by_engine: list[Pair], by_torch: list[Pair]) -> None:
-    """Undo `_put_averages`, and forget what is undone."""
-    while by_torch:
-        by_torch[-1].put_back()
-        by_torch.pop()
-    while by_engine:
-        by_engine[-1].hide()
-        by_engine.pop()
+def _put_back(pairs: list[Pair]) -> None:
+    """Put all params back, the last one first, and forget what is done."""
+    with ordinary_tensors():
+        while pairs:
+            pairs[-1].put_back()
+            pairs.pop()
