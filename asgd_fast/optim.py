@@ -65,7 +65,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-class ASGD(torch.optim.ASGD, WithAverages):
+class ASGD(WithAverages, torch.optim.ASGD):
     r"""Averaged SGD with the bits of ``torch.optim.ASGD(foreach=False)``, in one pass over memory.
 
     Arguments, defaults, messages, hooks, state and checkpoints are those of ``torch.optim.ASGD``,
