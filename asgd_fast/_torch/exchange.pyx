@@ -94,7 +94,8 @@ def rows_of(list pairs):
         row = rows.begin()
         row.step = NULL
         if not (
-            _lend(rows, PARAM, pair.memory, None, False)
+            is_ordinary(pair.memory) == is_ordinary(pair.ax)
+            and _lend(rows, PARAM, pair.memory, None, False)
             and _lend(rows, AX, pair.ax, pair.memory, not pair._record.is_shown)
             and (pair.spare is None or _lend(rows, GRAD, pair.spare, pair.memory, True))
         ):
