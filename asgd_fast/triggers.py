@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from operator import index
-from typing import Any, Protocol, SupportsFloat
+from typing import Any, Protocol, SupportsFloat, SupportsIndex
 
 __all__ = ["NonMonotonicTrigger"]
 
@@ -74,12 +74,14 @@ class NonMonotonicTrigger:
     [False, False, False, False, True]
     """
 
-    def __init__(self, optimizer: object, patience: int = 5, *, process_group: Any = None) -> None:
-        self.optimizer = _unwrapped(optimizer)
-        self.patience = _checked_patience(patience)
+    def __init__(
+        self, optimizer: object, patience: SupportsIndex = 5, *, process_group: Any = None
+    ) -> None:
+        self.optimizer: Averaging = _unwrapped(optimizer)
+        self.patience: int = _checked_patience(patience)
         self.process_group = process_group
         self.losses: list[float] = []
-        self.has_fired = False
+        self.has_fired: bool = False
 
     def step(self, validation_loss: SupportsFloat) -> bool:
         """Take note of a validation loss, and start averaging if it has stalled.

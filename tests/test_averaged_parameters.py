@@ -108,6 +108,7 @@ def test_what_is_written_inside_does_not_reach_the_iterates(wide):
             same_values(optimizer.state[p]["ax"], ax)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("dtype", "wide"),
     [

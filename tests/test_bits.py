@@ -17,6 +17,9 @@ from asgd_fast import ArrayASGD, asgd_
 
 STEPS = 310
 SIZES = (0, 1, 7, 16, 33, 1000)
+MORE_SIZES = [
+    pytest.param(n, marks=pytest.mark.heavy) for n in (17, 31, 32, 63, 64, 65, 127, 100_003)
+]
 DTYPES = [pytest.param(np.float32, id="float32"), pytest.param(np.float64, id="float64")]
 
 
@@ -63,9 +66,7 @@ def test_array_asgd_has_the_bits_of_torch(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize(
-    "n", [*SIZES, 17, 31, 32, 63, 64, 65, 127, pytest.param(100_003, marks=pytest.mark.heavy)]
-)
+@pytest.mark.parametrize("n", [*SIZES, *MORE_SIZES])
 def test_each_simd_level_has_the_bits_of_torch_at_every_step(simd_level, dtype, weight_decay, n):
     """With torch's own eta and mu, which it keeps in float32 by default."""
     rng = np.random.default_rng(n)

@@ -112,6 +112,7 @@ def _on_gpu(tensor, device=0):
     return fake_gpu.Array(array, device, is_bfloat16)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize(("dtype", "average"), fake_gpu.PAIRS, ids=lambda x: x)
 @pytest.mark.parametrize("mu", [None, 1.0, 0.3], ids=["no average", "copy", "average"])
@@ -180,6 +181,7 @@ def test_arrays_without_elements_need_no_launch(gpu):
     assert gpu.launches == []
 
 
+@pytest.mark.heavy
 def test_single_scalars_for_each_array(gpu):
     """Sets come from the end of the words, and meet the rows."""
     rng = np.random.default_rng(0)
@@ -692,8 +694,9 @@ def _run(steps, here, there, theirs, ours):
         {"t0": 2, "weight_decay": 0.1, "maximize": True, "alpha": 1.0},
         {"t0": 2, "average_dtype": "float64"},
         {"t0": 2, "lr_schedule": "current", "average_every": 2},
+        {"t0": 2, "averaging": ("ema", 0.8)},
     ],
-    ids=["usual", "weight decay", "wide", "current, every second"],
+    ids=["usual", "weight decay", "wide", "current, every second", "decayed"],
 )
 @asks_early
 def test_a_run_has_the_bits_of_the_cpu(gpu, options):

@@ -100,6 +100,8 @@ def in_loops(code):
 def test_no_vector_goes_through_the_stack(level):
     functions = code_of(level)
     for name in LOOPS:
+        if level == "baseline" and any(x.startswith("call") for _, x, _ in functions[name]):
+            continue  # of a fused multiply-add, around which no vector stays in a register
         loops = in_loops(functions[name])
         assert loops, name
         through_stack = [
@@ -108,5 +110,6 @@ def test_no_vector_goes_through_the_stack(level):
             if WHOLE.match(operation) and re.search(r"%[xyz]mm\d+(,.*)?,.*\(%r[sb]p", operands)
         ]
         assert not through_stack, name
-        if level != "baseline":  # whose fused multiply-add is a function of numbers
-            assert any(re.search(REGISTERS[level], operands) for *_, operands in loops), name
+        # Or "vcvtpd2psy (%rdi),%xmm0", whose vector is that in memory.
+        texts = [f"{operation} {operands}" for _, operation, operands in loops]
+        assert any(re.search(rf"{REGISTERS[level]}|^\w+y ", text) for text in texts), name

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asgd_fast._torch import averages, state
+from asgd_fast._torch import averages, batch_norm, state
 from asgd_fast._torch.conversions import copy_as
 from asgd_fast._torch.internals import are_flattened, forget_copies
 from asgd_fast._torch.redundancy import has_parameters
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from asgd_fast._torch.settings import Settings
     from asgd_fast._torch.state import ParamState
 
-__all__ = ["Averaging"]
+__all__ = ["WithAverages", "refuse_flattened"]
 
 
-class Averaging:
+class WithAverages:
     """The methods of an optimizer that have to do with its averages."""
 
     param_groups: list[Group]
@@ -38,7 +38,9 @@ class Averaging:
     _settings: Settings
 
     @contextmanager
-    def averaged_parameters(self) -> Iterator[None]:
+    def averaged_parameters(
+        self, *, model: torch.nn.Module | None = None, update_bn: Iterable[Any] | None = None
+    ) -> Iterator[None]:
         """Hold the averages in the params for as long as the context lasts, to evaluate the model.
 
         They trade places in one pass; the params keep their memory, and get their bits back on the
@@ -46,12 +48,24 @@ class Averaging:
         none has, there is an `AveragingNotBegunWarning`, once for each optimizer. Models wrapped by
         ``fully_shard`` are resharded on both ways, so that they gather what stands in the params;
         under ``ZeroRedundancyOptimizer`` the ranks send each other what they step on both ways, so
-        that all must enter and leave. Buffers are not touched. Averages that are wider than their
-        params, and those that no engine takes, need memory of the size of the params meanwhile.
+        that all must enter and leave. Averages that are wider than their params, and those that no
+        engine takes, need memory of the size of the params meanwhile.
 
         Inside, steps are refused; a CUDA graph that is replayed does not ask. Do not write into the
         params there: it would go into the averages, or be lost. `state_dict` gives what it gives
         outside; ``model.state_dict()`` holds the averages.
+
+        Parameters
+        ----------
+        model : Module, optional
+            Its buffers get their bits back on the way out, whatever becomes of them inside, as
+            where ``torch.optim.swa_utils.update_bn(loader, model)`` is called there. Without it
+            buffers are not touched.
+        update_bn : iterable of Tensor, or of list or tuple, optional
+            Training data. Inside, the running statistics of batch normalization in `model` are then
+            those of the averages, computed by torch's ``update_bn``: in one pass in training mode,
+            with a batch, or the first element of one, as the input of `model`, on its device. Left
+            out while no average has begun.
 
         Yields
         ------
@@ -63,6 +77,8 @@ class Averaging:
             The averages stand in the params already; or the params are parts of a
             ``FullyShardedDataParallel`` module, which may have copies of them; or other tensors
             stand in their place in the groups, as DeepSpeed's ZeRO has it. Nothing is changed.
+        TypeError
+            `model` is no Module, or missing where there is `update_bn`. Nothing is changed.
         ValueError
             The state has an average of another shape than its param. Nothing is changed.
 
@@ -81,14 +97,22 @@ class Averaging:
         >>> weight.item()
         -3.0
         """
+        batch_norm.check_model(model, update_bn)
         self._settings.refuse_exchanged("averaged_parameters")
-        _refuse_flattened("averaged_parameters", self._params())
+        refuse_flattened("averaged_parameters", self._params())
         self._refuse_replaced("averaged_parameters")
         begun = self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
+        redundancy = self._settings.redundancy
         try:
             self._settings.is_exchanged = True
-            with self._settings.redundancy.shared_again(), averages.exchanged(begun):
-                self._settings.redundancy.share()
+            with (
+                redundancy.shared_again(),
+                averages.exchanged(begun),
+                batch_norm.kept_buffers(model),
+            ):
+                redundancy.share()
+                if model is not None and update_bn is not None and begun:
+                    batch_norm.update_statistics(model, update_bn)
                 yield
         finally:
             try:
@@ -140,7 +164,7 @@ class Averaging:
                     "target: expected a torch.nn.Module or an iterable of tensors, got "
                     f"{type(target).__name__}"
                 )
-        _refuse_flattened("copy_averages_to", targets)
+        refuse_flattened("copy_averages_to", targets)
         if len(targets) != len(params):
             raise ValueError(
                 f"target: got {len(targets)} tensors for {len(params)} params; expected one for "
@@ -173,8 +197,8 @@ class Averaging:
             begun, and the rest of the model as it is. If none has, there is an
             `AveragingNotBegunWarning`, once for each optimizer. The names are those of the model
             inside of ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel``. Running
-            statistics of batch normalization stay those of the iterates: see
-            ``torch.optim.swa_utils.update_bn``.
+            statistics of batch normalization are those of the iterates, unless it is called inside
+            ``averaged_parameters(model=model, update_bn=loader)``.
 
         Raises
         ------
@@ -198,7 +222,7 @@ class Averaging:
         forget_copies()
         if {id(param) for param in params}.isdisjoint(map(id, model.parameters())):
             raise ValueError("model: has none of the optimizer's params")
-        _refuse_flattened("averaged_state_dict", params)
+        refuse_flattened("averaged_state_dict", params)
         self._begun("averaged_state_dict", stacklevel=4)
         with nullcontext() if self._settings.is_exchanged else self.averaged_parameters():
             # Compiled, the copy would be empty.
@@ -293,11 +317,18 @@ class Averaging:
 
     def _begun(self, call: str, *, stacklevel: int) -> list[ParamState]:
         """Return the states whose averages have begun, for a call that asks for averages."""
-        records = self._records()
-        begun = averages.begun(records)
-        step = 0.0 if begun else max(floats([x.scalars()[0] for x in records]), default=0)
-        if step:
-            t0 = min(float(group["t0"]) for group in self.param_groups)
+        begun = averages.begun(self._records())
+        if begun:
+            return begun
+        starts = []  # t0 and the number of steps of each
+        for group in self.param_groups:
+            records = self._records(group)
+            steps = floats([record.scalars()[0] for record in records])
+            for record, step in zip(records, steps, strict=True):
+                t0 = group["t0"] if record.own_t0 is None else record.own_t0
+                starts.append((float(t0), step))
+        t0, step = min(starts, key=lambda start: start[0] - start[1], default=(0, 0))
+        if step and step < t0 + 1:  # else one begins with the next step
             self._settings.warn_once(
                 AveragingNotBegunWarning,
                 f"{call}: no average has begun, as t0 is {t0:g} and the number of steps is "
@@ -325,7 +356,7 @@ def _params_in(model: torch.nn.Module, params: list[Tensor], groups: list[Group]
     return others
 
 
-def _refuse_flattened(call: str, params: list[Tensor]) -> None:
+def refuse_flattened(call: str, params: list[Tensor]) -> None:
     if are_flattened(params):
         raise RuntimeError(
             f"{call}: the params are parts of a FullyShardedDataParallel module, whose next "

@@ -39,6 +39,7 @@ __all__ = [
     "redundancy_around",
     "share_params",
     "spec_of",
+    "versions_of",
 ]
 
 # As factors of tensors on a GPU; before 2.7 torch's loop over params takes them instead.
@@ -115,6 +116,11 @@ def increment_versions(tensors: list[torch.Tensor]) -> None:
     else:
         for tensor in tensors:
             increment_version(tensor)
+
+
+def versions_of(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Return numbers that grow when tensors are written in place; those of inference have none."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def forget_copies() -> None:

@@ -50,6 +50,10 @@ class Settings:
         Whether the optimizer was given parameters of a model.
     redundancy : Redundancy
         The ZeroRedundancyOptimizer that made the optimizer, if one did.
+    iterates : dict of Tensor to Tensor
+        What is to be put back into params where averages stand, by an optimizer with modes.
+    versions : list of int
+        Those of all params after its last step; empty where they are not known.
     """
 
     def __init__(self) -> None:
@@ -64,6 +68,8 @@ class Settings:
         self.warned: set[type[Warning]] = set()
         self.had_parameters = False
         self.redundancy = Redundancy()
+        self.iterates: dict[torch.Tensor, torch.Tensor] = {}
+        self.versions: list[int] = []
 
     def unusual(self) -> dict[str, Any]:
         """Return the keywords that are not the defaults."""
