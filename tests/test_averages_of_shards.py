@@ -41,22 +41,22 @@ def check_batch_norm():
     averaging.copy_averages_to(wanted)
     update_bn(batches, wanted)
 
-    model, optimizer = trained(nn.parallel.DistributedDataParallel)
-    shipped = model_with_batch_norm()
-    shipped.load_state_dict(optimizer.averaged_state_dict(model))
-    sharded, averaging = trained(fully_shard)
-    averaging.copy_averages_to(sharded)
-    for own in (shipped, sharded):
-        update_bn(batches[rank::n], own)
-        for buffer in own.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= n
-        for buffer, other in zip(own.buffers(), wanted.buffers(), strict=True):
-            if buffer.is_floating_point():
-                assert_close(buffer, other)
-        with torch.no_grad():
-            assert_close(own.eval()(batches[0]), wanted.eval()(batches[0]))
+    for wrap in (nn.parallel.DistributedDataParallel, fully_shard):
+        wrapped, optimizer = trained(wrap)
+        own = getattr(wrapped, "module", wrapped)
+        before = [buffer.clone() for buffer in own.buffers()]
+        with optimizer.averaged_parameters(model=own, update_bn=batches[rank::n]):
+            for buffer in own.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= n
+            for name, buffer in wanted.named_buffers():
+                if buffer.is_floating_point():
+                    assert_close(own.get_buffer(name), buffer)
+            with torch.no_grad():
+                assert_close(own.eval()(batches[0]), wanted.eval()(batches[0]))
+        for buffer, other in zip(own.buffers(), before, strict=True):
+            assert torch.equal(buffer, other)
 
 
 @pytest.mark.heavy
