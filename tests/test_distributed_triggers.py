@@ -121,10 +121,9 @@ def check_it_goes_on_from_a_file(folder):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("n", [2, 3])
-def test_ranks_decide_once(n, tmp_path):
+def test_ranks_decide_once(tmp_path):
     on_ranks(
-        n,
+        3,
         tmp_path,
         check_the_mean_decides,
         check_what_one_rank_is_refused_all_are,
