@@ -65,7 +65,7 @@ coverage: $(VENV)/test $(VENV)/dev
 	cp -r asgd_fast docs examples tests README.md LICENSE pyproject.toml setup.py build/coverage
 	find build/coverage/asgd_fast -name "*.c" -delete -o -name "*.so" -delete
 	cd build/coverage && ASGD_FAST_TRACE=1 ../../$(BIN)/python setup.py --quiet build_ext --inplace
-	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet -m 'not heavy'
+	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet -m 'not heavy' --ignore tests/integrations
 	cd build/coverage && ../../$(BIN)/python -m coverage report
 
 # Bound threads: see docs/performance.md.

@@ -31,7 +31,7 @@ LR_SCHEDULES: tuple[str, ...] = get_args(LrSchedule)
 
 # Which weights iterates have in an average: "mean", ("ema", decay) or ("polynomial", power). A list
 # is what JSON makes of a pair.
-AveragingKind: TypeAlias = "str | tuple[str, float] | list[Any]"
+AveragingKind: TypeAlias = str | tuple[str, float] | list[Any]
 
 _MEAN = "mean"
 _AVERAGINGS = "'mean', ('ema', decay) or ('polynomial', power)"
