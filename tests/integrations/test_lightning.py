@@ -356,17 +356,7 @@ def batches_of_all_ranks(epoch):
         yield from DataLoader(dataset, batch_size=4, sampler=sampler)
 
 
-@pytest.fixture
-def one_thread():
-    """As processes of ddp have here; with more, products may have other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.heavy
-@pytest.mark.usefixtures("one_thread")
 def test_two_ranks_average_alike(tmp_path):
     """They begin together, by the mean of their metrics, and with the statistics of all batches."""
     module = Regression(normalizes=True, dropout=0.0)
