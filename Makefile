@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard $(foreach d,. _cpu _rows _torch cuda,asgd_fast/$d/*.p[xy][xdi] asgd_fast/$d/*.pxi asgd_fast/$d/*.h))
 
-.PHONY: demo test test-frameworks test-pythons reliability cuda lint dist coverage performance
+.PHONY: demo test test-frameworks test-pythons reliability cuda lint docs dist wheels coverage performance
 .PHONY: bench bench-smoke bench-check bench-record annotate callgrind kernel clean
 
 demo: $(VENV)/demo
@@ -34,8 +34,15 @@ lint: $(VENV)/test $(VENV)/dev
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint asgd_fast
 	$(BIN)/mypy
+	$(BIN)/pyright tests/typed.py
+	PYTHONPATH=. $(BIN)/pyright --verifytypes asgd_fast --ignoreexternal --outputjson | $(BIN)/python -c \
+	    'import json, sys; x = json.load(sys.stdin)["typeCompleteness"]["completenessScore"]; print(f"{x:.1%} of the public names have known types"); sys.exit(x < 0.95)'
 	$(BIN)/stubtest --mypy-config-file pyproject.toml --ignore-missing-stub \
-	    $(foreach m,_core _schedule _rows.dlpack _rows.rows _rows.overlap _torch.memory _torch.record _torch.gather cuda.scalars cuda.launches,asgd_fast.$m)
+	    $(foreach m,_core _schedule _rows.dlpack _rows.rows _rows.overlap _torch.memory _torch.parts _torch.record _torch.gather _torch.exchange cuda.scalars cuda.launches,asgd_fast.$m)
+
+# The site, in build/docs; its start page is index.html.
+docs: $(VENV)/test $(VENV)/docs
+	$(BIN)/python -m sphinx -W -q -E -c docs -d build/doctrees . build/docs
 
 # Builds the sdist, the wheel from the sdist, and uses the wheel in an environment of its own, away
 # from the source tree.
@@ -46,13 +53,19 @@ dist: $(VENV)/dev
 	build/wheel-env/bin/python -m pip install --quiet dist/*.whl
 	cd build/wheel-env && bin/python -m asgd_fast
 
+# The wheels of a release for this machine, in dist, each tried in an environment of its own; on each
+# Python that is found, or on those of PYTHONS.
+wheels: $(VENV)/dev
+	.ci/wheels $(PYTHONS)
+	WHEELS=dist .ci/test-pythons $(PYTHONS)
+
 # Traces the Cython lines too, in a copy of the tree that is compiled for it.
 coverage: $(VENV)/test $(VENV)/dev
 	rm -rf build/coverage && mkdir -p build/coverage
 	cp -r asgd_fast docs examples tests README.md LICENSE pyproject.toml setup.py build/coverage
 	find build/coverage/asgd_fast -name "*.c" -delete -o -name "*.so" -delete
 	cd build/coverage && ASGD_FAST_TRACE=1 ../../$(BIN)/python setup.py --quiet build_ext --inplace
-	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet -m 'not heavy'
+	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet -m 'not heavy' --ignore tests/integrations
 	cd build/coverage && ../../$(BIN)/python -m coverage report
 
 # Bound threads: see docs/performance.md.
@@ -73,10 +86,10 @@ bench-smoke: $(VENV)/test $(VENV)/bench
 bench-check: $(VENV)/bin/python
 	$(BIN)/python asv_benchmarks/gate.py $(CHECK)
 
-# What the machine called MACHINE has no results of yet, on the commits of history.txt.
+# What this kind of machine has no results of yet, on the commits of history.txt.
 bench-record: $(VENV)/bench
-	cut -d' ' -f1 asv_benchmarks/history.txt | ASGD_FAST_MACHINE=$(MACHINE) \
-	  $(BIN)/asv run --machine $(MACHINE) --skip-existing $(BENCH) HASHFILE:-
+	cut -d' ' -f1 asv_benchmarks/history.txt | $(BIN)/asv run --skip-existing $(BENCH) \
+	  --machine "$$($(BIN)/python asv_benchmarks/asv_machine.py)" HASHFILE:-
 
 # What Cython made of each line, as pages in build/annotate; with the directives of setup.py.
 annotate: $(VENV)/dev
@@ -126,6 +139,10 @@ $(VENV)/cuda: $(VENV)/test
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 $(VENV)/bench: $(VENV)/bin/python asv_benchmarks/requirements.txt

@@ -2,13 +2,15 @@
 
 A flag for speed that the compiler does not know costs speed, never the build: without the flags of
 a SIMD level that level is left out, and ``_core`` runs the best one that is both built and
-supported by the processor. Without a flag for exactness there is no build. Everything else about
-the package stands in pyproject.toml.
+supported by the processor. Without a flag for exactness there is no build. The description on a
+package index is README.md with links to the repository. Everything else about the package stands in
+pyproject.toml.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +24,9 @@ from setuptools.errors import CompileError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+# A placeholder, to be filled in here, in CITATION.cff and in both asv.conf.json.
+REPOSITORY = "https://example.org/asgd_fast"
 
 # Line tracing for `make coverage`: slow loops, so never in a build that people use.
 TRACE = bool(os.environ.get("ASGD_FAST_TRACE"))
@@ -104,6 +109,19 @@ class ProbingBuildExt(build_ext):
         return True
 
 
+def description() -> str:
+    """Return README.md with absolute links: pictures as files, pages as the host shows them."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    link = r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\((?![a-z]+:|#)([^)]+)\)"
+
+    def absolute(found: re.Match[str]) -> str:
+        is_picture, label, path = found.groups()
+        kind = "raw" if is_picture else "blob"
+        return f"{is_picture}[{label}]({REPOSITORY}/{kind}/HEAD/{path})"
+
+    return re.sub(link, absolute, text)
+
+
 names = [
     "_schedule",
     "_rows/dlpack",
@@ -111,8 +129,10 @@ names = [
     "_rows/overlap",
     "_rows/rows",
     "_torch/memory",
+    "_torch/parts",
     "_torch/record",
     "_torch/gather",
+    "_torch/exchange",
     "_core",
     *(f"_cpu/{level}" for level in LEVELS),
     "cuda/launches",
@@ -135,6 +155,14 @@ extensions = [
 ]
 
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
+    project_urls={
+        "Repository": REPOSITORY,
+        "Documentation": f"{REPOSITORY}/blob/HEAD/README.md",
+        "Changelog": f"{REPOSITORY}/blob/HEAD/CHANGELOG.md",
+        "Issues": f"{REPOSITORY}/issues",
+    },
     ext_modules=cythonize(
         extensions,
         compiler_directives={

@@ -1,9 +1,13 @@
-"""``python -m asgd_fast``: print what this installation is, ``--json`` for machines."""
+"""``python -m asgd_fast``: print what this installation is, ``--json`` for machines.
+
+``--version`` prints the version alone.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from importlib.metadata import version
 
 from asgd_fast.config import show_config
 
@@ -14,6 +18,7 @@ def main() -> None:
         prog="python -m asgd_fast",
         description="Show the versions, build and processor use of asgd_fast.",
     )
+    parser.add_argument("--version", action="version", version=f"asgd_fast {version('asgd_fast')}")
     parser.add_argument("--json", action="store_true", help="print JSON")
     if parser.parse_args().json:
         print(json.dumps(show_config("dicts"), indent=2))

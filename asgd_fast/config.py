@@ -47,6 +47,8 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
     """
     if mode not in ("stdout", "dicts"):
         raise ValueError(f"mode: got {mode!r}; expected 'stdout' or 'dicts'")
+    # These imports come first: where torch is, its OpenMP runtime lends the threads.
+    arrays = {name: _path_of(name) for name in _LIBRARIES}
     config: dict[str, dict[str, Any]] = {
         "versions": {
             "asgd_fast": _version("asgd_fast"),
@@ -65,7 +67,7 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
             "threads": get_num_threads(),
             "openmp": openmp_runtime(),
         },
-        "arrays": {name: _path_of(name) for name in _LIBRARIES},
+        "arrays": arrays,
         "cuda": {
             "driver": _cuda_driver(),
             "numba": _version("numba"),

@@ -13,7 +13,7 @@ import sys
 from functools import lru_cache
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from asgd_fast import _core
 
@@ -62,7 +62,7 @@ def get_num_threads() -> int:
     return _told[0] if _told is not None and _told[1] == own else own
 
 
-def set_num_threads(n: int) -> None:
+def set_num_threads(n: SupportsIndex) -> None:
     """Set how many threads a large step uses.
 
     torch and others that share the OpenMP runtime keep their number. Once that is another one, as
@@ -83,13 +83,13 @@ def set_num_threads(n: int) -> None:
     """
     global _told
     try:
-        n = index(n)
+        number = index(n)
     except TypeError:
         raise TypeError(f"n: expected an integer, got {type(n).__name__}") from None
-    if n < 1:
+    if number < 1:
         raise ValueError(f"n: got {n}; expected at least 1")
     runtime = _runtime()
-    _told = None if runtime is None else (n, _own_number(runtime))
+    _told = None if runtime is None else (number, _own_number(runtime))
 
 
 def threads_for(table: Rows) -> int:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from operator import index
-from typing import Any, Protocol, SupportsFloat
+from typing import Any, Protocol, SupportsFloat, SupportsIndex
 
 __all__ = ["NonMonotonicTrigger"]
 
-# Where wrappers of training frameworks keep the optimizer: accelerate's and Fabric's, fastai's,
-# Lightning's.
-_WRAPPED = ("optimizer", "opt", "_optimizer")
+# Where wrappers keep the optimizer: accelerate's and Fabric's, fastai's, Lightning's, and those of
+# torch.distributed.
+_WRAPPED = ("optimizer", "opt", "_optimizer", "optim")
 
 
 class Averaging(Protocol):
@@ -32,7 +32,8 @@ class NonMonotonicTrigger:
     optimizer : ASGD or ArrayASGD
         Whose ``start_averaging()`` is called, for all of its groups. Make it with a `t0` that the
         run does not reach, such as the default. It may be in wrappers that keep it as
-        ``optimizer``, ``opt`` or ``_optimizer``, as those of accelerate and fastai do.
+        ``optimizer``, ``opt``, ``_optimizer`` or ``optim``, as those of accelerate, fastai and
+        torch.distributed do.
     patience : int, default=5
         How many of the latest checks do not count as better ones yet, >= 0: the paper's n, the
         non-monotone interval.
@@ -73,12 +74,14 @@ class NonMonotonicTrigger:
     [False, False, False, False, True]
     """
 
-    def __init__(self, optimizer: object, patience: int = 5, *, process_group: Any = None) -> None:
-        self.optimizer = _unwrapped(optimizer)
-        self.patience = _checked_patience(patience)
+    def __init__(
+        self, optimizer: object, patience: SupportsIndex = 5, *, process_group: Any = None
+    ) -> None:
+        self.optimizer: Averaging = _unwrapped(optimizer)
+        self.patience: int = _checked_patience(patience)
         self.process_group = process_group
         self.losses: list[float] = []
-        self.has_fired = False
+        self.has_fired: bool = False
 
     def step(self, validation_loss: SupportsFloat) -> bool:
         """Take note of a validation loss, and start averaging if it has stalled.

@@ -3,15 +3,17 @@
 The first run notes what it is, and ``asv compare`` takes its results, not those of other machines
 that the repository keeps.
 
-``ASGD_FAST_MACHINE`` in the environment adds a name for the machine, under which results that are
-kept for long are recorded (``make bench-record``): many virtual machines share one host name.
+Results that are kept for long are recorded under a name made of the processor (``make
+bench-record``), since many virtual machines share one host name. Run as a program, this file prints
+it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+import re
+import sys
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -57,21 +59,23 @@ def processor() -> str:
     return ", ".join([name, *[level for flag, level in levels.items() if flag in flags][:1]])
 
 
-def refuse_others(name: str) -> None:
-    """Raise UserError if the folder of that name has results of another processor.
+def lasting_name() -> str:
+    """Return the name of the folder of results that are kept: the processor's, and its cores.
 
-    Parameters
-    ----------
-    name : str
+    Another processor is another machine, with lines of its own.
+
+    Returns
+    -------
+    str
     """
-    path = Path(__file__).parent / "results" / name / "machine.json"
-    if path.exists():
-        recorded = json.loads(path.read_text(encoding="utf-8"))["cpu"]
-        if recorded != processor():
-            raise UserError(
-                f"{name}: its results are of {recorded!r}, and this is {processor()!r}; "
-                "expected the name of another machine"
-            )
+    words = re.findall(r"[a-z0-9]+", processor().lower())
+    return "-".join([*words, Machine.get_defaults()["num_cpu"], "cores"])
+
+
+def prefer_this_interpreter() -> None:
+    """Let asv find the interpreter that runs it, whatever is first on PATH."""
+    folder = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
 
 
 def compare_this_machine() -> None:
@@ -94,7 +98,10 @@ def compare_this_machine() -> None:
 def setup() -> None:
     """Do all of that; asv calls it when it loads the plugin."""
     remember(Machine.get_unique_machine_name())
-    if "ASGD_FAST_MACHINE" in os.environ:
-        refuse_others(os.environ["ASGD_FAST_MACHINE"])
-        remember(os.environ["ASGD_FAST_MACHINE"])
+    remember(lasting_name())
+    prefer_this_interpreter()
     compare_this_machine()
+
+
+if __name__ == "__main__":
+    print(lasting_name())

@@ -26,19 +26,24 @@ BATCH = 4
 OPTIMIZERS: tuple[type[torch.optim.ASGD], ...] = (ASGD, torch.optim.ASGD)
 
 
+def network() -> nn.Sequential:
+    """Return an untrained network for images of 8 x 8."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 4 * 4, 10),
+    )
+
+
 class Training:
     """A network, its optimizer, and the seconds that the optimizer has taken."""
 
     def __init__(self, seed: int, optimizer_type: type[torch.optim.ASGD], t0: int) -> None:
         torch.manual_seed(seed)
-        self.model = nn.Sequential(
-            nn.Conv2d(1, 16, 3),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(32 * 4 * 4, 10),
-        )
+        self.model = network()
         self.optimizer = optimizer_type(
             self.model.parameters(), lr=0.2, lambd=0.0, t0=t0, weight_decay=1e-4
         )

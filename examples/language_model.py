@@ -20,7 +20,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import matplotlib as mpl
 
@@ -35,6 +35,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from asgd_fast import ASGD, NonMonotonicTrigger
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 Floats = npt.NDArray[np.float64]
 
@@ -100,7 +103,7 @@ class LanguageModel(nn.Module):
         return self.softmax(self.drop(x)), state
 
 
-def read(model: LanguageModel, text: Tensor, optimizer: ASGD | None = None) -> float:
+def read(model: nn.Module, text: Tensor, optimizer: Optimizer | None = None) -> float:
     """Read a text, and learn from it if there is an optimizer; return the loss of a word."""
     model.train(optimizer is not None)
     state = None

@@ -5,9 +5,7 @@ That every benchmark runs is checked by `make bench-smoke`, which has them all r
 
 from __future__ import annotations
 
-import functools
 import html
-import http.server
 import itertools
 import json
 import os
@@ -16,12 +14,12 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from browser import find_browser, visiting
 
 import asgd_fast
 from asgd_fast import _core
@@ -311,23 +309,39 @@ def test_each_benchmark_is_stored_as_it_is():
 
 
 def test_each_commit_of_the_history_has_results_of_each_benchmark():
-    """But those of a GPU."""
+    """Of some machine; but those of a GPU."""
     if not stored():
         pytest.skip("not a clone")
     described = json.loads((RESULTS / "benchmarks.json").read_text())
     del described["version"]
-    commits = set()
+    versions = {}
     for path in stored():
         result = json.loads(path.read_text())
-        commits.add(result["commit_hash"])
         assert result["results"].keys() <= described.keys()
-        for name, each in described.items():
-            if not name.startswith("cuda."):
-                columns = result["results"].get(name, [])
-                own = dict(zip(result["result_columns"], columns, strict=False))
-                assert own.get("version") == each["version"], (path.name, name)
+        for name, columns in result["results"].items():
+            own = dict(zip(result["result_columns"], columns, strict=False))
+            versions.setdefault((result["commit_hash"], name), set()).add(own.get("version"))
     history = [line.split()[0] for line in (BENCHMARKS / "history.txt").read_text().splitlines()]
-    assert commits == set(history)
+    assert {commit for commit, _ in versions} == set(history)
+    for name, each in described.items():
+        if not name.startswith("cuda."):
+            for commit in history:
+                assert versions.get((commit, name)) == {each["version"]}, (commit, name)
+
+
+def test_results_lie_in_the_folder_of_their_processor():
+    """Results of different processors in one folder would be drawn as one line."""
+    folders = {path.parent for path in stored()}
+    for folder in folders:
+        machine = json.loads((folder / "machine.json").read_text())
+        words = re.findall("[a-z0-9]+", machine["cpu"].lower())
+        assert folder.name == machine["machine"] == f"{'-'.join(words)}-{machine['num_cpu']}-cores"
+        assert words[-1] in ("avx512", "avx2")
+        for path in folder.glob("????????-*.json"):
+            params = json.loads(path.read_text())["params"]
+            assert {name: params[name] for name in ("cpu", "machine")} == {
+                name: machine[name] for name in ("cpu", "machine")
+            }, path
 
 
 def test_results_of_several_commits_are_published(published):
@@ -341,8 +355,9 @@ def test_results_of_several_commits_are_published(published):
 
 def test_compare_takes_this_machines_results(gate, published, tmp_path):
     """Of the stored ones, a copy that is said to be this machine's."""
-    one, other = [json.loads(path.read_text())["commit_hash"] for path in stored()[:2]]
-    (theirs,) = {path.parent for path in stored()}
+    of_loops = [path for path in stored() if '"instructions.Loop' in path.read_text()]
+    one, other = [json.loads(path.read_text())["commit_hash"] for path in of_loops[:2]]
+    theirs = of_loops[0].parent
     results = tmp_path / "results"
     shutil.copytree(theirs, results / theirs.name)
     ours = results / platform.node()
@@ -367,23 +382,38 @@ def test_compare_takes_this_machines_results(gate, published, tmp_path):
 
 
 @pytest.mark.skipif(find_spec("asv") is None, reason="asv is not installed")
-def test_no_results_are_written_among_those_of_another_processor(tmp_path):
-    """A folder that is said to be another processor's, and one that nobody has."""
-    folder = tmp_path / "results" / "theirs"
-    folder.mkdir(parents=True)
-    (folder / "machine.json").write_text('{"cpu": "another", "machine": "theirs"}')
+def test_asv_finds_the_interpreter_that_runs_it(tmp_path):
+    """Although another of its version is first on PATH."""
+    name = f"python3.{sys.version_info.minor}"
+    if not Path(sys.executable).with_name(name).is_file():
+        pytest.skip(f"this interpreter is not called {name}")
+    (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / name).chmod(0o755)
     shutil.copy(BENCHMARKS / "asv_machine.py", tmp_path)
-    for name, is_refused in (("theirs", True), ("ours", False)):
-        loaded = subprocess.run(
-            [sys.executable, "-c", "import asv_machine; asv_machine.setup()"],
-            cwd=tmp_path,
-            env={**os.environ, "HOME": str(tmp_path), "ASGD_FAST_MACHINE": name},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ("its results are of 'another'" in loaded.stderr) == is_refused, loaded.stderr
-        assert (loaded.returncode != 0) == is_refused
+    program = f"import asv_machine, shutil; asv_machine.setup(); print(shutil.which({name!r}))"
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == str(Path(sys.executable).with_name(name))
+
+
+@pytest.mark.skipif(find_spec("asv") is None, reason="asv is not installed")
+def test_the_name_of_a_machine_is_that_of_its_processor(tmp_path):
+    printed = subprocess.run(
+        [sys.executable, BENCHMARKS / "asv_machine.py"],
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    name = printed.stdout.strip()
+    assert re.fullmatch(rf"[a-z0-9-]+-{os.cpu_count()}-cores", name)
+    assert ("avx" in name) == (_core.simd_levels()[0] != "baseline")
 
 
 # What the page loads from elsewhere, as Debian has it: libjs-jquery, libjs-jquery-flot and so on.
@@ -400,10 +430,7 @@ LIBRARIES = (
 @pytest.fixture(scope="module")
 def browse(published, tmp_path_factory):
     """A function that returns what a browser makes of a part of the page."""
-    browsers = ("chromium", "chromium-browser", "google-chrome")
-    browser = next(filter(None, map(shutil.which, browsers)), None)
-    if browser is None:
-        pytest.skip("there is no chromium")
+    find_browser()
     if not all((SHARED / library).is_file() for library in LIBRARIES):
         pytest.skip("there are no JavaScript libraries of Debian's")
     page = published / "index.html"
@@ -415,39 +442,8 @@ def browse(published, tmp_path_factory):
         scripts.append(f'<script src="{name}"></script>')
     page.write_text(text.replace("</title>", "</title>" + "\n".join(scripts), 1))
 
-    handler = functools.partial(QuietHandler, directory=published)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    profile = tmp_path_factory.mktemp("profile")
-
-    def visit(part):
-        return subprocess.run(
-            [
-                browser,
-                "--headless=new",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                f"--user-data-dir={profile}",
-                "--window-size=1400,900",
-                "--virtual-time-budget=10000",
-                "--dump-dom",
-                f"http://127.0.0.1:{server.server_port}/index.html#{part}",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-        ).stdout
-
-    yield visit
-    server.shutdown()
-    server.server_close()
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
+    with visiting(published, tmp_path_factory.mktemp("profile")) as visit:
+        yield lambda part: visit(f"index.html#{part}")
 
 
 def figures_in(graph):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import asgd_fast
 from asgd_fast import _core, config
@@ -46,6 +47,18 @@ def test_text_and_json_say_the_same():
         for name, value in facts.items():
             shown = ", ".join(value) if isinstance(value, list) else value
             assert f"  {name}: {shown}\n" in text.stdout
+
+
+def test_a_fresh_process_shows_the_runtime_that_torch_brings():
+    torch_brings = [path for path in Path(torch.__file__).parent.rglob("*") if "omp" in path.name]
+    openmp = json.loads(run("--json").stdout)["cpu"]["openmp"]
+    own = os.path.realpath(openmp)
+    assert own in {os.path.realpath(path) for path in torch_brings}, own
+
+
+def test_the_version_is_that_of_the_installation():
+    result = run("--version")
+    assert (result.returncode, result.stdout) == (0, f"asgd_fast {version('asgd_fast')}\n")
 
 
 @pytest.mark.parametrize("level", _core.simd_levels())

@@ -16,6 +16,7 @@ from torch import Tensor
 from asgd_fast._torch import averages, batch_norm, state
 from asgd_fast._torch.conversions import copy_as
 from asgd_fast._torch.internals import are_flattened, forget_copies
+from asgd_fast._torch.redundancy import has_parameters
 from asgd_fast._torch.scalars import floats
 from asgd_fast.schedule import AveragingNotBegunWarning, check_place
 
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from asgd_fast._torch.settings import Settings
     from asgd_fast._torch.state import ParamState
 
-__all__ = ["Averaging", "refuse_flattened"]
+__all__ = ["WithAverages", "refuse_flattened"]
 
 
-class Averaging:
+class WithAverages:
     """The methods of an optimizer that have to do with its averages."""
 
     param_groups: list[Group]
@@ -45,9 +46,10 @@ class Averaging:
         They trade places in one pass; the params keep their memory, and get their bits back on the
         way out, after an exception too. A param whose averaging has not begun stays as it is; if
         none has, there is an `AveragingNotBegunWarning`, once for each optimizer. Models wrapped by
-        ``fully_shard`` are resharded on both ways, so that they gather what stands in the params.
-        Averages that are wider than their params, and those that no engine takes, need memory of
-        the size of the params meanwhile.
+        ``fully_shard`` are resharded on both ways, so that they gather what stands in the params;
+        under ``ZeroRedundancyOptimizer`` the ranks send each other what they step on both ways, so
+        that all must enter and leave. Averages that are wider than their params, and those that no
+        engine takes, need memory of the size of the params meanwhile.
 
         Inside, steps are refused; a CUDA graph that is replayed does not ask. Do not write into the
         params there: it would go into the averages, or be lost. `state_dict` gives what it gives
@@ -72,8 +74,9 @@ class Averaging:
         Raises
         ------
         RuntimeError
-            The averages stand in the params already, or the params are parts of a
-            ``FullyShardedDataParallel`` module, which may have copies of them. Nothing is changed.
+            The averages stand in the params already; or the params are parts of a
+            ``FullyShardedDataParallel`` module, which may have copies of them; or other tensors
+            stand in their place in the groups, as DeepSpeed's ZeRO has it. Nothing is changed.
         TypeError
             `model` is no Module, or missing where there is `update_bn`. Nothing is changed.
         ValueError
@@ -97,10 +100,17 @@ class Averaging:
         batch_norm.check_model(model, update_bn)
         self._settings.refuse_exchanged("averaged_parameters")
         refuse_flattened("averaged_parameters", self._params())
+        self._refuse_replaced("averaged_parameters")
         begun = self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
+        redundancy = self._settings.redundancy
         try:
             self._settings.is_exchanged = True
-            with averages.exchanged(begun), batch_norm.kept_buffers(model):
+            with (
+                redundancy.shared_again(),
+                averages.exchanged(begun),
+                batch_norm.kept_buffers(model),
+            ):
+                redundancy.share()
                 if model is not None and update_bn is not None and begun:
                     batch_norm.update_statistics(model, update_bn)
                 yield
@@ -134,7 +144,8 @@ class Averaging:
             is not clear which belongs to which. Nothing is changed.
         RuntimeError
             The parameters of the target are parts of a ``FullyShardedDataParallel`` module, which
-            may have copies of them. Nothing is changed.
+            may have copies of them; or each rank of a ``ZeroRedundancyOptimizer`` has the averages
+            of some params, and the target is not the model that is trained. Nothing is changed.
 
         See Also
         --------
@@ -142,6 +153,7 @@ class Averaging:
         """
         params = self._params()
         targets: list[Any]
+        self._settings.redundancy.check_target(target)
         forget_copies()
         if isinstance(target, torch.nn.Module):
             targets = _params_in(target, params, self.param_groups)
@@ -166,6 +178,7 @@ class Averaging:
                 )
         begun = self._begun("copy_averages_to", stacklevel=4)
         averages.copy_to(begun, zip(params, targets, strict=True))
+        self._settings.redundancy.share()
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return the state dict of the model with the averages in it: the model to ship.
@@ -205,7 +218,7 @@ class Averaging:
         >>> shipped.load_state_dict(optimizer.averaged_state_dict(model))
         <All keys matched successfully>
         """
-        params = self._params()
+        params = self._settings.redundancy.params(self.param_groups)
         forget_copies()
         if {id(param) for param in params}.isdisjoint(map(id, model.parameters())):
             raise ValueError("model: has none of the optimizer's params")
@@ -242,7 +255,8 @@ class Averaging:
         """Make the next step's iterate the first one in the averages.
 
         Averages that have begun are begun anew. Params that have no gradient in the next step
-        begin with their own next step. Sets t0 of the group. A CUDA graph that was captured before
+        begin with their own next step. Sets t0 of the group, the same on all ranks of a
+        ``ZeroRedundancyOptimizer``, which must call together. A CUDA graph that was captured before
         keeps the t0 that it knew, as all plain numbers: capture anew.
 
         Parameters
@@ -255,14 +269,21 @@ class Averaging:
         IndexError, TypeError
             There is no such group.
         RuntimeError
-            The averages stand in the params: see `averaged_parameters`.
+            The averages stand in the params: see `averaged_parameters`; or the params were taken
+            out of the groups.
         """
         self._settings.refuse_exchanged("start_averaging")
+        if not self._params():
+            self._refuse_replaced("start_averaging")
         groups = self.param_groups
         if group is not None:
             groups = [groups[check_place("group", group, len(groups))]]
-        for each in groups:
-            state.start(self.state, each, self._records(each))
+        records = [self._records(each) for each in groups]
+        redundancy = self._settings.redundancy
+        most = redundancy.greatest([state.most_steps(each) for each in records])
+        for each, own, steps in zip(groups, records, most, strict=True):
+            state.start(self.state, each, own, steps)
+        redundancy.set_t0(self.param_groups)
 
     def reset_averages(self, group: int | None = None) -> None:
         """Forget the averages, and begin them anew: the same as `start_averaging`.
@@ -286,13 +307,28 @@ class Averaging:
         """Return the states that there are of the params of some groups, by default of all."""
         return state.states_of(self.state, groups or self.param_groups, self._settings)
 
+    def _refuse_replaced(self, call: str) -> None:
+        if self._settings.had_parameters and not has_parameters(self._params()):
+            raise RuntimeError(
+                f"{call}: the groups no longer have the params that they were given; DeepSpeed's "
+                "ZeRO puts copies there, which the model does not read; use "
+                "torch.distributed.fsdp.fully_shard instead, or see docs/distributed.md"
+            )
+
     def _begun(self, call: str, *, stacklevel: int) -> list[ParamState]:
         """Return the states whose averages have begun, for a call that asks for averages."""
-        records = self._records()
-        begun = averages.begun(records)
-        step = 0.0 if begun else max(floats([x.scalars()[0] for x in records]), default=0)
-        if step:
-            t0 = min(float(group["t0"]) for group in self.param_groups)
+        begun = averages.begun(self._records())
+        if begun:
+            return begun
+        starts = []  # t0 and the number of steps of each
+        for group in self.param_groups:
+            records = self._records(group)
+            steps = floats([record.scalars()[0] for record in records])
+            for record, step in zip(records, steps, strict=True):
+                t0 = group["t0"] if record.own_t0 is None else record.own_t0
+                starts.append((float(t0), step))
+        t0, step = min(starts, key=lambda start: start[0] - start[1], default=(0, 0))
+        if step and step < t0 + 1:  # else one begins with the next step
             self._settings.warn_once(
                 AveragingNotBegunWarning,
                 f"{call}: no average has begun, as t0 is {t0:g} and the number of steps is "

@@ -71,7 +71,7 @@ class Device:
         call = driver()
         attribute = call.CUdevice_attribute
         device = checked(call.cuDeviceGet(number))
-        self.context = checked(call.cuDevicePrimaryCtxRetain(device))
+        self.context: Any = checked(call.cuDevicePrimaryCtxRetain(device))
         major, minor, n = (
             checked(call.cuDeviceGetAttribute(name, device))
             for name in (
@@ -80,9 +80,9 @@ class Device:
                 attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
             )
         )
-        self.compute_capability = (major, minor)
-        self.multiprocessors = n
-        self.driver_version = checked(call.cuDriverGetVersion())
+        self.compute_capability: tuple[int, int] = (major, minor)
+        self.multiprocessors: int = n
+        self.driver_version: int = checked(call.cuDriverGetVersion())
         self._functions: dict[Kind, Any] = {}
         self._lock = Lock()
         self._events: dict[tuple[int, int], Any] = {}

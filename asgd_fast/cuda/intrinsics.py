@@ -58,7 +58,8 @@ class Vector(types.Type):
     """The type of n lanes of a dtype: "float32", "float64", or bits that are only moved."""
 
     def __init__(self, dtype: str, n: int) -> None:
-        self.dtype, self.n = dtype, n
+        self.dtype: str = dtype
+        self.n: int = n
         super().__init__(name=f"Vector({dtype}, {n})")
 
 

@@ -65,9 +65,9 @@ class Words:
     """
 
     def __init__(self) -> None:
-        self.words = np.zeros(SIZES[-1], dtype=np.uint64)
+        self.words: np.typing.NDArray[np.uint64] = np.zeros(SIZES[-1], dtype=np.uint64)
         self._parameters = np.array([self.words.ctypes.data], dtype=np.uint64)
-        self.parameters = self._parameters.ctypes.data
+        self.parameters: int = self._parameters.ctypes.data
 
 
 # Between the steps they wait here. The driver copies them while it launches.
@@ -87,7 +87,7 @@ class Launches:
     def __init__(self) -> None:
         self._groups: list[tuple[Callable[[], tuple[Any, ...]], ...]] = []
         self._words: list[Words] = []
-        self.make = partial(run, self._groups, driver().CUresult.CUDA_SUCCESS)
+        self.make: Callable[[], Any] = partial(run, self._groups, driver().CUresult.CUDA_SUCCESS)
 
     def add(self, device: Device, kind: Kind, n_blocks: int, stream: int, words: Words) -> None:
         """Add one launch.

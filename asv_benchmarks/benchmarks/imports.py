@@ -8,7 +8,12 @@ from .cases import skip_old, titled
 
 
 class Import:
-    """Without torch, and the torch optimizer; when NumPy, or torch, is there already."""
+    """Without torch, and the torch optimizer; when NumPy, or torch, is there already.
+
+    The import without torch went from 21 to 2 ms with c4a2dcb3, which no longer reads the
+    installation's metadata, and to 6 ms with 07c156f5: since then it imports ctypes, by which the
+    OpenMP runtime is found, and pathlib. That is the price of threads, and known.
+    """
 
     version = "2"
 

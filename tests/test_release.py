@@ -1,0 +1,50 @@
+"""What a release says of itself: versions, dates and addresses that agree."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.skipif(
+    not (ROOT / ".ci").is_dir() or not (ROOT / "asv.conf.json").is_file(),
+    reason="not the repository",
+)
+
+
+def found(pattern, file):
+    """The one place in a file that matches."""
+    (match,) = re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)
+    return match
+
+
+def test_the_newest_version_is_the_same_everywhere():
+    version = found(r'^version = "(.*)"$', "pyproject.toml")
+    dated = re.findall(r"^## \[(.+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert dated[0] == (version, found(r"^date-released: (.*)$", "CITATION.cff"))
+    assert found(r"^version: (.*)$", "CITATION.cff") == version
+    dates = [date for _, date in dated]
+    assert dates == sorted(dates, reverse=True)
+
+
+def test_the_repository_has_one_address():
+    repository = found(r'^REPOSITORY = "(.*)"$', "setup.py")
+    assert found(r"^repository-code: (.*)$", "CITATION.cff") == repository
+    for file in ("asv.conf.json", "asv_benchmarks/asv.conf.json"):
+        text = re.sub(r"^ *//.*$", "", (ROOT / file).read_text(), flags=re.MULTILINE)
+        configuration = json.loads(text)
+        assert configuration["project_url"] == repository
+        assert configuration["show_commit_url"] == f"{repository}/commit/"
+
+
+def test_each_python_of_the_classifiers_has_wheels_and_is_tested():
+    text = (ROOT / "pyproject.toml").read_text()
+    named = re.findall(r"Programming Language :: Python :: (3\.\d+)", text)
+    for version in named:
+        assert f'"cp{version.replace(".", "")}-*"' in text
+        assert version in (ROOT / ".ci/pythons").read_text()
+    assert len(named) >= 4
