@@ -286,7 +286,7 @@ def test_batch_normalization_is_updated_for_the_averages(tmp_path):
     module = Regression("theirs", normalizes=True, options=T0)
     theirs = fit(module, folder=tmp_path, val_check_interval=4)[1]
     module = Regression(normalizes=True, options=T0)
-    best = ModelCheckpoint(tmp_path, monitor="loss", mode="max")
+    best = ModelCheckpoint(tmp_path, monitor="loss", mode="min")
     trainer, watch = fit(
         module,
         ASGDWeightAveraging(update_bn=True),
@@ -306,7 +306,8 @@ def test_batch_normalization_is_updated_for_the_averages(tmp_path):
             same_weights(weights, theirs.iterates[step])
         same_weights(watch.after[step], theirs.iterates[step])
     same_weights(module.state_dict(), watch.validated[3 * BATCHES])
-    step = max(watch.losses, key=watch.losses.get)
+    step = min(watch.losses, key=watch.losses.get)
+    assert step >= BEGUN
     (tested,) = trainer.test(module, validation_loader(), ckpt_path="best", verbose=False)
     assert tested["test"] == watch.losses[step]
 
