@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,24 @@ def test_the_newest_version_is_the_same_everywhere():
     assert found(r"^version: (.*)$", "CITATION.cff") == version
     dates = [date for _, date in dated]
     assert dates == sorted(dates, reverse=True)
+
+
+def test_a_package_index_shows_the_readme_with_links_to_the_repository():
+    """Among them the picture, as a file; a relative link would lead nowhere there."""
+    shown = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "--long-description"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    repository = found(r'^REPOSITORY = "(.*)"$', "setup.py")
+    links = re.findall(r"\]\(([^)]+)\)", shown)
+    assert len(links) == len(re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text())) > 20
+    assert all(link.startswith("https://") for link in links)
+    assert f"]({repository}/raw/HEAD/docs/digits.png)" in shown
+    for path in re.findall(rf"{re.escape(repository)}/(?:raw|blob)/HEAD/([^)#]+)", shown):
+        assert (ROOT / path).is_file()
 
 
 def test_the_repository_has_one_address():
