@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard $(foreach d,. _cpu _rows _torch cuda,asgd_fast/$d/*.p[xy][xdi] asgd_fast/$d/*.pxi asgd_fast/$d/*.h))
 
-.PHONY: demo test test-pythons reliability cuda lint docs dist wheels coverage performance
+.PHONY: demo test test-frameworks test-pythons reliability cuda lint docs dist wheels coverage performance
 .PHONY: bench bench-smoke bench-check bench-record annotate callgrind kernel clean
 
 demo: $(VENV)/demo
@@ -14,6 +14,10 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest $(TEST)
+
+# The callbacks and examples for training frameworks, in these; `make test` skips what is missing.
+test-frameworks: $(VENV)/frameworks
+	$(BIN)/python -m pytest tests/integrations asgd_fast/integrations $(TEST)
 
 # On each Python that is found, or on those of PYTHONS, such as 3.10 or a path; without torch.
 test-pythons:
@@ -34,7 +38,7 @@ lint: $(VENV)/test $(VENV)/dev
 	PYTHONPATH=. $(BIN)/pyright --verifytypes asgd_fast --ignoreexternal --outputjson | $(BIN)/python -c \
 	    'import json, sys; x = json.load(sys.stdin)["typeCompleteness"]["completenessScore"]; print(f"{x:.1%} of the public names have known types"); sys.exit(x < 0.95)'
 	$(BIN)/stubtest --mypy-config-file pyproject.toml --ignore-missing-stub \
-	    $(foreach m,_core _schedule _rows.dlpack _rows.rows _rows.overlap _torch.memory _torch.record _torch.gather cuda.scalars cuda.launches,asgd_fast.$m)
+	    $(foreach m,_core _schedule _rows.dlpack _rows.rows _rows.overlap _torch.memory _torch.parts _torch.record _torch.gather _torch.exchange cuda.scalars cuda.launches,asgd_fast.$m)
 
 # The site, in build/docs; its start page is index.html. asv's page, in build/docs/speed, takes the
 # results and the history of a whole clone.
@@ -63,7 +67,7 @@ coverage: $(VENV)/test $(VENV)/dev
 	cp -r asgd_fast docs examples tests README.md LICENSE pyproject.toml setup.py build/coverage
 	find build/coverage/asgd_fast -name "*.c" -delete -o -name "*.so" -delete
 	cd build/coverage && ASGD_FAST_TRACE=1 ../../$(BIN)/python setup.py --quiet build_ext --inplace
-	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet -m 'not heavy'
+	cd build/coverage && ../../$(BIN)/python -m coverage run -m pytest --quiet -m 'not heavy' --ignore tests/integrations
 	cd build/coverage && ../../$(BIN)/python -m coverage report
 
 # Bound threads: see docs/performance.md.
@@ -122,6 +126,12 @@ $(VENV)/demo: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/test: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# fastai alone: its torchvision would bring another torch.
+$(VENV)/frameworks: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --editable '.[test,frameworks]'
+	$(BIN)/python -m pip install --quiet --no-deps fastai==2.8.12
 	touch $@
 
 # With the compiler for GPUs, by which the tests compile all kernels; no GPU is needed.

@@ -40,11 +40,14 @@ __all__ = [
     "show_config",
 ]
 
-# Whether torch is installed, found out without importing it. A name that is not there may not be
-# listed: `from asgd_fast import *` would fail.
+# `from asgd_fast import *` fails for a name that is not there, and whether torch has what ASGD
+# needs is known when it was imported. So `__all__` is made when somebody asks for it.
+_names = __all__
+if not TYPE_CHECKING:
+    del __all__
+
+# Whether torch is installed, found out without importing it.
 _has_torch = sys.modules["torch"] is not None if "torch" in sys.modules else find_spec("torch")
-if not TYPE_CHECKING and not _has_torch:
-    __all__.remove("ASGD")
 
 
 def _lazy(name: str) -> Any:
@@ -52,7 +55,7 @@ def _lazy(name: str) -> Any:
     if name == "ASGD":
         try:
             from asgd_fast.optim import ASGD
-        except (ImportError, OSError) as error:
+        except Exception as error:  # a stub of torch lacks anything
             # `from asgd_fast import ASGD` would put a message of its own in an AttributeError's
             # place; everybody else expects one: hasattr, inspect, mock.
             is_from_import = sys._getframe(1).f_globals.get("__name__") == "importlib._bootstrap"
@@ -70,7 +73,17 @@ def _lazy(name: str) -> Any:
         from importlib.metadata import version
 
         return version("asgd_fast")
+    if name == "__all__":
+        return [name for name in _names if name != "ASGD" or _has_asgd()]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _has_asgd() -> bool:
+    try:
+        _lazy("ASGD")
+    except AttributeError:
+        return False
+    return True
 
 
 # Type checkers would take any name for one that is there.
@@ -79,4 +92,5 @@ if not TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    names = {name for name in _names if name != "ASGD" or _has_torch}
+    return sorted({*globals(), *names, "__all__", "__version__"})

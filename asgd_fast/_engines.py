@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Exchange",
-    "are_fit",
     "as_arrays",
     "assign",
     "copy",
@@ -39,6 +38,7 @@ __all__ = [
     "is_on_gpu",
     "launches_for",
     "refuse_recording",
+    "rows_to_exchange",
     "run_on_gpus",
     "template",
     "to_host",
@@ -117,7 +117,7 @@ def update(rows: Rows) -> None:
 
 
 def refuse_recording(call: str) -> None:
-    """Refuse a call that torch's ``make_fx`` would leave out of the graph that it makes.
+    """Refuse a call that would be missing from what torch is recording.
 
     Parameters
     ----------
@@ -313,7 +313,7 @@ def from_host(array: Any, source: npt.NDArray[Any]) -> None:
 
 
 @contextmanager
-def exchanged(arrays: Sequence[Exchange]) -> Iterator[None]:
+def exchanged(rows: Rows, list_again: Callable[[], Rows]) -> Iterator[None]:
     """Hold averages in their params for as long as the context lasts.
 
     On the way out everything gets its bits back. What was written in the params meanwhile is lost,
@@ -321,60 +321,58 @@ def exchanged(arrays: Sequence[Exchange]) -> Iterator[None]:
 
     Parameters
     ----------
-    arrays : sequence of (array, array or None, array)
-        Each a param, spare memory in its dtype if the average is wider, and its average.
+    rows : Rows
+        Each of a param, spare memory in its dtype if the average is wider, and its average.
+        Checked.
+    list_again : callable
+        Lists the same arrays for the way out, wherever their memory is then.
 
     Raises
     ------
-    ValueError, BufferError
-        As `Rows.extend` and `Rows.check_overlap`.
+    RuntimeError
+        As `refuse_recording` and `launches_for`.
     """
     refuse_recording("averaged_parameters")
     is_done = bytearray(1)
     try:
-        _exchange(arrays, is_done)
+        _exchange(rows, is_done)
         yield
     finally:
         try:
             if is_done[0]:
-                _exchange(arrays, is_done)
+                _exchange(list_again(), is_done)
         finally:
             if is_done[0]:  # interrupted, as people do who press Ctrl-C once more
-                _exchange(arrays, is_done)
+                _exchange(list_again(), is_done)
 
 
-def _exchange(arrays: Sequence[Exchange], is_done: bytearray) -> None:
-    rows = _listed(arrays)
+def _exchange(rows: Rows, is_done: bytearray) -> None:
     launches = launches_for(rows, PUT_BACK if is_done[0] else PUT_AVERAGE)
     others = None if launches is None else launches.make
     results = _core.exchange(rows, is_done, threads_for(rows), others)
     if launches is not None:
         launches.finish(results)
+    rows.clear()  # which give back what they borrowed
 
 
-def are_fit(arrays: Sequence[Exchange], others: Sequence[tuple[int, int]] = ()) -> bool:
-    """Whether the engine can exchange params with their averages.
+def rows_to_exchange(arrays: Sequence[Exchange]) -> Rows:
+    """List what is to be exchanged.
 
     Parameters
     ----------
     arrays : sequence of (array, array or None, array)
-        As for `exchanged`.
-    others : sequence of (int, int)
-        Where memory begins and ends that these must not share.
+        Each a param, spare memory in its dtype if the average is wider, and its average.
 
     Returns
     -------
-    bool
+    Rows
+        Checked.
+
+    Raises
+    ------
+    TypeError, ValueError, BufferError
+        As `Rows.extend` and `Rows.check_overlap`.
     """
-    try:
-        rows = _listed(arrays)
-        return not rows.touches(list(others))
-    except (TypeError, ValueError, BufferError):
-        return False
-
-
-def _listed(arrays: Sequence[Exchange]) -> Rows:
-    """Return the checked rows of what is to be exchanged."""
     rows = Rows(("params[{}]", "spare memory[{}]", "averages[{}]"))
     first = 0
     for has_spare, run in groupby(arrays, lambda exchange: exchange[1] is not None):

@@ -12,6 +12,8 @@ cdef struct Plan:
     double alpha
     double t0
     double average_every
+    double ema_decay     # of the weights with each averaged iterate; 1: none
+    double power         # with which the weights grow; 0: they are equal
     bint current         # whether lr acts at once, and the decay of eta begins with averaging
     double weight_decay
     double grad_scale    # negative to maximize
@@ -28,6 +30,7 @@ cdef struct Step:
     Scalars next         # the scalars after the step
 
 cdef double rounded(double x) noexcept nogil
+cdef int set_averaging(Plan *plan, averaging) except -1
 cdef void fill(Step *step, const Scalars *now, const Plan *plan) noexcept nogil
 cdef bint averages(const Step *step) noexcept nogil
 cdef double eta_of(double step, const Plan *plan) noexcept nogil

@@ -1,3 +1,5 @@
+from asgd_fast.schedule import AveragingKind
+
 def next_scalars(
     step: float,
     lr: float,
@@ -6,4 +8,5 @@ def next_scalars(
     t0: float,
     average_every: float = 1.0,
     current: bool = False,
+    averaging: AveragingKind = "mean",
 ) -> tuple[float, float]: ...

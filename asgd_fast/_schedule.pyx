@@ -18,6 +18,19 @@ cdef double rounded(double x) noexcept nogil:
     return _rounded(x)
 
 
+cdef int set_averaging(Plan *plan, averaging) except -1:
+    """Put the weights of the iterates into a plan, as `schedule.check_averaging` has let them."""
+    plan.ema_decay, plan.power = 1, 0
+    if isinstance(averaging, str):
+        return 0
+    kind, number = averaging
+    if kind == "ema":
+        plan.ema_decay = number
+    else:
+        plan.power = number
+    return 0
+
+
 cdef void fill(Step *step, const Scalars *now, const Plan *plan) noexcept nogil:
     """Compute one step of a param and its scalars afterwards, in torch's order of operations."""
     cdef double count = now.step + 1
@@ -79,17 +92,22 @@ cdef double _power(double base, double alpha) noexcept nogil:
 
 cdef double mu_of(double step, const Plan *plan) noexcept nogil:
     """mu after `step` steps: the weight of the next iterate, 0 where it is not averaged."""
-    cdef double every = plan.average_every
+    cdef double every = plan.average_every, m
     step -= plan.t0
-    if every == 1 or step <= 1:
+    if step <= 1 or every == 1 and plan.ema_decay == 1 and plan.power == 0:
         return 1.0 / fmax(1.0, step)
     step = floor(step - 1)  # how many iterates came after the first of the average
-    return 1.0 / (step / every + 1) if fmod(step, every) == 0 else 0.0
+    if fmod(step, every) != 0:
+        return 0.0
+    m = step / every + 1
+    if plan.ema_decay != 1:
+        return (1.0 - plan.ema_decay) / (1.0 - pow(plan.ema_decay, m))
+    return (1.0 + plan.power) / (m + plan.power)
 
 
 def next_scalars(
     double step, double lr, double lambd, double alpha, double t0,
-    double average_every=1, bint current=False,
+    double average_every=1, bint current=False, averaging="mean",
 ):
     """eta and mu for the step that follows `step` steps.
 
@@ -102,6 +120,8 @@ def next_scalars(
         A whole number of steps, at least 1.
     current : bool
         As ``lr_schedule="current"`` has it.
+    averaging : str or (str, float)
+        As `schedule.check_averaging` has let it.
 
     Returns
     -------
@@ -109,5 +129,7 @@ def next_scalars(
     """
     cdef Plan plan = Plan(
         lr=lr, lr_size=0, lambd=lambd, alpha=alpha, t0=t0, average_every=average_every,
-        current=current, weight_decay=0.0, grad_scale=1.0, float_step=False, float_next=False)
+        ema_decay=1.0, power=0.0, current=current, weight_decay=0.0, grad_scale=1.0,
+        float_step=False, float_next=False)
+    set_averaging(&plan, averaging)
     return eta_of(step, &plan), mu_of(step, &plan)

@@ -23,15 +23,18 @@ from asgd_fast._engines import (
     from_host,
     is_on_gpu,
     refuse_recording,
+    rows_to_exchange,
     template,
     to_host,
     update,
 )
 from asgd_fast._rows.rows import Rows, dtype_of, is_array
 from asgd_fast.schedule import (
+    AveragingKind,
     AveragingNotBegunWarning,
     LrSchedule,
     check_average_every,
+    check_averaging,
     check_lr_schedule,
     check_place,
     check_scalar,
@@ -44,6 +47,10 @@ Array: TypeAlias = Any
 
 # The hyperparameters of a group, with the least value that each may have.
 _LEAST = {"lr": 0.0, "lambd": 0.0, "alpha": 0.0, "t0": -math.inf, "weight_decay": 0.0}
+
+# How saved states have averaging, and "mean" in it.
+_SAVED_AVERAGING = np.dtype([("kind", "U10"), ("number", "f8")])
+_SAVED_MEAN = ("polynomial", 0.0)
 
 
 def asgd_(
@@ -192,6 +199,10 @@ class ArrayASGD:
     average_every : int, default=1
         Average each so many-th iterate only, from the first one of the average on. The other steps
         do not touch the average.
+    averaging : {"mean", ("ema", decay), ("polynomial", power)}, default="mean"
+        The weights of the iterates in the average: equal; exponential, as an iterate loses the
+        factor `decay` with each later one, 1e-6 <= decay <= 1; or growing as i ** power for the
+        i-th, 0 <= power <= 1e6. `Schedule` has the formulas.
 
     Attributes
     ----------
@@ -251,6 +262,7 @@ class ArrayASGD:
         average_dtype: np.typing.DTypeLike | None = None,
         lr_schedule: LrSchedule = "torch",
         average_every: SupportsIndex = 1,
+        averaging: AveragingKind = "mean",
     ) -> None:
         self.average_dtype: np.dtype[Any] | None = _checked_average_dtype(average_dtype)
         self.defaults: dict[str, Any] = _checked_hyperparameters(
@@ -263,6 +275,7 @@ class ArrayASGD:
                 "maximize": maximize,
                 "lr_schedule": lr_schedule,
                 "average_every": average_every,
+                "averaging": averaging,
             }
         )
         self.param_groups: list[dict[str, Any]] = []
@@ -317,7 +330,7 @@ class ArrayASGD:
         Warns
         -----
         AveragingNotBegunWarning
-            Once, if steps were made and no average has begun.
+            Once, if steps were made and no average has begun or begins with the next one.
         """
         self._warn_unless_begun(stacklevel=3)
         return self._averages_or_copies()
@@ -330,17 +343,14 @@ class ArrayASGD:
         ]
 
     def _warn_unless_begun(self, stacklevel: int) -> None:
-        """Warn once if steps were made, no average has begun, and none was told to."""
+        """Warn once if steps were made, and no average has begun or begins with the next one."""
         steps = self._scalars[:, 0]
-        if (
-            self._has_warned
-            or self.is_averaging
-            or not steps.any()
-            or not np.isnan(self._starts).all()
-        ):
+        if self._has_warned or self.is_averaging or not steps.any():
+            return
+        t0 = self._starts_of_each()
+        if (steps >= t0 + 1).any():
             return
         self._has_warned = True
-        t0 = self._t0_of_each()
         nearest = np.argmin(t0 - steps)
         warnings.warn(
             f"averages were asked for after step {steps[nearest]:g}, but none has begun: t0 is "
@@ -443,6 +453,7 @@ class ArrayASGD:
                 t0=own["t0"],
                 starts=self._starts[part],
                 average_every=own["average_every"],
+                averaging=own["averaging"],
                 current=own["lr_schedule"] == "current",
                 weight_decay=own["weight_decay"],
                 grad_scale=-1.0 if own["maximize"] else 1.0,
@@ -496,7 +507,7 @@ class ArrayASGD:
                 exchanged_ones[i] = param
         self._exchanged = exchanged_ones
         try:
-            with exchanged(arrays):
+            with exchanged(rows_to_exchange(arrays), lambda: rows_to_exchange(arrays)):
                 yield
         finally:
             self._exchanged = None
@@ -588,7 +599,8 @@ class ArrayASGD:
         dict of str to numpy.ndarray
             "step", "eta", "mu", "start" and "group" of shape (n,) for n params, where "start" is
             t0, of the group or as `start_averaging` has set it; each hyperparameter, of shape
-            (len(param_groups),); and the averages, or the params that they equal before they begin,
+            (len(param_groups),), but "averaging", of a structured dtype, only where that is not
+            "mean"; and the averages, or the params that they equal before they begin,
             copied, as "ax.0" to "ax.{n - 1}". It goes
             through ``np.savez(file, **state)`` and ``np.load(file)``, pickle and ``copy.deepcopy``.
 
@@ -604,11 +616,15 @@ class ArrayASGD:
             "step": self._scalars[:, 0].astype(np.int64),
             "eta": self._scalars[:, 1].copy(),
             "mu": self._scalars[:, 2].copy(),
-            "start": np.where(np.isnan(self._starts), self._t0_of_each(), self._starts),
+            "start": self._starts_of_each(),
             "group": self._group_of_each(),
         }
-        for name in self.defaults:
-            state[name] = np.array([own[name] for own in hyperparameters])
+        columns = {name: [own[name] for own in hyperparameters] for name in hyperparameters[0]}
+        averaging = columns.pop("averaging")
+        state |= {name: np.array(values) for name, values in columns.items()}
+        if set(averaging) != {"mean"}:
+            saved = [_SAVED_MEAN if value == "mean" else value for value in averaging]
+            state["averaging"] = np.array(saved, _SAVED_AVERAGING)
         for i, ax in enumerate(self._averages_or_copies()):
             state[f"ax.{i}"] = _saved(f"averages[{i}]", ax)
         return state
@@ -637,6 +653,9 @@ class ArrayASGD:
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
         expected = self.state_dict()
+        means = np.array([_SAVED_MEAN] * len(self.param_groups), _SAVED_AVERAGING)
+        expected.setdefault("averaging", means)
+        state_dict = {"averaging": means, **state_dict}
         missing, unknown = expected.keys() - set(state_dict), set(state_dict) - expected.keys()
         if missing or unknown:
             raise ValueError(
@@ -674,7 +693,7 @@ class ArrayASGD:
                 check_scalar(f"state_dict[{name!r}][{i}]", value, low=low, high=high)
         hyperparameters = [
             _checked_hyperparameters(
-                {name: state[name][k].item() for name in self.defaults},
+                {name: state[name][k].item() for name in {*self.defaults, "averaging"}},
                 f"state_dict of param_groups[{k}]: ",
             )
             for k in range(len(self.param_groups))
@@ -747,6 +766,9 @@ class ArrayASGD:
             for k, group in enumerate(self.param_groups)
         ]
 
+    def _starts_of_each(self) -> np.typing.NDArray[np.float64]:
+        return np.where(np.isnan(self._starts), self._t0_of_each(), self._starts)
+
     def _t0_of_each(self) -> np.typing.NDArray[np.float64]:
         t0s = [float(group["t0"]) for group in self.param_groups]
         return np.array(t0s)[self._group_of_each()]
@@ -770,6 +792,8 @@ def _checked_hyperparameters(group: Mapping[str, Any], where: str = "") -> dict[
         checked["maximize"] = bool(group["maximize"])
         checked["lr_schedule"] = check_lr_schedule(group["lr_schedule"])
         checked["average_every"] = check_average_every(group["average_every"])
+        # Optimizers that were pickled by earlier versions have none.
+        checked["averaging"] = check_averaging(group.get("averaging", "mean"))
     except KeyError:
         missing = {*_LEAST, "maximize", "lr_schedule", "average_every"} - group.keys()
         raise ValueError(f"{where}missing {sorted(missing)}") from None

@@ -17,7 +17,7 @@ from torch.optim.optimizer import ParamsT
 from asgd_fast import _core
 from asgd_fast._engines import launches_for
 from asgd_fast._torch import checkpoints, fallback
-from asgd_fast._torch.averaging import Averaging
+from asgd_fast._torch.averaging import WithAverages
 from asgd_fast._torch.gather import Work, gather
 from asgd_fast._torch.groups import Group, check_group, drop_usual
 from asgd_fast._torch.internals import (
@@ -27,9 +27,10 @@ from asgd_fast._torch.internals import (
     increment_versions,
     is_asked_for_state,
 )
+from asgd_fast._torch.redundancy import has_parameters
 from asgd_fast._torch.settings import KEYWORDS, Settings, Shared, checked_average_dtype
 from asgd_fast._torch.state import put_unstepped
-from asgd_fast.schedule import LrSchedule
+from asgd_fast.schedule import AveragingKind, LrSchedule
 from asgd_fast.threads import threads_for
 
 __all__ = ["ASGD"]
@@ -64,7 +65,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-class ASGD(torch.optim.ASGD, Averaging):
+class ASGD(torch.optim.ASGD, WithAverages):
     r"""Averaged SGD with the bits of ``torch.optim.ASGD(foreach=False)``, in one pass over memory.
 
     Arguments, defaults, messages, hooks, state and checkpoints are those of ``torch.optim.ASGD``,
@@ -129,8 +130,19 @@ class ASGD(torch.optim.ASGD, Averaging):
             eta = lr / (1 + lambd * lr * (k - t0)) ** alpha          otherwise
 
     average_every : int, default=1
-        Average each so many-th iterate only, from the first one of the average on; the m-th has the
-        weight mu = 1 / m. The other steps have mu = 0 and do not touch the average.
+        Average each so many-th iterate only, from the first one of the average on; the m-th of them
+        has the weight mu = 1 / m. The other steps have mu = 0 and do not touch the average.
+    averaging : {"mean", ("ema", decay), ("polynomial", power)}, default="mean"
+        The weights of the iterates in the average, by the mu of the m-th of them::
+
+            mu = 1 / m                                        "mean"
+            mu = (1 - decay) / (1 - decay ** m)               ("ema", decay)
+            mu = (power + 1) / (m + power)                    ("polynomial", power)
+
+        With "ema", an exponential moving average, an iterate loses the factor `decay` with each
+        later one, 1e-6 <= decay <= 1: about the last 1 / (1 - decay) of them count. With
+        "polynomial" the weight of the i-th grows as i ** power, 0 <= power <= 1e6. Whatever it is,
+        averaging begins as `t0` says.
     fused_amp : bool, default=False
         Let the step do what a ``torch.amp.GradScaler`` otherwise does before it, as in torch's
         fused optimizers: it divides by the scale as it reads the gradients, which stay scaled, and
@@ -142,8 +154,9 @@ class ASGD(torch.optim.ASGD, Averaging):
     Attributes
     ----------
     param_groups : list of dict
-        The groups; hyperparameters may be changed between steps. lr_schedule and average_every are
-        among them where they are not the defaults, so that checkpoints have torch's keys.
+        The groups; hyperparameters may be changed between steps. lr_schedule, average_every and
+        averaging are among them where they are not the defaults, so that checkpoints have torch's
+        keys.
     state : dict of Tensor to dict
         For each param that has been stepped: "step", "eta" and "mu", tensors of no dimension, of
         which the last two are for the next step; and "ax", its average, in its layout, once that
@@ -168,7 +181,8 @@ class ASGD(torch.optim.ASGD, Averaging):
 
     Notes
     -----
-    Polyak and Juditsky, "Acceleration of stochastic approximation by averaging" (1992).
+    Polyak and Juditsky, "Acceleration of stochastic approximation by averaging" (1992); polynomial
+    weights: Shamir and Zhang, "Stochastic gradient descent for non-smooth optimization" (2013).
 
     The one pass is made over tensors of the CPU or of CUDA devices, of float32, float64, float16,
     bfloat16, complex64 or complex128, whose elements fill a block of memory, in any order of the
@@ -228,13 +242,18 @@ class ASGD(torch.optim.ASGD, Averaging):
         average_dtype: torch.dtype | str | None = None,
         lr_schedule: LrSchedule = "torch",
         average_every: SupportsIndex = 1,
+        averaging: AveragingKind = "mean",
         fused_amp: bool = False,
     ) -> None:
         self._settings = Settings()
         self._settings.lazy_average = lazy_average
         self._settings.average_dtype = checked_average_dtype(average_dtype)
         self._settings.fused_amp = fused_amp
-        self._settings.own_defaults = {"lr_schedule": lr_schedule, "average_every": average_every}
+        self._settings.own_defaults = {
+            "lr_schedule": lr_schedule,
+            "average_every": average_every,
+            "averaging": averaging,
+        }
         # Torch takes more kinds of numbers than its hints say.
         scalars: tuple[Any, Any, Any, Any, Any] = (lr, lambd, alpha, t0, weight_decay)
         super().__init__(
@@ -272,6 +291,7 @@ class ASGD(torch.optim.ASGD, Averaging):
                 raise TypeError(f"{name}: is set for the optimizer as a whole, not for a group")
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._settings.had_parameters |= has_parameters(self.param_groups[-1]["params"])
         drop_usual(self.param_groups[-1])
 
     @_hooked
@@ -391,7 +411,9 @@ class ASGD(torch.optim.ASGD, Averaging):
         outside.
 
         Where `start_averaging` found params of different step counts, the group's t0 is changed in
-        its last bits, and "step" and "mu" tell where the average of each began.
+        its last bits, and "step" and "mu" tell where the average of each began. With another
+        `averaging` than "mean" that "mu" is next to 0, so that torch's optimizer leaves the iterate
+        of its first step out of the average.
 
         Returns
         -------
@@ -413,8 +435,9 @@ class ASGD(torch.optim.ASGD, Averaging):
         """Go on where another optimizer stood, of this class or ``torch.optim.ASGD``.
 
         As in torch; but the state is copied, step, eta and mu keep their precision, and averages
-        get the dtype that they have in this optimizer. Where `lr_schedule` and `average_every` are
-        not in the checkpoint, as in torch's and where they were the defaults, they stay.
+        get the dtype that they have in this optimizer. Where `lr_schedule`, `average_every` and
+        `averaging` are not in the checkpoint, as in torch's and where they were the defaults, they
+        stay.
 
         Parameters
         ----------

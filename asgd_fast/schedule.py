@@ -14,10 +14,12 @@ from typing import Any, Literal, SupportsFloat, TypeAlias, get_args
 from asgd_fast._schedule import next_scalars
 
 __all__ = [
+    "AveragingKind",
     "AveragingNotBegunWarning",
     "LrSchedule",
     "Schedule",
     "check_average_every",
+    "check_averaging",
     "check_lr_schedule",
     "check_place",
     "check_scalar",
@@ -26,6 +28,18 @@ __all__ = [
 
 LrSchedule: TypeAlias = Literal["torch", "current"]
 LR_SCHEDULES: tuple[str, ...] = get_args(LrSchedule)
+
+# Which weights iterates have in an average: "mean", ("ema", decay) or ("polynomial", power). A list
+# is what JSON makes of a pair.
+AveragingKind: TypeAlias = str | tuple[str, float] | list[Any]
+
+_MEAN = "mean"
+_AVERAGINGS = "'mean', ('ema', decay) or ('polynomial', power)"
+
+# The number that goes with a kind: its name, its range, and its value that makes the mean. With a
+# smaller decay or a larger power, float32 may round the weight of a new iterate to 1, which means
+# that averaging has not begun.
+_RANGES = {"ema": ("decay", 1e-6, 1.0, 1.0), "polynomial": ("power", 0.0, 1e6, 0.0)}
 
 # What torch calls them in its messages, where it has a message; the others follow its manner.
 _TITLES = {"lr": "learning rate"} | {
@@ -36,6 +50,7 @@ _TITLES = {"lr": "learning rate"} | {
 class AveragingNotBegunWarning(UserWarning):
     """Averages were asked for before any has begun, so that the params themselves stand for them.
 
+    There is none where the first begins with the next step, as after ``start_averaging()``.
     ``warnings.simplefilter("ignore", asgd_fast.AveragingNotBegunWarning)`` silences it.
     """
 
@@ -197,6 +212,41 @@ def check_average_every(value: Any) -> int:
     return int(value)
 
 
+def check_averaging(value: Any) -> str | tuple[str, float]:
+    """Check that the weights which iterates have in an average are of a kind that there is.
+
+    Parameters
+    ----------
+    value : str or (str, float)
+        "mean", ("ema", decay) or ("polynomial", power); a pair may be a list.
+
+    Returns
+    -------
+    str or (str, float)
+        "mean" for a decay of 1 and a power of 0, too.
+
+    Raises
+    ------
+    TypeError
+        `value` is neither a str nor a pair, or its number is no real number.
+    ValueError
+        There is no such kind; or not 1e-6 <= decay <= 1, or not 0 <= power <= 1e6.
+    """
+    if value is _MEAN or (isinstance(value, str) and value == _MEAN):  # the first is quick
+        return "mean"
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        kind, number = value
+        if isinstance(kind, str) and kind in _RANGES:
+            name, low, high, of_mean = _RANGES[kind]
+            number = check_scalar(f"averaging {name}", number, low=low, high=high)
+            return _MEAN if number == of_mean else (str(kind), number)
+    elif not isinstance(value, str):
+        raise TypeError(
+            f"averaging: expected {_AVERAGINGS}, got {value!r} of type {type(value).__name__}"
+        )
+    raise ValueError(f"Invalid averaging: {value!r} (expected {_AVERAGINGS})")
+
+
 class Schedule:
     """The scalars of one param over its steps: the step size eta and the averaging weight mu.
 
@@ -204,6 +254,8 @@ class Schedule:
 
         eta = lr / (1 + lambd * lr * k) ** alpha
         mu = 1 / max(1, k - t0)
+
+    or, for another `averaging`, mu as below.
 
     Parameters
     ----------
@@ -217,6 +269,16 @@ class Schedule:
     t0 : float, default=1e6
         The number of steps after which averaging starts. The first iterate that is averaged with
         another, rather than copied, is number t0 + 3 (of a whole t0 >= 0).
+    averaging : {"mean", ("ema", decay), ("polynomial", power)}, default="mean"
+        The weights of the iterates in the average, by the mu of the m-th of them::
+
+            mu = 1 / m                                        "mean"
+            mu = (1 - decay) / (1 - decay ** m)               ("ema", decay)
+            mu = (power + 1) / (m + power)                    ("polynomial", power)
+
+        With "ema" an iterate loses the factor `decay` with each later one, 1e-6 <= decay <= 1; with
+        "polynomial" the weight of the i-th grows as i ** power, 0 <= power <= 1e6. May be changed
+        between steps.
 
     Attributes
     ----------
@@ -234,7 +296,9 @@ class Schedule:
     -----
     The recurrence is that of ``torch.optim.ASGD``, in double precision: Polyak and Juditsky,
     "Acceleration of stochastic approximation by averaging" (1992), with the step sizes of Bottou's
-    and Xu's averaged SGD.
+    and Xu's averaged SGD. Polynomial weights: Shamir and Zhang, "Stochastic gradient descent for
+    non-smooth optimization" (2013). Those of "ema" are normalized, as Adam's are by its bias
+    correction.
 
     Examples
     --------
@@ -246,17 +310,23 @@ class Schedule:
     (3, 0.5, 0.5)
     """
 
+    # Here, for schedules that were pickled by earlier versions.
+    averaging: AveragingKind = _MEAN
+
     def __init__(
         self,
         lr: SupportsFloat = 1e-2,
         lambd: SupportsFloat = 1e-4,
         alpha: SupportsFloat = 0.75,
         t0: SupportsFloat = 1e6,
+        *,
+        averaging: AveragingKind = "mean",
     ) -> None:
         self.lr: float = check_scalar("lr", lr)
         self.lambd: float = check_scalar("lambd", lambd)
         self.alpha: float = check_scalar("alpha", alpha)
         self.t0: float = check_scalar("t0", t0, low=-math.inf)
+        self.averaging = check_averaging(averaging)
         self.step: int = 0
         self.eta: float = self.lr
         self.mu: float = 1.0
@@ -264,7 +334,8 @@ class Schedule:
     def __repr__(self) -> str:
         """Name the hyperparameters and where the schedule stands."""
         return (
-            f"Schedule(lr={self.lr}, lambd={self.lambd}, alpha={self.alpha}, t0={self.t0}; "
+            f"Schedule(lr={self.lr}, lambd={self.lambd}, alpha={self.alpha}, t0={self.t0}"
+            f"{f', averaging={self.averaging}' if self.averaging != _MEAN else ''}; "
             f"step={self.step}, eta={self.eta}, mu={self.mu})"
         )
 
@@ -282,6 +353,7 @@ class Schedule:
             check_scalar("lambd", self.lambd),
             check_scalar("alpha", self.alpha),
             check_scalar("t0", self.t0, low=-math.inf),
+            averaging=check_averaging(self.averaging),
         )
         self.step, self.eta, self.mu = self.step + 1, eta, mu
 
@@ -291,9 +363,14 @@ class Schedule:
         Returns
         -------
         dict of str to float
-            Seven plain numbers; ``np.savez(file, **state)`` keeps their bits.
+            Plain numbers; ``np.savez(file, **state)`` keeps their bits. The decay or the power of
+            `averaging` by the name "ema" or "polynomial", unless that is "mean".
         """
-        return dict(vars(self))
+        state = dict(vars(self))
+        averaging = check_averaging(state.pop("averaging", _MEAN))
+        if not isinstance(averaging, str):
+            state.update([averaging])
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where another schedule stood.
@@ -308,11 +385,17 @@ class Schedule:
         ValueError, TypeError
             A name is missing or unknown, or a value is not what it must be. Nothing is changed.
         """
-        if set(state_dict) != set(vars(self)):
+        kinds = [kind for kind in _RANGES if kind in state_dict]
+        expected = vars(self).keys() - {"averaging"}
+        if set(state_dict) - set(kinds[:1]) != expected:
             raise ValueError(
-                f"state_dict: expected the names {sorted(vars(self))}, got {sorted(state_dict)}"
+                f"state_dict: expected the names {sorted(expected)}, and perhaps one of "
+                f"{list(_RANGES)}, got {sorted(state_dict)}"
             )
-        other = Schedule(*(state_dict[name] for name in ("lr", "lambd", "alpha", "t0")))
+        other = Schedule(
+            *(state_dict[name] for name in ("lr", "lambd", "alpha", "t0")),
+            averaging=(kinds[0], state_dict[kinds[0]]) if kinds else _MEAN,
+        )
         other.step = check_step("step", state_dict["step"])
         other.eta = check_scalar("eta", state_dict["eta"])
         other.mu = check_scalar("mu", state_dict["mu"], high=1.0)

@@ -9,9 +9,9 @@ from typing import Any, Protocol, SupportsFloat, SupportsIndex
 
 __all__ = ["NonMonotonicTrigger"]
 
-# Where wrappers of training frameworks keep the optimizer: accelerate's and Fabric's, fastai's,
-# Lightning's.
-_WRAPPED = ("optimizer", "opt", "_optimizer")
+# Where wrappers keep the optimizer: accelerate's and Fabric's, fastai's, Lightning's, and those of
+# torch.distributed.
+_WRAPPED = ("optimizer", "opt", "_optimizer", "optim")
 
 
 class Averaging(Protocol):
@@ -32,7 +32,8 @@ class NonMonotonicTrigger:
     optimizer : ASGD or ArrayASGD
         Whose ``start_averaging()`` is called, for all of its groups. Make it with a `t0` that the
         run does not reach, such as the default. It may be in wrappers that keep it as
-        ``optimizer``, ``opt`` or ``_optimizer``, as those of accelerate and fastai do.
+        ``optimizer``, ``opt``, ``_optimizer`` or ``optim``, as those of accelerate, fastai and
+        torch.distributed do.
     patience : int, default=5
         How many of the latest checks do not count as better ones yet, >= 0: the paper's n, the
         non-monotone interval.

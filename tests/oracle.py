@@ -2,7 +2,8 @@
 
 `Reference` is the algorithm as the paper and torch's first listing have it, in torch operations.
 `averaged` is its last line alone, on averages of any dtype. `exact_step` follows the numerics
-contract in rational arithmetic, with one rounding a line, and does without torch.
+contract in rational arithmetic, with one rounding a line, and does without torch. `weights_of` has
+the weights of iterates in an average in closed form, as fractions.
 """
 
 from __future__ import annotations
@@ -75,6 +76,21 @@ def exact_step(p, g, ax, dtype, *, eta, mu, lambd, weight_decay, maximize, grad_
     moved = rounded(rounded(p - ax, dtype) * scalar(mu), dtype)
     ax = p if mu == 1 else rounded(ax + moved, dtype)
     return dtype(float(p)), dtype(float(ax))
+
+
+def weights_of(averaging, n):
+    """The exact weights of n iterates in their average, which add up to 1.
+
+    Polynomial weights are those of Shamir and Zhang (2013): their recurrence leads to rising
+    factorials, i (i + 1) ... (i + power - 1) for the i-th iterate.
+    """
+    kind, number = ("polynomial", 0) if averaging == "mean" else averaging
+    raised = [Fraction(1)]
+    for i in range(1, n):
+        raised.append(raised[-1] * (i + Fraction(number)) / i)
+    decayed = [Fraction(number) ** (n - 1 - i) for i in range(n)]
+    weights = decayed if kind == "ema" else raised
+    return [weight / sum(weights) for weight in weights]
 
 
 def reals(tensor):

@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from oracle import weights_of
 from torch import nn
 
 from asgd_fast import ASGD, ArrayASGD
@@ -44,12 +45,17 @@ class TorchRun:
     def average(self, i):
         return self.optimizer.state[self.params[i]]["ax"].detach().numpy()
 
-    def check(self, *firsts, every=1):
-        """Assert that averages are the means of the iterates from their first ones on."""
+    def check(self, *firsts, every=1, averaging="mean", atol=1e-12):
+        """Assert that averages are the means of the iterates from their first ones on.
+
+        Weighted ones, if `averaging` says so.
+        """
         for i, first in enumerate(firsts):
             if first is not None:
-                mean = np.mean(self.iterates[i][first::every], axis=0)
-                np.testing.assert_allclose(self.average(i), mean, rtol=0, atol=1e-12)
+                averaged = self.iterates[i][first::every]
+                weights = [float(weight) for weight in weights_of(averaging, len(averaged))]
+                mean = np.average(averaged, axis=0, weights=weights)
+                np.testing.assert_allclose(self.average(i), mean, rtol=0, atol=atol)
 
 
 class ArrayRun(TorchRun):

@@ -182,9 +182,9 @@ def check_update(dtype, average, offsets, mu, weight_decay):
         assert all(np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
 
 
-def check_device_scalars():
+def check_device_scalars(averaging):
     """The last block advances the scalars that all others have read, unless a step is skipped."""
-    schedule = Schedule(lr=0.1, lambd=0.25, alpha=0.5, t0=2)
+    schedule = Schedule(lr=0.1, lambd=0.25, alpha=0.5, t0=2, averaging=averaging)
     rng = np.random.default_rng(0)
     params, grads, axs = (rng.normal(size=(2, 20_000)) for _ in range(3))
     expected = params.copy(), axs.copy()
@@ -211,6 +211,8 @@ def check_device_scalars():
         layout.ALPHA_AT: 0.5,
         layout.T0_AT: 2,
         layout.EVERY_AT: 1,
+        layout.EMA_DECAY_AT: averaging[1] if averaging[0] == "ema" else 1,
+        layout.POWER_AT: averaging[1] if averaging[0] == "polynomial" else 0,
         layout.SIGN_AT: 1,
     }
     for place, value in values.items():
@@ -265,7 +267,8 @@ def main():
         ):
             check_update(dtype, average, offsets, mu, weight_decay)
             n += 1
-    check_device_scalars()
+    for averaging in ("mean", ("ema", 0.75), ("polynomial", 2)):
+        check_device_scalars(averaging)
     for bits in ("bits16", "bits32", "bits64"):
         check_exchange(bits)
     print(f"{n + 4} launches simulated")

@@ -522,7 +522,8 @@ def test_repr_lists_the_groups():
     assert repr(ArrayASGD([np.ones(2), np.ones(3)], t0=5)) == (
         "ArrayASGD (\n    group 0: 2 params\n        lr: 0.01\n        lambd: 0.0001\n"
         "        alpha: 0.75\n        t0: 5.0\n        weight_decay: 0.0\n"
-        "        maximize: False\n        lr_schedule: torch\n        average_every: 1\n)"
+        "        maximize: False\n        lr_schedule: torch\n        average_every: 1\n"
+        "        averaging: mean\n)"
     )
 
 

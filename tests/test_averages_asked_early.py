@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from averaging import BEGUN, OPTIONS, averages_of, step, stepped
@@ -13,7 +14,7 @@ from torch import nn
 from twins import parameters, same
 
 import asgd_fast
-from asgd_fast import ASGD, AveragingNotBegunWarning
+from asgd_fast import ASGD, ArrayASGD, AveragingNotBegunWarning
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -69,15 +70,37 @@ def test_as_an_error_it_changes_nothing():
 
 def test_the_first_of_several_averages_is_enough():
     params = parameters((3,), (4,))
-    groups = [{"params": params[:1], "t0": 50}, {"params": params[1:], "t0": 0}]
+    groups = [{"params": params[:1], "t0": 50}, {"params": params[1:], "t0": 1}]
     optimizer = ASGD(groups, lr=0.3)
     step(optimizer, params)
-    with pytest.warns(AveragingNotBegunWarning, match="t0 is 0 and the number of steps is 1"):
+    with pytest.warns(AveragingNotBegunWarning, match="t0 is 1 and the number of steps is 1"):
         evaluate(optimizer, None)
     other = ASGD(groups, lr=0.3)
-    for k in range(2):
+    for k in range(3):
         step(other, params, k)
     evaluate(other, None)
+
+
+@pytest.mark.parametrize("of_arrays", [False, True], ids=["torch", "arrays"])
+@pytest.mark.parametrize("t0", [0, 50])
+def test_an_average_that_begins_with_the_next_step_is_no_surprise(t0, of_arrays):
+    params = [np.ones(3), np.ones(4)] if of_arrays else parameters((3,), (4,))
+    optimizer = ArrayASGD(params, lr=0.3, t0=t0) if of_arrays else ASGD(params, lr=0.3, t0=t0)
+
+    def one_step():
+        if of_arrays:
+            optimizer.step([np.ones_like(params[0]), None])
+        else:
+            step(optimizer, params[:1])
+
+    one_step()
+    if t0:
+        optimizer.start_averaging()
+    evaluate(optimizer, None)
+    one_step()
+    assert optimizer.is_averaging
+    optimizer.start_averaging(1)
+    evaluate(optimizer, None)
 
 
 @pytest.mark.parametrize("call", ["averaged_parameters", "is_averaging"])

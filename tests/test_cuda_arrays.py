@@ -694,8 +694,9 @@ def _run(steps, here, there, theirs, ours):
         {"t0": 2, "weight_decay": 0.1, "maximize": True, "alpha": 1.0},
         {"t0": 2, "average_dtype": "float64"},
         {"t0": 2, "lr_schedule": "current", "average_every": 2},
+        {"t0": 2, "averaging": ("ema", 0.8)},
     ],
-    ids=["usual", "weight decay", "wide", "current, every second"],
+    ids=["usual", "weight decay", "wide", "current, every second", "decayed"],
 )
 @asks_early
 def test_a_run_has_the_bits_of_the_cpu(gpu, options):

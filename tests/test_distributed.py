@@ -120,13 +120,10 @@ def check_two_dimensions():
 def check_half_types():
     """Each rank's part has the bits of a plain tensor: computed in float32 and rounded once."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for average_dtype in (None, torch.float32):
+    for keywords in ({}, {"average_dtype": torch.float32}, {"averaging": ("ema", 0.5)}):
         params = placed(mesh, [Shard(0)], torch.bfloat16)
         plain = [nn.Parameter(param.detach().to_local().clone()) for param in params]
-        ours, like = (
-            ASGD(each, lr=0.1, t0=1, lambd=0.01, average_dtype=average_dtype)
-            for each in (params, plain)
-        )
+        ours, like = (ASGD(each, lr=0.1, t0=1, lambd=0.01, **keywords) for each in (params, plain))
         for step in range(5):
             give_grads(params, step)
             for param, part in zip(params, plain, strict=True):

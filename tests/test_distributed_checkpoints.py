@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from oracle import weights_of
 from runs import OPTIONS
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -63,10 +64,12 @@ class Side:
         self.model.load_state_dict(source.model.state_dict())
         self.iterates = copy.deepcopy(source.iterates)
 
-    def check(self, *firsts, every=1):
+    def check(self, *firsts, every=1, averaging="mean"):
         """Assert that averages are the means of the iterates from their first ones on."""
         for entry, made, first in zip(self.entries(), self.iterates, firsts, strict=True):
-            mean = np.mean(made[first::every], axis=0)
+            averaged = made[first::every]
+            weights = [float(weight) for weight in weights_of(averaging, len(averaged))]
+            mean = np.average(averaged, axis=0, weights=weights)
             np.testing.assert_allclose(entry["ax"].numpy(), mean, rtol=0, atol=1e-12)
 
 
@@ -202,8 +205,14 @@ def test_started_averages_go_on(double_scalars, target_type, after, before, way,
 @ways
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lr_schedule": "current"}, {"average_every": 3}],
-    ids=["default", "current", "every"],
+    [
+        {},
+        {"lr_schedule": "current"},
+        {"average_every": 3},
+        {"averaging": ("ema", 0.5)},
+        {"averaging": ("polynomial", 2), "average_every": 2},
+    ],
+    ids=["default", "current", "every", "ema", "polynomial"],
 )
 @pytest.mark.parametrize("after", range(6))
 def test_averages_started_at_different_steps_go_on(double_scalars, after, options, way, tmp_path):
@@ -222,7 +231,8 @@ def test_averages_started_at_different_steps_go_on(double_scalars, after, option
     way(source, target, tmp_path / "file")
     target.run(4, 0, seed=2)
     target.run(4, seed=3)
-    target.check(*firsts, every=options.get("average_every", 1))
+    own = {"averaging": options.get("averaging", "mean")}
+    target.check(*firsts, every=options.get("average_every", 1), **own)
     for key in ("t0", "lr"):
         groups = [side.optimizer.param_groups[0] for side in (source, target)]
         assert groups[0][key] == groups[1][key]
@@ -269,13 +279,20 @@ def test_a_checkpoint_has_torchs_keys_at_any_moment(options):
         source.run(1, 2, seed=2)
 
 
-@pytest.mark.parametrize("own", [{"lr_schedule": "current"}, {"average_every": 3}], ids=str)
+@pytest.mark.parametrize(
+    "own",
+    [{"lr_schedule": "current"}, {"average_every": 3}, {"averaging": ("ema", 0.5)}],
+    ids=str,
+)
 @ways
 def test_hyperparameters_that_torch_does_not_have_come_back(way, own, tmp_path):
     source, target = Side(ASGD, (3,), **own), Side(ASGD, (3,), lr=9.0, **own)
     source.run(2)
     way(source, target, tmp_path / "file")
-    assert own.items() <= target.optimizer.param_groups[0].items()
+    group = target.optimizer.param_groups[0]
+    for name, value in own.items():
+        found = group[name]
+        assert (tuple(found) if type(found) is list else found) == value  # what torch makes of it
     assert target.optimizer.param_groups[0]["lr"] == OPTIONS["lr"]
 
 

@@ -66,6 +66,8 @@ CASES = [
     Case("ours", "ours", 2, starts=True),
     Case("ours", "torch", 2, starts=True),
     Case("ours", "ours", 2, starts=True, skips=True),
+    Case("ours", "ours", T0 + 4, keywords={"averaging": ("ema", 0.5)}),
+    Case("ours", "ours", 2, keywords={"averaging": ("polynomial", 2)}, starts=True, skips=True),
 ]
 
 

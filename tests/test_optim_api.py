@@ -30,7 +30,8 @@ ERRORS = INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32)
 def test_it_is_a_torch_asgd_with_its_signature():
     assert issubclass(ASGD, torch.optim.ASGD)
     ours, theirs = inspect.signature(ASGD), inspect.signature(torch.optim.ASGD)
-    own = ["lazy_average", "average_dtype", "lr_schedule", "average_every", "fused_amp"]
+    own = ["lazy_average", "average_dtype", "lr_schedule", "average_every", "averaging"]
+    own.append("fused_amp")
     assert list(ours.parameters) == [*theirs.parameters, *own]
     for name in own:
         assert ours.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
@@ -39,7 +40,8 @@ def test_it_is_a_torch_asgd_with_its_signature():
         assert ours.parameters[name].kind == parameter.kind
     params = parameters((3,))
     ours, theirs = ASGD(params), torch.optim.ASGD(params)
-    defaults = {**theirs.defaults, "lr_schedule": "torch", "average_every": 1}
+    own = {"lr_schedule": "torch", "average_every": 1, "averaging": "mean"}
+    defaults = {**theirs.defaults, **own}
     assert ours.defaults == defaults
     assert ours.param_groups == theirs.param_groups
     assert repr(ours) == repr(theirs)

@@ -63,7 +63,16 @@ def test_a_capturable_step_is_captured(gpu):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lr_schedule": "current"}, {"average_every": 3}, {"maximize": True}], ids=str
+    "options",
+    [
+        {},
+        {"lr_schedule": "current"},
+        {"average_every": 3},
+        {"averaging": ("ema", 0.9)},
+        {"averaging": ("polynomial", 3), "average_every": 2},
+        {"maximize": True},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("average_dtype", [None, torch.float64], ids=str)
 def test_replays_are_steps(gpu, options, average_dtype):

@@ -302,6 +302,27 @@ def test_an_average_in_another_layout_is_taken():
     assert optimizer.state[ours[0]]["ax"].stride() == ours[0].stride()
 
 
+def reloaded(sides):
+    params, ours, theirs_params, theirs = sides
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return params, ours, theirs_params, theirs
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, reloaded])
+def test_an_average_that_begins_as_mu_is_set_by_hand_is_in_copies(duplicate):
+    twins = Twins(parameters((3,), (4, 2)), lr=0.1, lambd=0.01, t0=100)
+    twins.run(3)
+    for optimizer, own in twins.sides:
+        optimizer.state[own[0]]["mu"].fill_(0.5)
+    sides = duplicate((twins.params, twins.ours, twins.theirs_params, twins.theirs))
+    twins.params, twins.ours, twins.theirs_params, twins.theirs = sides
+    twins.check()
+    (p, _), (q, _) = twins.params, twins.theirs_params
+    same(twins.ours.state[p]["ax"], twins.theirs.state[q]["ax"])
+    twins.run(3)
+
+
 @sealed_or_open
 @pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
 @pytest.mark.parametrize("steps", STEPS)

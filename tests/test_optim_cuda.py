@@ -96,13 +96,14 @@ def test_half_types_are_rounded_once(gpu):
             same(optimizers[1].state[there[0]]["ax"], optimizers[0].state[here[0]]["ax"])
 
 
+@pytest.mark.parametrize("averaging", ["mean", ("ema", 0.5), ("polynomial", 2)], ids=str)
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "device"])
-def test_own_options_are_those_of_the_cpu(gpu, capturable):
-    """Wide averages, every second iterate, and lr that acts at once: torch has none of them."""
+def test_own_options_are_those_of_the_cpu(gpu, capturable, averaging):
+    """Wide averages of every second iterate, with weights, and lr that acts at once."""
     here = params_of((1000,), (3, 4))
     there = [on(p, "cuda") for p in here]
     options = {"t0": 2, "lr": 0.1, "average_dtype": torch.float64, "lambd": 0.1}
-    options |= {"lr_schedule": "current", "average_every": 2}
+    options |= {"lr_schedule": "current", "average_every": 2, "averaging": averaging}
     one, other = ASGD(here, **options), ASGD(there, capturable=capturable, **options)
     for k in range(10):
         if k == 6:

@@ -568,14 +568,17 @@ def test_one_dict_for_two_params_without_its_average_is_named():
         optimizer.step()
 
 
-def test_groups_are_checked_before_any_scalar_is_replaced():
-    params = parameters((3,), (4,))
-    optimizer = ASGD([{"params": [p]} for p in params])
+@pytest.mark.parametrize(("error", "spoil"), SPOILT.values(), ids=SPOILT)
+def test_a_number_in_the_place_of_a_scalar_stays_if_the_step_is_refused(error, spoil):
+    params = parameters((3,), (3,))
+    optimizer = ASGD([{"params": [p]} for p in reversed(params)])
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    optimizer.state[params[0]]["eta"] = 0.25
-    optimizer.param_groups[1]["lambd"] = -1
-    with pytest.raises(ValueError, match="lambd"):
+    optimizer.state[params[1]]["eta"] = 0.25
+    spoil(optimizer, params[0])
+    before = params[1].detach().clone()
+    with pytest.raises(error):
         optimizer.step()
-    assert type(optimizer.state[params[0]]["eta"]) is float
+    assert type(optimizer.state[params[1]]["eta"]) is float
+    same(params[1].detach(), before)

@@ -1,4 +1,4 @@
-"""lr_schedule and average_every together: torch's own step, checkpoints, and values refused."""
+"""The hyperparameters that torch lacks together: its own step, checkpoints, and values refused."""
 
 from __future__ import annotations
 
@@ -18,20 +18,28 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize(
-    ("schedule", "every", "t0", "started"),
-    list(product(["torch", "current"], [1, 3], [0, 2.5, 1e6], [None, 4])),
+    ("schedule", "every", "averaging", "t0", "started"),
+    list(
+        product(
+            *(["torch", "current"], [1, 3], ["mean", ("ema", 0.7), ("polynomial", 2)]),
+            *([0, 2.5, 1e6], [None, 4]),
+        )
+    ),
+    ids=str,
 )
 @pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_what_goes_to_torch_has_the_bits_of_the_engine(dtype, wide, schedule, every, t0, started):
+def test_what_goes_to_torch_has_the_bits_of_the_engine(
+    dtype, wide, schedule, every, averaging, t0, started
+):
     """With all keywords together, and an lr that changes."""
     data = torch.randn(5, 7, 2).to(dtype)
     dense, gappy = nn.Parameter(data[..., 0].clone()), nn.Parameter(data[..., 0])
     assert not gappy.is_contiguous()
     options = {"lambd": 0.1, "t0": t0, "weight_decay": 0.05, "maximize": True}
+    options |= {"average_every": every, "averaging": averaging}
     optimizers = [
-        ASGD([p], average_dtype=wide, lr_schedule=schedule, average_every=every, **options)
-        for p in (dense, gappy)
+        ASGD([p], average_dtype=wide, lr_schedule=schedule, **options) for p in (dense, gappy)
     ]
     for k in range(13):
         dense.grad = torch.randn(5, 7).to(dtype)
@@ -51,7 +59,7 @@ def test_what_goes_to_torch_has_the_bits_of_the_engine(dtype, wide, schedule, ev
 @pytest.mark.parametrize("source", ["ours", "torch"])
 def test_checkpoints_keep_the_keywords_where_they_have_them(source):
     (p,) = parameters((3,))
-    options = {"lr_schedule": "current", "average_every": 5}
+    options = {"lr_schedule": "current", "average_every": 5, "averaging": ("ema", 0.5)}
     before = ASGD([p], **options) if source == "ours" else torch.optim.ASGD([p])
     p.grad = torch.ones(3)
     before.step()
@@ -118,7 +126,7 @@ def test_keywords_that_are_refused(make, name, value, error, message):
 @pytest.mark.parametrize("option", ["differentiable", "capturable"])
 @pytest.mark.parametrize("own", [{"lr_schedule": "current"}, {"average_every": 2}], ids=str)
 def test_keywords_that_torchs_own_step_does_not_take(option, own):
-    message = "^differentiable: goes only with lr_schedule='torch' and average_every=1$"
+    message = "^differentiable: goes only with lr_schedule='torch', average_every=1 and averaging='"
     if option == "capturable":  # which a GPU's params may be
         message = "^capturable: .*; got one on cpu$"
     else:

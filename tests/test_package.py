@@ -95,6 +95,29 @@ def test_without_torch_each_way_to_its_name_has_its_error(statement, error):
     assert result.stderr.splitlines()[-1].startswith(error), result.stderr
 
 
+STUBS = {
+    "empty": "types.ModuleType('torch')",
+    "with a class": "types.SimpleNamespace(Tensor=type('Tensor', (), {}))",
+    "of a mock": "unittest.mock.MagicMock()",
+}
+
+
+@pytest.mark.parametrize("stub", STUBS.values(), ids=STUBS)
+def test_a_stub_of_torch_is_no_torch(stub):
+    """As tests of other packages put one in its place."""
+    code = f"""
+import sys, types, unittest.mock
+sys.modules["torch"] = {stub}
+from asgd_fast import *
+import asgd_fast
+print("ArrayASGD" in vars(), "ASGD" in vars(), hasattr(asgd_fast, "ASGD"), *asgd_fast.__all__)
+"""
+    said = said_by(code)
+    assert said[:3] == ["True", "False", "False"]
+    assert {"ArrayASGD", "show_config"} <= set(said[3:])
+    assert "ASGD" not in said[3:]
+
+
 def test_a_clone_that_is_not_compiled_says_so(tmp_path):
     """As where the package is installed and Python started in the clone."""
     here = Path(asgd_fast.__file__).parent

@@ -52,6 +52,7 @@ BAD_HYPERPARAMETERS = {
     "weight_decay": ("much", TypeError, "weight_decay: expected a real number, got 'much'"),
     "lr_schedule": ("cosine", ValueError, "Invalid lr_schedule: 'cosine'"),
     "average_every": (0, ValueError, "Invalid average_every: 0"),
+    "averaging": (["ema", 2], ValueError, "Invalid averaging decay: 2"),
 }
 
 

@@ -46,6 +46,8 @@ def train_arrays(file: str) -> None:
     asgd_(np.ones(3), np.ones(3), eta=schedule.eta, mu=np.float64(schedule.mu), grad_scale=1)
     ArrayASGD(np.zeros(3), lr="0.1")  # type: ignore[arg-type]
     np.savez(file, **optimizer.state_dict())
+    ArrayASGD([np.zeros(3)], averaging=("ema", 0.999))
+    ArrayASGD([np.zeros(3)], averaging=("ema", "0.999"))  # type: ignore[arg-type]
     trigger = NonMonotonicTrigger(optimizer)
     for loss in (1, 1.0, np.float32(1), np.ones(1)):
         trigger.step(loss)

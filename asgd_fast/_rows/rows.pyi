@@ -6,6 +6,7 @@ import numpy.typing as npt
 from typing_extensions import Self
 
 from asgd_fast.cuda.scalars import DeviceRows
+from asgd_fast.schedule import AveragingKind
 
 def is_array(candidate: object) -> bool: ...
 def dtype_of(array: Any) -> str: ...
@@ -32,6 +33,7 @@ class Rows:
         t0: float = 0.0,
         starts: npt.NDArray[np.float64] | None = None,
         average_every: float = 1.0,
+        averaging: AveragingKind = "mean",
         current: bool = False,
         weight_decay: float = 0.0,
         grad_scale: float = 1.0,

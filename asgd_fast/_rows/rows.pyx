@@ -44,7 +44,7 @@ from asgd_fast._rows.dlpack cimport (
     lendable,
 )
 from asgd_fast._rows.overlap cimport any_touches, find_overlap
-from asgd_fast._schedule cimport Plan, Scalars, Step, averages, fill
+from asgd_fast._schedule cimport Plan, Scalars, Step, averages, fill, set_averaging
 
 
 def is_array(candidate):
@@ -188,6 +188,7 @@ cdef class Rows:
         double t0=0.0,
         np.ndarray starts=None,
         double average_every=1.0,
+        averaging="mean",
         bint current=False,
         double weight_decay=0.0,
         double grad_scale=1.0,
@@ -213,7 +214,7 @@ cdef class Rows:
         scalars : contiguous float64 array of shape (len(params), 3), optional
             The step, eta and mu of each param, which the engine advances with the step. The eta of
             step 0 is not read: it is lr.
-        lr, lambd, alpha, t0, average_every, current, weight_decay
+        lr, lambd, alpha, t0, average_every, averaging, current, weight_decay
             The hyperparameters: see `next_scalars`.
         starts : contiguous float64 array of shape (len(params),), optional
             The t0 of single params; nan where `t0` holds.
@@ -247,8 +248,9 @@ cdef class Rows:
         cdef Scalars now = Scalars(0, eta, mu)
         cdef Plan plan = Plan(
             lr=lr, lr_size=0, lambd=lambd, alpha=alpha, t0=t0, average_every=average_every,
-            current=current, weight_decay=weight_decay, grad_scale=grad_scale, float_step=False,
-            float_next=False)
+            ema_decay=1.0, power=0.0, current=current, weight_decay=weight_decay,
+            grad_scale=grad_scale, float_step=False, float_next=False)
+        set_averaging(&plan, averaging)
         for each in (grads, axs, scalars, starts):
             if each is not None and len(each) != n:
                 raise ValueError(f"got {len(each)} for {n} params; expected one for each")

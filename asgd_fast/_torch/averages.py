@@ -15,13 +15,15 @@ from torch import Tensor
 
 from asgd_fast import _engines
 from asgd_fast._torch.conversions import extent
-from asgd_fast._torch.distributed import check_layout, laid_out_as, part_of
+from asgd_fast._torch.distributed import check_layout, laid_out_as
+from asgd_fast._torch.exchange import Pair, rows_of, written_of
 from asgd_fast._torch.internals import forget_copies, increment_versions
 from asgd_fast._torch.scalars import floats
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from asgd_fast._rows.rows import Rows
     from asgd_fast._torch.state import ParamState
 
 __all__ = ["average_of", "begun", "copy_to", "exchanged", "params_named", "shipped"]
@@ -32,62 +34,8 @@ _WRAPPERS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 _PREFIXES = [re.compile(rf"(?<![^.])({names})\.") for names in (_WRAPPERS, _WRAPPERS + "|module")]
 
 
-class _Pair:
-    """A param and its average, which trade places.
-
-    Attributes
-    ----------
-    memory : Tensor
-        The param's own, wherever the param itself may be put meanwhile.
-    spare : Tensor or None
-        Holds the param meanwhile; None where the memory of the average does.
-    parts : (Tensor, Tensor or None, Tensor) or None
-        The memory, the spare memory and the average for an engine, of DTensors those of this rank;
-        None where no engine takes them.
-    for_engine : bool
-        Whether the engine makes the exchange, rather than torch.
-    """
-
-    __slots__ = ("ax", "for_engine", "memory", "own", "param", "parts", "spare")
-
-    def __init__(self, own: ParamState, ax: Tensor) -> None:
-        param: Tensor = own.param
-        self.param, self.own, self.ax = param, own, ax
-        self.memory = param.detach()
-        self.spare = self.memory.clone() if ax.dtype != param.dtype else None
-        self.parts = _parts(self.memory, self.spare, ax)
-        self.for_engine = self.parts is not None
-
-    def leave_to_torch(self) -> None:
-        """Keep the param in spare memory, so that each half of the exchange can be repeated."""
-        if self.ax.shape != self.param.shape:
-            raise ValueError(
-                f"state: 'ax' of shape {tuple(self.ax.shape)} does not match its param of shape "
-                f"{tuple(self.param.shape)}"
-            )
-        if self.spare is None:
-            self.spare = self.memory.clone()
-
-    def put_average(self) -> None:
-        """Let the param and the state show the exchange; torch's part of it is made here."""
-        if not self.for_engine:
-            self.param.detach().copy_(self.ax)
-        elif self.spare is None:
-            self.own.ax, self.own.source = None, self.memory
-
-    def put_back(self) -> None:
-        """Let the param and the state be as before; may be repeated."""
-        if self.own.source is self.memory:
-            self.own.ax, self.own.source = self.ax, self.param
-        if not self.for_engine:
-            assert self.spare is not None
-            self.param.detach().copy_(self.spare)
-        elif extent(self.param.detach())[0] != extent(self.memory)[0]:  # it was given other memory
-            self.param.detach().copy_(self.memory)
-
-
 @contextmanager
-def exchanged(states: Sequence[ParamState]) -> Iterator[None]:
+def exchanged(records: Sequence[ParamState]) -> Iterator[None]:
     """Hold the averages in the params for as long as the context lasts.
 
     An average in its param's dtype trades places with it, and the state then answers with what the
@@ -96,7 +44,7 @@ def exchanged(states: Sequence[ParamState]) -> Iterator[None]:
 
     Parameters
     ----------
-    states : sequence of ParamState
+    records : sequence of ParamState
         Of params whose averages have begun.
 
     Raises
@@ -104,21 +52,21 @@ def exchanged(states: Sequence[ParamState]) -> Iterator[None]:
     ValueError
         An average has another shape than its param. Nothing is changed.
     """
-    pairs = _pairs(states)
-    exchanges = _for_engine(pairs)
-    written = _written(pairs)
+    by_engine, rows, by_torch = _pairs(records)
+    undo_by_engine, undo_by_torch = list(by_engine), list(by_torch)
+    written = written_of(by_engine)
     try:
         forget_copies()
         increment_versions(written)
-        with _engines.exchanged(exchanges):
-            _put_averages(pairs)
+        with _engines.exchanged(rows, lambda: _rows_again(by_engine)):
+            _put_averages(by_engine, by_torch)
             yield
     finally:
         try:
             increment_versions(written)
-            _put_back(pairs)
+            _put_back(undo_by_engine, undo_by_torch)
         finally:
-            _put_back(pairs)  # what an interrupt has left
+            _put_back(undo_by_engine, undo_by_torch)  # what an interrupt has left
             forget_copies()
 
 
@@ -148,7 +96,7 @@ def copy_to(states: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor
 
 def begun(states: Sequence[ParamState]) -> list[ParamState]:
     """Return the states of params whose averages have begun."""
-    mus = floats([own.scalars()[2] for own in states])
+    mus = floats([own.mu for own in states])
     return [own for own, mu in zip(states, mus, strict=True) if mu != 1]
 
 
@@ -214,56 +162,56 @@ def shipped(model: torch.nn.Module) -> dict[str, Any]:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _pairs(states: Sequence[ParamState]) -> list[_Pair]:
-    """Return what is to be exchanged, with all the memory that the exchange takes."""
-    pairs = [_Pair(own, own.ax) for own in states if own.ax is not None]
-    if not _are_fit(pairs):
-        for pair in pairs:
-            pair.for_engine = pair.for_engine and _are_fit([pair])
-        if not _are_fit(pairs):  # they share memory
-            for pair in pairs:
-                pair.for_engine = False
-    for pair in pairs:
-        if not pair.for_engine:
-            pair.leave_to_torch()
-    return pairs
+def _pairs(records: Sequence[ParamState]) -> tuple[list[Pair], Rows, list[Pair]]:
+    """Return what is to be exchanged, with all the memory that the exchange takes.
+
+    Returns
+    -------
+    by_engine : list of Pair
+    rows : Rows
+        The same.
+    by_torch : list of Pair
+    """
+    pairs = [Pair(record) for record in records if record.ax is not None]
+    rows, refused = rows_of(pairs)
+    others = set(refused)
+    by_engine = [pair for i, pair in enumerate(pairs) if i not in others]
+    by_torch = [pairs[i] for i in refused]
+    if not rows.is_disjoint() or rows.touches([extent(pair.memory) for pair in by_torch]):
+        rows.clear()
+        by_engine, by_torch = [], pairs
+    for pair in by_torch:
+        pair.make_spare()
+    return by_engine, rows, by_torch
 
 
-def _are_fit(pairs: list[_Pair]) -> bool:
-    """Whether the engine can exchange all pairs that are for it beside those that are for torch."""
-    others = [extent(pair.memory) for pair in pairs if not pair.for_engine]
-    return _engines.are_fit(_for_engine(pairs), others)
-
-
-def _for_engine(pairs: list[_Pair]) -> list[_engines.Exchange]:
-    return [pair.parts for pair in pairs if pair.for_engine and pair.parts is not None]
-
-
-def _parts(memory: Tensor, spare: Tensor | None, ax: Tensor) -> _engines.Exchange | None:
-    """Return the tensors that an engine would exchange, if it takes such."""
-    if type(memory) is type(ax) is Tensor:
-        return memory, spare, ax
-    parts = part_of(memory), part_of(spare), part_of(ax, memory)
-    return None if parts[0] is None or parts[2] is None else parts
-
-
-def _written(pairs: list[_Pair]) -> list[Tensor]:
-    """Return the tensors whose memory the engine writes, as far as autograd is concerned."""
-    written = [pair.memory for pair in pairs if pair.for_engine]
-    written += [pair.ax for pair in pairs if pair.for_engine and pair.spare is None]
-    return [tensor for tensor in written if not tensor.is_inference()]
+def _rows_again(pairs: list[Pair]) -> Rows:
+    rows, refused = rows_of(pairs)
+    if refused:
+        raise RuntimeError(
+            "averaged_parameters: the memory of a param was taken away inside, so that it cannot "
+            "be given its iterate back"
+        )
+    return rows
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _put_averages(pairs: list[_Pair]) -> None:
-    for pair in pairs:
+def _put_averages(by_engine: list[Pair], by_torch: list[Pair]) -> None:
+    """Let the states show what an engine has exchanged, and exchange the rest."""
+    for pair in by_engine:
+        pair.show()
+    for pair in by_torch:
         pair.put_average()
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _put_back(pairs: list[_Pair]) -> None:
-    while pairs:
-        pairs[-1].put_back()
-        pairs.pop()
+def _put_back(by_engine: list[Pair], by_torch: list[Pair]) -> None:
+    """Undo `_put_averages`, and forget what is undone."""
+    while by_torch:
+        by_torch[-1].put_back()
+        by_torch.pop()
+    while by_engine:
+        by_engine[-1].hide()
+        by_engine.pop()

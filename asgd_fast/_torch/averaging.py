@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asgd_fast._torch import averages, state
+from asgd_fast._torch import averages, batch_norm, state
 from asgd_fast._torch.conversions import copy_as
 from asgd_fast._torch.internals import are_flattened, forget_copies
+from asgd_fast._torch.redundancy import has_parameters
 from asgd_fast._torch.scalars import floats
 from asgd_fast.schedule import AveragingNotBegunWarning, check_place
 
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from asgd_fast._torch.settings import Settings
     from asgd_fast._torch.state import ParamState
 
-__all__ = ["Averaging"]
+__all__ = ["WithAverages", "refuse_flattened"]
 
 
-class Averaging:
+class WithAverages:
     """The methods of an optimizer that have to do with its averages."""
 
     param_groups: list[Group]
@@ -37,19 +38,34 @@ class Averaging:
     _settings: Settings
 
     @contextmanager
-    def averaged_parameters(self) -> Iterator[None]:
+    def averaged_parameters(
+        self, *, model: torch.nn.Module | None = None, update_bn: Iterable[Any] | None = None
+    ) -> Iterator[None]:
         """Hold the averages in the params for as long as the context lasts, to evaluate the model.
 
         They trade places in one pass; the params keep their memory, and get their bits back on the
         way out, after an exception too. A param whose averaging has not begun stays as it is; if
         none has, there is an `AveragingNotBegunWarning`, once for each optimizer. Models wrapped by
-        ``fully_shard`` are resharded on both ways, so that they gather what stands in the params.
-        Buffers are not touched. Averages that are wider than their params, and those that no engine
-        takes, need memory of the size of the params meanwhile.
+        ``fully_shard`` are resharded on both ways, so that they gather what stands in the params;
+        under ``ZeroRedundancyOptimizer`` the ranks send each other what they step on both ways, so
+        that all must enter and leave. Averages that are wider than their params, and those that no
+        engine takes, need memory of the size of the params meanwhile.
 
         Inside, steps are refused; a CUDA graph that is replayed does not ask. Do not write into the
         params there: it would go into the averages, or be lost. `state_dict` gives what it gives
         outside; ``model.state_dict()`` holds the averages.
+
+        Parameters
+        ----------
+        model : Module, optional
+            Its buffers get their bits back on the way out, whatever becomes of them inside, as
+            where ``torch.optim.swa_utils.update_bn(loader, model)`` is called there. Without it
+            buffers are not touched.
+        update_bn : iterable of Tensor, or of list or tuple, optional
+            Training data. Inside, the running statistics of batch normalization in `model` are then
+            those of the averages, computed by torch's ``update_bn``: in one pass in training mode,
+            with a batch, or the first element of one, as the input of `model`, on its device. Left
+            out while no average has begun.
 
         Yields
         ------
@@ -58,8 +74,11 @@ class Averaging:
         Raises
         ------
         RuntimeError
-            The averages stand in the params already, or the params are parts of a
-            ``FullyShardedDataParallel`` module, which may have copies of them. Nothing is changed.
+            The averages stand in the params already; or the params are parts of a
+            ``FullyShardedDataParallel`` module, which may have copies of them; or other tensors
+            stand in their place in the groups, as DeepSpeed's ZeRO has it. Nothing is changed.
+        TypeError
+            `model` is no Module, or missing where there is `update_bn`. Nothing is changed.
         ValueError
             The state has an average of another shape than its param. Nothing is changed.
 
@@ -78,12 +97,22 @@ class Averaging:
         >>> weight.item()
         -3.0
         """
+        batch_norm.check_model(model, update_bn)
         self._settings.refuse_exchanged("averaged_parameters")
-        _refuse_flattened("averaged_parameters", self._params())
+        refuse_flattened("averaged_parameters", self._params())
+        self._refuse_replaced("averaged_parameters")
         begun = self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
+        redundancy = self._settings.redundancy
         try:
             self._settings.is_exchanged = True
-            with averages.exchanged(begun):
+            with (
+                redundancy.shared_again(),
+                averages.exchanged(begun),
+                batch_norm.kept_buffers(model),
+            ):
+                redundancy.share()
+                if model is not None and update_bn is not None and begun:
+                    batch_norm.update_statistics(model, update_bn)
                 yield
         finally:
             try:
@@ -115,7 +144,8 @@ class Averaging:
             is not clear which belongs to which. Nothing is changed.
         RuntimeError
             The parameters of the target are parts of a ``FullyShardedDataParallel`` module, which
-            may have copies of them. Nothing is changed.
+            may have copies of them; or each rank of a ``ZeroRedundancyOptimizer`` has the averages
+            of some params, and the target is not the model that is trained. Nothing is changed.
 
         See Also
         --------
@@ -123,6 +153,7 @@ class Averaging:
         """
         params = self._params()
         targets: list[Any]
+        self._settings.redundancy.check_target(target)
         forget_copies()
         if isinstance(target, torch.nn.Module):
             targets = _params_in(target, params, self.param_groups)
@@ -133,7 +164,7 @@ class Averaging:
                     "target: expected a torch.nn.Module or an iterable of tensors, got "
                     f"{type(target).__name__}"
                 )
-        _refuse_flattened("copy_averages_to", targets)
+        refuse_flattened("copy_averages_to", targets)
         if len(targets) != len(params):
             raise ValueError(
                 f"target: got {len(targets)} tensors for {len(params)} params; expected one for "
@@ -147,6 +178,7 @@ class Averaging:
                 )
         begun = self._begun("copy_averages_to", stacklevel=4)
         averages.copy_to(begun, zip(params, targets, strict=True))
+        self._settings.redundancy.share()
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
         """Return the state dict of the model with the averages in it: the model to ship.
@@ -165,8 +197,8 @@ class Averaging:
             begun, and the rest of the model as it is. If none has, there is an
             `AveragingNotBegunWarning`, once for each optimizer. The names are those of the model
             inside of ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel``. Running
-            statistics of batch normalization stay those of the iterates: see
-            ``torch.optim.swa_utils.update_bn``.
+            statistics of batch normalization are those of the iterates, unless it is called inside
+            ``averaged_parameters(model=model, update_bn=loader)``.
 
         Raises
         ------
@@ -186,11 +218,11 @@ class Averaging:
         >>> shipped.load_state_dict(optimizer.averaged_state_dict(model))
         <All keys matched successfully>
         """
-        params = self._params()
+        params = self._settings.redundancy.params(self.param_groups)
         forget_copies()
         if {id(param) for param in params}.isdisjoint(map(id, model.parameters())):
             raise ValueError("model: has none of the optimizer's params")
-        _refuse_flattened("averaged_state_dict", params)
+        refuse_flattened("averaged_state_dict", params)
         self._begun("averaged_state_dict", stacklevel=4)
         with nullcontext() if self._settings.is_exchanged else self.averaged_parameters():
             # Compiled, the copy would be empty.
@@ -223,7 +255,8 @@ class Averaging:
         """Make the next step's iterate the first one in the averages.
 
         Averages that have begun are begun anew. Params that have no gradient in the next step
-        begin with their own next step. Sets t0 of the group. A CUDA graph that was captured before
+        begin with their own next step. Sets t0 of the group, the same on all ranks of a
+        ``ZeroRedundancyOptimizer``, which must call together. A CUDA graph that was captured before
         keeps the t0 that it knew, as all plain numbers: capture anew.
 
         Parameters
@@ -236,14 +269,21 @@ class Averaging:
         IndexError, TypeError
             There is no such group.
         RuntimeError
-            The averages stand in the params: see `averaged_parameters`.
+            The averages stand in the params: see `averaged_parameters`; or the params were taken
+            out of the groups.
         """
         self._settings.refuse_exchanged("start_averaging")
+        if not self._params():
+            self._refuse_replaced("start_averaging")
         groups = self.param_groups
         if group is not None:
             groups = [groups[check_place("group", group, len(groups))]]
-        for each in groups:
-            state.start(self.state, each, self._records(each))
+        records = [self._records(each) for each in groups]
+        redundancy = self._settings.redundancy
+        most = redundancy.greatest([state.most_steps(each) for each in records])
+        for each, own, steps in zip(groups, records, most, strict=True):
+            state.start(self.state, each, own, steps)
+        redundancy.set_t0(self.param_groups)
 
     def reset_averages(self, group: int | None = None) -> None:
         """Forget the averages, and begin them anew: the same as `start_averaging`.
@@ -267,13 +307,28 @@ class Averaging:
         """Return the states that there are of the params of some groups, by default of all."""
         return state.states_of(self.state, groups or self.param_groups, self._settings)
 
+    def _refuse_replaced(self, call: str) -> None:
+        if self._settings.had_parameters and not has_parameters(self._params()):
+            raise RuntimeError(
+                f"{call}: the groups no longer have the params that they were given; DeepSpeed's "
+                "ZeRO puts copies there, which the model does not read; use "
+                "torch.distributed.fsdp.fully_shard instead, or see docs/distributed.md"
+            )
+
     def _begun(self, call: str, *, stacklevel: int) -> list[ParamState]:
         """Return the states whose averages have begun, for a call that asks for averages."""
-        records = self._records()
-        begun = averages.begun(records)
-        step = 0.0 if begun else max(floats([x.scalars()[0] for x in records]), default=0)
-        if step:
-            t0 = min(float(group["t0"]) for group in self.param_groups)
+        begun = averages.begun(self._records())
+        if begun:
+            return begun
+        starts = []  # t0 and the number of steps of each
+        for group in self.param_groups:
+            records = self._records(group)
+            steps = floats([record.scalars()[0] for record in records])
+            for record, step in zip(records, steps, strict=True):
+                t0 = group["t0"] if record.own_t0 is None else record.own_t0
+                starts.append((float(t0), step))
+        t0, step = min(starts, key=lambda start: start[0] - start[1], default=(0, 0))
+        if step and step < t0 + 1:  # else one begins with the next step
             self._settings.warn_once(
                 AveragingNotBegunWarning,
                 f"{call}: no average has begun, as t0 is {t0:g} and the number of steps is "
@@ -301,7 +356,7 @@ def _params_in(model: torch.nn.Module, params: list[Tensor], groups: list[Group]
     return others
 
 
-def _refuse_flattened(call: str, params: list[Tensor]) -> None:
+def refuse_flattened(call: str, params: list[Tensor]) -> None:
     if are_flattened(params):
         raise RuntimeError(
             f"{call}: the params are parts of a FullyShardedDataParallel module, whose next "

@@ -2,8 +2,8 @@
 
 torch's tools load what is named in both optimizers, so a checkpoint has torch's keys alone. Where
 `start` has begun averages at different step counts, the t0 of the group is marked in its last bits:
-the t0 of each param is then step - 1 / mu, and params that have no state yet begin with their first
-iterate. To torch a marked t0 is as good as equal.
+the t0 of each param is then step - 1 / mu, or mu has been replaced by it, and params that have no
+state yet begin with their first iterate. To torch a marked t0 is as good as equal.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.conversions import broadcasts
 from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, check_group, drop_usual, number
 from asgd_fast._torch.record import SCALARS, scalar_tensor
 from asgd_fast._torch.scalars import floats, scalar_dtype
-from asgd_fast._torch.state import ParamState, adopt, has_steps, start_before_first, wide
-from asgd_fast.schedule import check_scalar
+from asgd_fast._torch.state import adopt, complete, has_steps, start_before_first, wide
+from asgd_fast.schedule import check_averaging, check_scalar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,24 +40,24 @@ _HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 # that somebody has computed, such as 0.07 * 100, is off by one or a few.
 _MARK = 165
 
-# With average_every, mu is 0 in most steps. It is then saved as step - t0 times so little that an
-# average does not move by it.
+# Where t0 does not follow from mu, mu is saved as step - t0 times so little that no average moves.
+# mu itself follows from step - t0. With average_every it is 0 in most steps, and with a decayed
+# average it soon changes no more.
 _LITTLE = 2.0**-100
 
 
-def pack(_optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+def pack(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint in torch's form, a hook after torch has made it.
 
-    Scalars and averages that nobody has seen yet are made as tensors for it.
+    A ZeroRedundancyOptimizer takes the states from it, but not the groups, so that nothing can be
+    marked there.
     """
-    state = {
-        key: entry.complete() if isinstance(entry, ParamState) else entry
-        for key, entry in state_dict["state"].items()
-    }
+    may_mark = optimizer._settings.redundancy.wrapper() is None
+    state = complete(state_dict["state"])
     for group in state_dict["param_groups"]:
         drop_usual(group)
         entries = {key: state[key] for key in group["params"] if key in state}
-        if any("t0" in entry for entry in entries.values()):
+        if may_mark and any("t0" in entry for entry in entries.values()):
             _pack_starts(state, group, entries)
     return {**state_dict, "state": state}
 
@@ -136,10 +137,10 @@ def _pack_starts(state: dict[Any, Any], group: Group, entries: dict[Any, dict[st
     for key, entry in stepped.items():
         step, mu = floats([entry["step"], entry["mu"]])
         start = entry.get("t0", t0)
-        if mu == 0:
-            entry = {**entry, "mu": torch.full_like(entry["mu"], (step - start) * _LITTLE)}
         packed[key] = {name: x for name, x in entry.items() if name != "t0"}
-        if _start_of(packed[key], group) != start:
+        if mu == 0 or (mu != 1 and check_averaging(group.get("averaging", "mean")) != "mean"):
+            packed[key]["mu"] = torch.full_like(entry["mu"], (step - start) * _LITTLE)
+        if _start_of(packed[key], group) != start or _mu_of(packed[key], group) != mu:
             return
     group["t0"] = marked
     for key in entries.keys() - packed.keys():
@@ -157,8 +158,8 @@ def _unpack_starts(group: Group, entries: Iterable[dict[str, Any]]) -> bool:
         start = _start_of(entry, group)
         if "t0" not in entry and start != t0:
             entry["t0"] = start
-        if 0 < entry["mu"] < _LITTLE * 2**40:
-            entry["mu"] = entry["mu"] * 0
+        if _is_little(float(entry["mu"])):
+            entry["mu"] = torch.full_like(entry["mu"], _mu_of(entry, group))
     return True
 
 
@@ -171,12 +172,27 @@ def _unmarked(t0: float) -> float | None:
 def _start_of(entry: dict[str, Any], group: Group) -> float:
     """Return the t0 by which a param has its mu, in a group of which all averages were started."""
     step, mu = floats([entry["step"], entry["mu"]])
-    if mu < _LITTLE * 2**40:
+    if mu == 0 or _is_little(mu):
         return step - mu / _LITTLE
     if not mu <= 1:  # which somebody has put there
         return float(group["t0"])
     every: int = group.get("average_every", 1)
     return step - 1 - (round(1 / mu) - 1) * every
+
+
+def _mu_of(entry: dict[str, Any], group: Group) -> float:
+    """Return the mu of a param, in whose place there may be where its average begins."""
+    step, mu = floats([entry["step"], entry["mu"]])
+    if not _is_little(mu):
+        return mu
+    every, averaging = group.get("average_every", 1), group.get("averaging", "mean")
+    start = _start_of(entry, group)
+    _, mu = next_scalars(step, 0.0, 0.0, 0.0, start, every, averaging=averaging)
+    return float(scalar_tensor(mu, entry["mu"].dtype))
+
+
+def _is_little(mu: float) -> bool:
+    return 0 < mu < _LITTLE * 2**40
 
 
 class _Kept:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asgd_fast._torch.distributed import has_memory, part_of
+from asgd_fast._torch.distributed import has_memory
+from asgd_fast._torch.parts import part_of
 from asgd_fast.threads import is_forked
 
 if TYPE_CHECKING:
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 __all__ = [
     "average_as_param",
     "broadcasts",
+    "clone_as",
     "copy_as",
     "extent",
     "grad_as_param",
     "has_engine",
     "is_shared",
+    "ordinary_tensors",
 ]
 
 # The types of device that engines are for. AMD's GPUs too go by the name of "cuda".
@@ -79,14 +82,22 @@ def average_as_param(ax: Any, param: Tensor) -> Tensor | None:
 
 def copy_as(param: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a copy of a param in some dtype, in its layout."""
-    if is_forked() or torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), _one_thread_if_forked():  # as long as all the rest
-            return _copied(param.detach(), dtype)
-    return _copied(param.detach(), dtype)
+    if torch.is_inference_mode_enabled() or is_forked():
+        with ordinary_tensors():  # as long as all the rest
+            return clone_as(param, dtype)
+    return clone_as(param.detach(), dtype)
 
 
-def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def clone_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy of a tensor in some dtype, in its layout; with the graph that it has."""
     return tensor.clone() if tensor.dtype == dtype else tensor.to(dtype)
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Let tensors that outlive a mode or a graph be made, in a forked process too."""
+    with torch.inference_mode(False), torch.no_grad(), _one_thread_if_forked():
+        yield
 
 
 def extent(tensor: Tensor | None) -> tuple[int, int]:

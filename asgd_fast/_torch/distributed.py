@@ -1,4 +1,4 @@
-"""The part of a DTensor on this rank, which an elementwise update needs alone.
+"""DTensors laid out as others, and what is to be known of them on all ranks.
 
 This module knows DTensors by what is the same on all ranks. So all decide alike whether an engine
 takes one; else some would wait for ever for a gradient that others do not redistribute.
@@ -12,41 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asgd_fast._torch.internals import alike, local_tensor
 from asgd_fast._torch.memory import is_ordinary
+from asgd_fast._torch.parts import are_alike, has_sums, is_dtensor
 
-__all__ = ["check_layout", "has_memory", "laid_out_as", "part_of", "redistributed"]
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether it is a DTensor, and no subclass; without importing what makes them."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and type(tensor) is module.DTensor
+__all__ = ["check_layout", "has_memory", "laid_out_as", "redistributed"]
 
 
 def has_memory(tensor: Any) -> bool:
     """Whether engines may know its memory: an ordinary tensor's, or that of a DTensor's part."""
     return is_ordinary(tensor) or (is_dtensor(tensor) and not has_sums(tensor))
-
-
-def has_sums(tensor: Any) -> bool:
-    """Whether the elements of a DTensor are sums over the ranks."""
-    return any(each.is_partial() for each in tensor.placements)
-
-
-def part_of(tensor: Any, like: Any = None) -> Tensor | None:
-    """Return the ordinary tensor that a DTensor has on this rank; else None.
-
-    Parameters
-    ----------
-    tensor : object
-    like : DTensor, optional
-        None is returned, too, if elements stand in other places of it.
-    """
-    if not is_dtensor(tensor) or (has_sums(tensor) if like is None else not alike(tensor, like)):
-        return None
-    part = local_tensor(tensor)
-    return part if is_ordinary(part) else None
 
 
 @torch.no_grad()
@@ -69,7 +43,7 @@ def redistributed(grad: Any, param: Any, *, sums: bool) -> Tensor | None:
 
 
 def _are_alike(tensor: Any, other: Any) -> bool:
-    return is_dtensor(tensor) and is_dtensor(other) and alike(tensor, other)
+    return is_dtensor(tensor) and is_dtensor(other) and are_alike(tensor, other)
 
 
 def check_layout(name: str, tensor: Any, like: Any) -> None:

@@ -57,8 +57,9 @@ def prepare(left: Sequence[Left]) -> None:
     for group, param, own in left:
         if group["capturable"] and has_own_options(group):
             raise ValueError(
-                "capturable: goes with lr_schedule='current' or average_every > 1 only for params "
-                f"that CUDA kernels take; got one on {param.device}"
+                "capturable: goes with lr_schedule='current', average_every > 1 or another "
+                "averaging than 'mean' only for params that CUDA kernels take; got one on "
+                f"{param.device}"
             )
         own.open()
         shape = tuple(param.shape)
@@ -130,9 +131,8 @@ def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> Non
     step, eta, mu = (float(own[name]) for name in SCALARS)
     t0 = float(own["t0"] if "t0" in own else group["t0"])
     is_current = group.get("lr_schedule") == "current"
-    every = group.get("average_every", 1)
     if is_current:
-        eta, _ = next_scalars(step, lr, lambd, alpha, t0, every, is_current)
+        eta, _ = next_scalars(step, lr, lambd, alpha, t0, current=True)
         if step <= t0:
             options["lambd"] = 0.0
     torch_asgd(
@@ -145,7 +145,8 @@ def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> Non
         has_complex=param.is_complex(),
         **{**options, "foreach": False},
     )
-    eta, mu = next_scalars(step + 1, lr, lambd, alpha, t0, every, is_current)
+    every, averaging = group.get("average_every", 1), group.get("averaging", "mean")
+    eta, mu = next_scalars(step + 1, lr, lambd, alpha, t0, every, is_current, averaging)
     if not (is_current or is_of_floats(group)):
         eta = number("eta", scalars_in_types(group, eta, step + 1)[1])
     for name, value in zip(SCALARS, (step + 1, eta, mu), strict=True):

@@ -13,16 +13,18 @@ import torch
 from asgd_fast._rows.describe cimport data_of
 from asgd_fast._rows.dlpack cimport Borrowed, give_back, stream_of
 from asgd_fast._rows.rows cimport AX, CPU, FLOAT32, GRAD, PARAM, Mirror, Row, Rows
-from asgd_fast._schedule cimport Plan, Step, averages, mu_of, rounded
+from asgd_fast._schedule cimport Plan, Step, averages, mu_of, rounded, set_averaging
 from asgd_fast._torch.memory cimport is_ordinary, lend
+from asgd_fast._torch.parts cimport part_of
 from asgd_fast._torch.record cimport Record
 from asgd_fast.cuda.scalars cimport DeviceRows, DeviceScalars
 
 from asgd_fast._torch.conversions import average_as_param, extent, grad_as_param
-from asgd_fast._torch.distributed import part_of, redistributed
+from asgd_fast._torch.distributed import redistributed
 from asgd_fast._torch.groups import check_group, number, scalars_in_types
 from asgd_fast._torch.internals import is_watched
-from asgd_fast._torch.scalars import to_device, to_host, with_scalars
+from asgd_fast._torch.record import SCALARS
+from asgd_fast._torch.scalars import on_host, to_device, to_host
 from asgd_fast._torch.state import ParamState, find, new_average
 
 cdef object TENSOR = torch.Tensor
@@ -71,6 +73,7 @@ cdef class Work:
     cdef dict _new           # states that come into being with the step, by ids of params
     cdef list _stepped       # the states of the rows
     cdef list _averages      # the same of averages, each with its state
+    cdef list _replaced      # states with tensors for what stands in the place of their scalars
     cdef list _converted     # gradients of which a copy is used
     cdef object _group       # whose params are being added
     cdef object _lr          # of the group, as it stands there
@@ -93,6 +96,7 @@ cdef class Work:
         self._new = {}
         self._adopted = {}
         self._averages = []
+        self._replaced = []
         self._stepped = []
         self._converted = []
 
@@ -101,6 +105,8 @@ cdef class Work:
         cdef Record stepped
         for stepped in self._stepped:
             stepped.is_in_step = True
+        for record, scalars in self._replaced:
+            record.update(zip(SCALARS, scalars, strict=True))
         for record, ax in self._averages:
             if record.ax is None:
                 record.ax = ax
@@ -176,6 +182,7 @@ cdef class Work:
             common.plan.lr = number("lr", self._lr)
         common.plan.lambd, common.plan.alpha, common.plan.t0 = lambd, alpha, t0
         common.plan.average_every = group.get("average_every", 1)
+        set_averaging(&common.plan, group.get("averaging", "mean"))
         common.plan.weight_decay = number("weight_decay", group["weight_decay"])
         common.plan.grad_scale = -self.unscale if group["maximize"] else self.unscale
         common.capturable = group["capturable"]
@@ -232,10 +239,8 @@ cdef class Work:
         self.written.append(param)
         rows.kept.append(grad)
         self._stepped.append(record)
-        if record.is_open:
-            self.written += record.scalars()
-            if row.step != NULL:
-                rows.mirror(&mirror)
+        if record.is_open and row.step != NULL:
+            rows.mirror(&mirror)
         rows.commit()
         return True
 
@@ -315,10 +320,8 @@ cdef class Work:
         cdef Step *step
         if record.device_scalars is not None:
             to_host(record)
-        if record.is_open and not record.read(mirror):
-            with_scalars(record)
-            if not record.read(mirror):
-                return False
+        if record.is_open and not self._read(record, mirror):
+            return False
         if (record.is_double and record.now.mu != 1 and row.kind == FLOAT32
                 and self.rows.arrays[PARAM].tensor.ndim == 0):
             return False  # torch promotes it to the dtype of mu, which has no dimension either
@@ -340,12 +343,25 @@ cdef class Work:
         row.scalars = &record.now
         return True
 
+    cdef bint _read(self, Record record, Mirror *mirror) except -1:
+        """Read the scalars of an open record, or what somebody has put in their place."""
+        scalars = record.scalars()
+        if record.read(scalars, mirror):
+            self.written += scalars
+            return True
+        scalars = tuple(on_host(record))
+        if not record.read(scalars, mirror):
+            return False
+        self._replaced.append((record, scalars))
+        return True
+
     cdef int _compute_in_types(self, Step *step, const Plan *plan, Record record) except -1:
         """Compute the scalars of a step as torch does of other types than float."""
         decay, eta, mu = scalars_in_types(self._group, step.eta, step.next.step)
         step.decay = number("decay", decay)
         step.next.eta = self._stored(eta, record)
-        if plan.average_every == 1 and isnan(record.t0):
+        if (plan.average_every == 1 and plan.ema_decay == 1 and plan.power == 0
+                and isnan(record.t0)):
             step.next.mu = self._stored(mu, record)
         return 0
 
@@ -367,6 +383,8 @@ cdef class Work:
         scalars = record.scalars_on(row.device)
         if scalars is None:
             scalars = to_device(record, param.device)
+        if record.is_open:
+            self.written += record.scalars()
         if isnan(plan.lr) and common.lr_on_device == NULL:
             plan.lr = number("lr", self._lr)
         if not isnan(record.t0):

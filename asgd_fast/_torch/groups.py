@@ -7,7 +7,12 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from asgd_fast.schedule import check_average_every, check_lr_schedule, check_scalar
+from asgd_fast.schedule import (
+    check_average_every,
+    check_averaging,
+    check_lr_schedule,
+    check_scalar,
+)
 
 __all__ = [
     "OWN_HYPERPARAMETERS",
@@ -24,7 +29,7 @@ Group: TypeAlias = dict[str, Any]
 
 # The hyperparameters that torch does not have, with the values by which steps are torch's. A group
 # that lacks one has that value, so that the groups of a checkpoint can be torch's.
-OWN_HYPERPARAMETERS = {"lr_schedule": "torch", "average_every": 1}
+OWN_HYPERPARAMETERS = {"lr_schedule": "torch", "average_every": 1, "averaging": "mean"}
 
 
 def has_own_options(group: Group) -> bool:
@@ -49,8 +54,9 @@ def check_group(group: Group) -> None:
     Raises
     ------
     TypeError, ValueError
-        lambd, alpha or t0 is no finite number, or one of the first two is negative; lr_schedule or
-        average_every is not what it may be, or goes with differentiable=True.
+        lambd, alpha or t0 is no finite number, or one of the first two is negative; a
+        hyperparameter that torch does not have is not what it may be, or goes with
+        differentiable=True.
     """
     for name, low in (("lambd", 0.0), ("alpha", 0.0), ("t0", -inf)):
         value = group[name]
@@ -58,8 +64,12 @@ def check_group(group: Group) -> None:
             check_scalar(name, value, low=low)
     check_lr_schedule(group.get("lr_schedule", "torch"))
     check_average_every(group.get("average_every", 1))
+    check_averaging(group.get("averaging", "mean"))
     if group["differentiable"] and has_own_options(group):
-        raise ValueError("differentiable: goes only with lr_schedule='torch' and average_every=1")
+        raise ValueError(
+            "differentiable: goes only with lr_schedule='torch', average_every=1 and "
+            "averaging='mean'"
+        )
 
 
 def is_of_floats(group: Group) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FOREACH_TAKES_HOST_SCALARS",
-    "alike",
     "are_flattened",
     "call_post_hooks",
     "check_graph_capture",
@@ -36,10 +36,19 @@ __all__ = [
     "is_watched",
     "local_tensor",
     "recorder",
+    "redundancy_around",
+    "share_params",
+    "spec_of",
+    "versions_of",
 ]
 
 # As factors of tensors on a GPU; before 2.7 torch's loop over params takes them instead.
 FOREACH_TAKES_HOST_SCALARS = torch.torch_version.TorchVersion(torch.__version__) >= "2.7"
+
+# Where the elements of a DTensor stand, and the tensor that it wraps, in all versions: `to_local`
+# is part of autograd's graph. Several are asked for in the step of each param.
+spec_of = attrgetter("_spec")
+local_tensor = attrgetter("_local_tensor")
 
 
 def has_observers(optimizer: torch.optim.Optimizer) -> bool:
@@ -89,10 +98,7 @@ def is_asked_for_state() -> bool:
     caller = getattr(module, "_init_optim_state", None)  # of all versions; without, steps count
     if caller is None:
         return False
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not caller.__code__:
-        frame = frame.f_back
-    return frame is not None
+    return _frame_of(caller) is not None
 
 
 def check_graph_capture(optimizer: Any) -> None:
@@ -103,19 +109,6 @@ def check_graph_capture(optimizer: Any) -> None:
         optimizer._cuda_graph_capture_health_check()
 
 
-def alike(tensor: Any, other: Any) -> bool:
-    """Whether elements stand in the same places of two DTensors."""
-    one, two = tensor._spec, other._spec  # of all versions
-    return bool(
-        one.placements == two.placements and one.mesh == two.mesh and one.shape == two.shape
-    )
-
-
-def local_tensor(tensor: Any) -> Any:
-    """Return the tensor that a DTensor wraps; ``to_local`` is part of autograd's graph."""
-    return tensor._local_tensor  # of all versions
-
-
 def increment_versions(tensors: list[torch.Tensor]) -> None:
     """Tell autograd that tensors have changed, so that it refuses a backward through old values."""
     if _TAKES_LISTS:
@@ -123,6 +116,11 @@ def increment_versions(tensors: list[torch.Tensor]) -> None:
     else:
         for tensor in tensors:
             increment_version(tensor)
+
+
+def versions_of(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """Return numbers that grow when tensors are written in place; those of inference have none."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def forget_copies() -> None:
@@ -144,6 +142,31 @@ def are_flattened(params: Iterable[torch.Tensor]) -> bool:
     return "torch.distributed.fsdp" in sys.modules and any(
         getattr(param, "_fsdp_flattened", False) for param in params
     )
+
+
+def redundancy_around() -> Any:
+    """Return the ZeroRedundancyOptimizer that is making an optimizer just now; else None.
+
+    It leaves nothing in the optimizer by which this could be known later.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return None
+    frame = _frame_of(module.ZeroRedundancyOptimizer._init_local_optimizer)  # of all versions
+    return None if frame is None else frame.f_locals["self"]
+
+
+def share_params(redundancy: Any) -> None:
+    """Let a ZeroRedundancyOptimizer send the params of each rank to all others."""
+    redundancy._sync_params()  # of all versions
+
+
+def _frame_of(function: Any) -> FrameType | None:
+    """Return the innermost frame in which a function is running; None if it is not."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return frame
 
 
 def _takes_lists() -> bool:

@@ -23,5 +23,5 @@ cdef class Record(dict):
     cdef int leave_step(self) except -1
     cdef bint is_empty(self) noexcept
     cdef object average(self)
-    cdef int read(self, Mirror *mirror) except -1
+    cdef int read(self, tuple scalars, Mirror *mirror) except -1
     cdef DeviceScalars scalars_on(self, int device)

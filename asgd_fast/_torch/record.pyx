@@ -110,27 +110,46 @@ cdef class Record(dict):
                     dict.__getitem__(self, name).fill_(value)
         return 0
 
-    def contents(self):
+    def contents(self, scalars=None, ax=None):
         """The entries as a plain dict, of tensors of its own where the record is sealed.
+
+        Parameters
+        ----------
+        scalars : sequence of Tensor, optional
+            step, eta and mu, if they were made already where the record `has_numbers`.
+        ax : Tensor, optional
+            What stands for an average that there is not.
 
         Returns
         -------
         dict
-            Without "ax" where there is no average yet.
+            In torch's order.
         """
+        cdef dict contents
         if self.is_open:
-            return {name: dict.__getitem__(self, name) for name in dict.__iter__(self)}
+            contents = {name: dict.__getitem__(self, name) for name in dict.__iter__(self)}
+            if ax is None or "ax" in contents:
+                return contents
+            others = {name: contents.pop(name) for name in list(contents) if name not in _NAMES}
+            return {**contents, "ax": ax, **others}
         if self.device_scalars is not None:
             scalars = self.device_scalars.views()
-        else:
+        elif scalars is None:
             scalars = [scalar_tensor(value, self.dtype) for value in self.scalars()]
-        contents = dict(zip(_NAMES, scalars, strict=True))
+        contents = {"step": scalars[0], "eta": scalars[1], "mu": scalars[2]}
         if self._ax is not None:
             contents["ax"] = self._ax
             self.is_shown = True
+        elif ax is not None:
+            contents["ax"] = ax
         if not isnan(self.t0):
             contents["t0"] = self.t0
         return contents
+
+    @property
+    def has_numbers(self):
+        """Whether step, eta and mu are numbers rather than tensors."""
+        return not self.is_open and self.device_scalars is None
 
     @property
     def dtype(self):
@@ -144,6 +163,11 @@ cdef class Record(dict):
         if self.device_scalars is not None:
             return tuple(self.device_scalars.views())
         return self.now.step, self.now.eta, self.now.mu
+
+    @property
+    def mu(self):
+        """mu as it stands in the record: a number, or a tensor that has it."""
+        return self.now.mu if self.has_numbers else self.scalars()[2]
 
     cdef bint is_empty(self) noexcept:
         """Whether there is nothing in it, so that the state is to be made anew."""
@@ -206,7 +230,7 @@ cdef class Record(dict):
         with torch.no_grad(), torch.inference_mode(False):
             mu.fill_(1)
 
-    cdef int read(self, Mirror *mirror) except -1:
+    cdef int read(self, tuple scalars, Mirror *mirror) except -1:
         """Read the scalars of an open record, and note where they are to be written.
 
         False if they are not three tensors of one float on the host.
@@ -216,7 +240,7 @@ cdef class Record(dict):
         cdef bint is_fit
         cdef int i
         for i in range(3):
-            tensor = dict.get(self, _NAMES[i])
+            tensor = scalars[i]
             if not is_ordinary(tensor) or not lend(tensor, True, &borrowed):
                 return False
             is_fit = (

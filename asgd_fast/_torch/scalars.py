@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asgd_fast._torch.record import SCALARS, scalar_tensor
+from asgd_fast._torch.record import scalar_tensor
 from asgd_fast.cuda.scalars import DeviceScalars
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from asgd_fast._torch.record import Record
 
-__all__ = ["floats", "refuse_capture", "scalar_dtype", "to_device", "to_host", "with_scalars"]
+__all__ = ["floats", "on_host", "refuse_capture", "scalar_dtype", "to_device", "to_host"]
 
 
 def scalar_dtype() -> torch.dtype:
@@ -32,11 +32,15 @@ def scalar_dtype() -> torch.dtype:
 
 def floats(scalars: Sequence[Any]) -> list[float]:
     """Return numbers, or what tensors of one element have; waits once for each device."""
-    values = [0.0 if isinstance(x, Tensor) and x.is_cuda else float(x) for x in scalars]
+    values = list(scalars)
     there: dict[torch.device, list[int]] = {}
     for i, x in enumerate(scalars):
+        if type(x) is float:
+            continue
         if isinstance(x, Tensor) and x.is_cuda:
             there.setdefault(x.device, []).append(i)
+        else:
+            values[i] = float(x)
     for places in there.values():
         read = torch.stack([scalars[i].detach().reshape(()).double() for i in places]).tolist()
         for i, value in zip(places, read, strict=True):
@@ -61,14 +65,12 @@ def to_device(own: Record, device: torch.device) -> DeviceScalars:
     return scalars
 
 
-def with_scalars(own: Record) -> None:
-    """Replace what somebody has put in the place of the scalars by tensors of the host."""
-    if own.missing():
-        return
-    dtypes = [getattr(own[name], "dtype", None) for name in SCALARS]
+def on_host(record: Record) -> list[Tensor]:
+    """Return the scalars of a state, whatever stands in their place, as new tensors of the host."""
+    scalars = record.scalars()
+    dtypes = [getattr(scalar, "dtype", None) for scalar in scalars]
     dtype = torch.float64 if torch.float64 in dtypes else scalar_dtype()
-    for name, value in zip(SCALARS, floats(own.scalars()), strict=True):
-        own[name] = scalar_tensor(value, dtype)
+    return [scalar_tensor(value, dtype) for value in floats(scalars)]
 
 
 def refuse_capture(param: Tensor) -> None:

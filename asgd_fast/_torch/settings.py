@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar, overload
 import torch
 
 from asgd_fast._torch.groups import OWN_HYPERPARAMETERS
+from asgd_fast._torch.redundancy import Redundancy
 
 __all__ = ["KEYWORDS", "Settings", "Shared", "checked_average_dtype"]
 
@@ -45,6 +46,14 @@ class Settings:
         The categories of the warnings that were given, each once.
     is_stepping : bool
         Whether a step is being made, by whatever thread.
+    had_parameters : bool
+        Whether the optimizer was given parameters of a model.
+    redundancy : Redundancy
+        The ZeroRedundancyOptimizer that made the optimizer, if one did.
+    iterates : dict of Tensor to Tensor
+        What is to be put back into params where averages stand, by an optimizer with modes.
+    versions : list of int
+        Those of all params after its last step; empty where they are not known.
     """
 
     def __init__(self) -> None:
@@ -57,6 +66,10 @@ class Settings:
         self.is_exchanged = False
         self.is_stepping = False
         self.warned: set[type[Warning]] = set()
+        self.had_parameters = False
+        self.redundancy = Redundancy()
+        self.iterates: dict[torch.Tensor, torch.Tensor] = {}
+        self.versions: list[int] = []
 
     def unusual(self) -> dict[str, Any]:
         """Return the keywords that are not the defaults."""

@@ -9,12 +9,14 @@ from collections import OrderedDict
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
-from asgd_fast._torch.conversions import copy_as, has_engine, is_shared
+from asgd_fast._torch.conversions import clone_as, copy_as, has_engine, is_shared, ordinary_tensors
 from asgd_fast._torch.groups import number
+from asgd_fast._torch.internals import is_watched
 from asgd_fast._torch.record import SCALARS, Record, scalar_tensor
 from asgd_fast._torch.scalars import floats, refuse_capture, scalar_dtype, to_device
 
@@ -28,8 +30,10 @@ __all__ = [
     "ParamState",
     "State",
     "adopt",
+    "complete",
     "find",
     "has_steps",
+    "most_steps",
     "new_average",
     "put_unstepped",
     "start",
@@ -67,13 +71,20 @@ class ParamState(Record):
         """Return a copy of the param in the dtype of its average."""
         return copy_as(self.source, self.average_dtype)
 
-    def complete(self) -> dict[str, Any]:
-        """Return the entries as torch has them, an average among them, as a plain dict."""
-        contents: dict[str, Any] = self.contents()
-        if self.param is None or self.has_average or "ax" in contents or not contents:
-            return contents
-        others = {name: contents.pop(name) for name in list(contents) if name not in SCALARS}
-        return {**contents, "ax": self.param_as_average(), **others}
+    def complete(self, scalars: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        """Return the entries as torch has them, an average among them, as a plain dict.
+
+        To be called within `ordinary_tensors`.
+
+        Parameters
+        ----------
+        scalars : sequence of Tensor, optional
+            As for `contents`.
+        """
+        lacks_average = self.param is not None and not self.has_average
+        if not lacks_average or (self.is_open and (not self or "ax" in self)):
+            return self.contents(scalars)
+        return self.contents(scalars, clone_as(self.source, self.average_dtype))
 
     def __iter__(self) -> Iterator[str]:
         """Go through the names that a checkpoint has: torch's tools load what is named here."""
@@ -83,8 +94,14 @@ class ParamState(Record):
         return iter(names)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be copied and pickled as a dict that ``torch.load`` takes with ``weights_only``."""
-        return OrderedDict, (self.contents(),)
+        """Be copied and pickled as a dict that ``torch.load`` takes with ``weights_only``.
+
+        An average that begins because somebody has set mu is in it.
+        """
+        if not self.is_open or float(self.get("mu", 1)) == 1:
+            return OrderedDict, (self.contents(),)
+        with ordinary_tensors():
+            return OrderedDict, (self.complete(),)
 
 
 class Unstepped(ParamState):
@@ -108,7 +125,7 @@ class Unstepped(ParamState):
         self.settings = settings
         self.bind(own.param, is_lazy=own.is_lazy, average_dtype=own.average_dtype)
 
-    def complete(self) -> dict[str, Any]:
+    def complete(self, scalars: Sequence[Tensor] | None = None) -> dict[str, Any]:
         """Return the entries with which a step would begin now."""
         return adopt(self.param, {}, self.group, self.settings).complete()
 
@@ -243,9 +260,7 @@ def adopt(
         dtypes = {scalar_dtype(), *(getattr(own[name], "dtype", None) for name in SCALARS)}
         own.seal(floats(own.scalars()), is_double=torch.float64 in dtypes)
         is_captured = bool(group.get("capturable")) and param.is_cuda
-        if own.scalars()[2] != 1:
-            own.has_average = True
-        elif own.is_lazy and not is_captured:
+        if own.mu == 1 and own.is_lazy and not is_captured:
             own.ax = None
         if is_captured:
             to_device(own, param.device)
@@ -293,9 +308,11 @@ def states_of(state: State, groups: Iterable[Group], settings: Settings) -> list
             found = found_of.get(id(param))
             if not has_steps(found):
                 continue
+            if type(found) is ParamState and found.param is param:
+                states.append(found)
+                continue
             own = find(state, param, found, group, settings, adopted)
-            if own is not found:
-                state[param] = own
+            state[param] = own
             if own.param is not param:  # another param's too
                 dtype = wide(param, settings.average_dtype)
                 own = ParamState(own).bind(param, is_lazy=False, average_dtype=dtype)
@@ -322,7 +339,45 @@ def put_unstepped(state: State, groups: Iterable[Group], settings: Settings) -> 
                 state[param] = Unstepped(own, group, settings)
 
 
-def start(state: State, group: Group, states: Sequence[ParamState]) -> None:
+def complete(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return all entries as torch has them, as plain dicts.
+
+    Scalars and averages that nobody has seen yet are made as tensors for it.
+    """
+    with ordinary_tensors():
+        scalars = _scalars_of(
+            [x for x in state.values() if type(x) is ParamState and x.has_numbers]
+        )
+        return {
+            key: entry.complete(scalars.get(id(entry))) if isinstance(entry, ParamState) else entry
+            for key, entry in state.items()
+        }
+
+
+def _scalars_of(records: Sequence[ParamState]) -> dict[int, list[Tensor]]:
+    """Return step, eta and mu of states that have numbers as tensors, by the ids of the states.
+
+    Each looks to torch as if it had memory of its own, since a pickled view of a tensor has all the
+    memory of that with it. Views of an array take half the time of tensors made one by one, which
+    remain to be made where each operation is watched.
+    """
+    if is_watched():
+        return {}
+    scalars = {}
+    for dtype, numpy_dtype in ((torch.float32, np.float32), (torch.float64, np.float64)):
+        alike = [record for record in records if record.dtype is dtype]
+        block = np.array([record.scalars() for record in alike], numpy_dtype)
+        for i, record in enumerate(alike):
+            scalars[id(record)] = [torch.from_numpy(block[i, k, ...]) for k in range(len(SCALARS))]
+    return scalars
+
+
+def most_steps(states: Sequence[ParamState]) -> float:
+    """Return the greatest number of steps of some params, 0 of none."""
+    return max(floats([own.scalars()[0] for own in states]), default=0.0)
+
+
+def start(state: State, group: Group, states: Sequence[ParamState], most: float) -> None:
     """Make the next iterate of each param of a group the first one in its average.
 
     Params that have made no step yet are averaged from their first iterate on.
@@ -335,10 +390,11 @@ def start(state: State, group: Group, states: Sequence[ParamState]) -> None:
         One of the optimizer's param_groups.
     states : sequence of ParamState
         Of the group.
+    most : float
+        The greatest number of steps of its params, on whatever rank.
     """
     steps = floats([own.scalars()[0] for own in states])
-    # The next one is number step + 1, and number t0 + 2 is the first.
-    t0 = max(steps, default=0.0) - 1
+    t0 = most - 1  # the next one is number step + 1, and number t0 + 2 is the first
     for own, step in zip(states, steps, strict=True):
         own.own_t0 = step - 1 if step - 1 != t0 else None
         own.begin_anew(step)
@@ -362,7 +418,7 @@ def new_average(own: ParamState, *, copies: bool) -> Tensor:
     refuse_capture(own.param)
     if copies:
         return own.param_as_average()
-    with torch.inference_mode(False), torch.no_grad():
+    with ordinary_tensors():
         return torch.empty_like(
             own.param, dtype=own.average_dtype, memory_format=torch.preserve_format
-        ).detach()
+        )

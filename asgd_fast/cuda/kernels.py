@@ -22,6 +22,7 @@ from asgd_fast.cuda.launches import (
     CHUNK_AT,
     COPY,
     DECAY_AT,
+    EMA_DECAY_AT,
     EVERY_AT,
     FACTOR_AT,
     FIRST_BITS,
@@ -45,6 +46,7 @@ from asgd_fast.cuda.launches import (
     NO_AVERAGE,
     PHASES,
     PLACE_AT,
+    POWER_AT,
     SCALARS_ARE_DOUBLE,
     SCALARS_AT,
     SETS_AT,
@@ -435,7 +437,7 @@ def _scalars_in_memory(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     @ops.function
     def scalars_of(words, row, at, ax):
         step, eta, mu = stored(words, row, at)
-        lr, lambd, alpha, t0, _, is_current = plan_of(words, at)
+        lr, lambd, alpha, t0, is_current = plan_of(words, at)
         if is_current:
             eta = eta_after(step - t0, lr, lambd, alpha, is_current)
         elif step == 0.0:
@@ -470,18 +472,24 @@ def _scalars_in_memory(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
 
 def _advance(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     """Make what advances the scalars of all rows, as `_schedule.scalars_after` does."""
-    word = ops.word
+    word, double, sub = ops.word, ops.real["float64"], ops.sub
     row_size, set_at = row_words(True), _set_at(kind, ops)
     write_float, write_double = ops.write_real["float32"], ops.write_real["float64"]
     stored, plan_of, is_skipped, eta_after = _stored(ops), _plan(ops), _is_skipped(ops), _eta(ops)
 
     @ops.function
-    def mu_after(step, every):
-        if every == 1.0 or step <= 1.0:
+    def mu_after(words, at, step):
+        every, decay = double(word(words, at + EVERY_AT)), double(word(words, at + EMA_DECAY_AT))
+        power = double(word(words, at + POWER_AT))
+        if step <= 1.0 or (every == 1.0 and decay == 1.0 and power == 0.0):
             return 1.0 / max(1.0, step)
         after_first = types.float64(math.floor(step - 1.0))
         n = types.float64(math.floor(after_first / every))
-        return 1.0 / (n + 1.0) if n * every == after_first else 0.0
+        if n * every != after_first:
+            return 0.0
+        if decay != 1.0:
+            return sub(1.0, decay) / sub(1.0, decay ** (n + 1.0))
+        return (1.0 + power) / (n + 1.0 + power)
 
     @ops.function
     def finish(words, thread):
@@ -493,21 +501,21 @@ def _advance(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
             row = HEADER + i * row_size
             at = set_at(words, row)
             step, _, _ = stored(words, row, at)
-            lr, lambd, alpha, t0, every, is_current = plan_of(words, at)
+            lr, lambd, alpha, t0, is_current = plan_of(words, at)
             address = word(words, row + SCALARS_AT)
             if word(words, at + FLAGS_AT) & SCALARS_ARE_DOUBLE:
                 step += 1.0
                 since = step - t0 if is_current else step
                 write_double(address, step)
                 write_double(address + 8, eta_after(since, lr, lambd, alpha, is_current))
-                write_double(address + 16, mu_after(step - t0, every))
+                write_double(address + 16, mu_after(words, at, step - t0))
             else:
                 step = types.float64(types.float32(step + 1.0))
                 since = step - t0 if is_current else step
                 eta = eta_after(since, lr, lambd, alpha, is_current)
                 write_float(address, types.float32(step))
                 write_float(address + 4, types.float32(eta))
-                write_float(address + 8, types.float32(mu_after(step - t0, every)))
+                write_float(address + 8, types.float32(mu_after(words, at, step - t0)))
             i += THREADS
 
     return finish
@@ -532,7 +540,7 @@ def _stored(ops: SimpleNamespace) -> Callable[..., Any]:
 
 
 def _plan(ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make what reads the hyperparameters of a set that scalars follow from."""
+    """Make what reads the hyperparameters of a set from which eta follows."""
     word, double = ops.word, ops.real["float64"]
     read_float, read_double = ops.read_real["float32"], ops.read_real["float64"]
 
@@ -545,8 +553,8 @@ def _plan(ops: SimpleNamespace) -> Callable[..., Any]:
         elif flags & LR_IS_DOUBLE:
             lr = read_double(word(words, at + LR_AT))
         lambd, alpha = double(word(words, at + LAMBD_AT)), double(word(words, at + ALPHA_AT))
-        t0, every = double(word(words, at + T0_AT)), double(word(words, at + EVERY_AT))
-        return lr, lambd, alpha, t0, every, (flags & IS_CURRENT) != 0
+        t0 = double(word(words, at + T0_AT))
+        return lr, lambd, alpha, t0, (flags & IS_CURRENT) != 0
 
     return plan_of
 

@@ -37,6 +37,8 @@ LAMBD_AT: int
 ALPHA_AT: int
 T0_AT: int
 EVERY_AT: int
+EMA_DECAY_AT: int
+POWER_AT: int
 L2_AT: int
 SIGN_AT: int
 FLAGS_AT: int

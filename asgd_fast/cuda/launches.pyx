@@ -65,10 +65,12 @@ cdef enum:
     _ALPHA_AT = 2
     _T0_AT = 3
     _EVERY_AT = 4
-    _L2_AT = 5           # weight decay
-    _SIGN_AT = 6         # of the gradient
-    _FLAGS_AT = 7
-    _DEVICE_SET = 8
+    _EMA_DECAY_AT = 5
+    _POWER_AT = 6
+    _L2_AT = 7           # weight decay
+    _SIGN_AT = 8         # of the gradient
+    _FLAGS_AT = 9
+    _DEVICE_SET = 10
     _SCALARS_ARE_DOUBLE = 1
     _LR_IS_FLOAT = 2
     _LR_IS_DOUBLE = 4
@@ -100,8 +102,9 @@ NEG_ETA_AT, DECAY_AT, WEIGHT_DECAY_AT, FACTOR_AT, MU_AT, HOW_AT = (
     _NEG_ETA_AT, _DECAY_AT, _WEIGHT_DECAY_AT, _FACTOR_AT, _MU_AT, _HOW_AT)
 NO_AVERAGE, COPY, AVERAGE, SKIP, PHASES, HAS_WEIGHT_DECAY = (
     _NO_AVERAGE, _COPY, _AVERAGE, _SKIP, _PHASES, _HAS_WEIGHT_DECAY)
-LR_AT, LAMBD_AT, ALPHA_AT, T0_AT, EVERY_AT, L2_AT, SIGN_AT, FLAGS_AT = (
-    _LR_AT, _LAMBD_AT, _ALPHA_AT, _T0_AT, _EVERY_AT, _L2_AT, _SIGN_AT, _FLAGS_AT)
+LR_AT, LAMBD_AT, ALPHA_AT, T0_AT, EVERY_AT, EMA_DECAY_AT, POWER_AT = (
+    _LR_AT, _LAMBD_AT, _ALPHA_AT, _T0_AT, _EVERY_AT, _EMA_DECAY_AT, _POWER_AT)
+L2_AT, SIGN_AT, FLAGS_AT = _L2_AT, _SIGN_AT, _FLAGS_AT
 SCALARS_ARE_DOUBLE, LR_IS_FLOAT, LR_IS_DOUBLE, IS_CURRENT = (
     _SCALARS_ARE_DOUBLE, _LR_IS_FLOAT, _LR_IS_DOUBLE, _IS_CURRENT)
 UPDATE, SWAP, COPY_GRAD, KEEP, ASSIGN, PUT_AVERAGE, PUT_BACK = (
@@ -356,6 +359,8 @@ cdef void _set_of_plan(const DeviceRow *own, uint64_t *now) noexcept:
     now[_ALPHA_AT] = _bits(own.plan.alpha, True)
     now[_T0_AT] = _bits(own.plan.t0, True)
     now[_EVERY_AT] = _bits(own.plan.average_every, True)
+    now[_EMA_DECAY_AT] = _bits(own.plan.ema_decay, True)
+    now[_POWER_AT] = _bits(own.plan.power, True)
     now[_L2_AT] = _bits(own.plan.weight_decay, True)
     now[_SIGN_AT] = _bits(own.plan.grad_scale, True)
     now[_FLAGS_AT] = 0

@@ -23,6 +23,7 @@ HYPERPARAMETERS = {
     "maximize": [False, True],
     "lr_schedule": ["torch", "current"],
     "average_every": [1, 2, 3],
+    "averaging": ["mean", ("ema", 0.9), ("polynomial", 2.5)],
 }
 groups = st.fixed_dictionaries({name: st.sampled_from(x) for name, x in HYPERPARAMETERS.items()})
 

@@ -74,11 +74,16 @@ def mu_after(k, group, t0):
     later = k + 1 - (t0 + 2)
     if later <= 0:
         return 1.0
-    every = group["average_every"]
-    if every == 1:
+    every, averaging = group["average_every"], group["averaging"]
+    if every == 1 and averaging == "mean":
         return 1 / (later + 1)
     place, beside = divmod(math.floor(later), every)
-    return 0.0 if beside else 1 / (place + 1)
+    if beside:
+        return 0.0
+    kind, number = ("polynomial", 0) if averaging == "mean" else averaging
+    if kind == "ema":
+        return (1 - number) / (1 - math.pow(number, place + 1))
+    return (1 + number) / (place + 1 + number)
 
 
 def same(ours, theirs):

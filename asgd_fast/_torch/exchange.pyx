@@ -1,0 +1,142 @@
+"""Params and averages of a torch optimizer that trade places.
+
+This module knows states and their memory; it does not know when averages are wanted.
+"""
+
+from asgd_fast._rows.dlpack cimport stream_of
+from asgd_fast._rows.rows cimport AX, CPU, GRAD, PARAM, Row, Rows
+from asgd_fast._torch.memory cimport is_ordinary, lend
+from asgd_fast._torch.parts cimport part_of
+from asgd_fast._torch.record cimport Record
+
+from asgd_fast._torch.conversions import extent
+
+
+cdef class Pair:
+    """A param and its average, which trade places.
+
+    Parameters
+    ----------
+    record : Record
+        With an average.
+
+    Attributes
+    ----------
+    memory : Tensor
+        The param's own, wherever the param itself may be put meanwhile.
+    spare : Tensor or None
+        Holds the param meanwhile; None where the memory of the average does.
+    ax : Tensor
+    """
+
+    cdef Record _record
+    cdef object _param
+    cdef readonly object memory
+    cdef readonly object spare
+    cdef readonly object ax
+
+    def __cinit__(self, Record record):
+        self._record, self._param, self.ax = record, record.param, record.average()
+        self.memory = self._param.detach()
+        self.spare = self.memory.clone() if self.ax.dtype != self._param.dtype else None
+
+    def show(self):
+        """Let the state show the exchange that an engine has made."""
+        if self.spare is None:
+            self._record.ax, self._record.source = None, self.memory
+
+    def hide(self):
+        """Let the state show that it was undone, and a param that was given other memory, too."""
+        if self._record.source is self.memory:
+            self._record.ax, self._record.source = self.ax, self._param
+        if _address(self._param) != _address(self.memory):
+            self._param.detach().copy_(self.memory)
+
+    def make_spare(self):
+        """Have memory for the param, so that torch can repeat each half of the exchange."""
+        if self.ax.shape != self._param.shape:
+            raise ValueError(
+                f"state: 'ax' of shape {tuple(self.ax.shape)} does not match its param of shape "
+                f"{tuple(self._param.shape)}")
+        if self.spare is None:
+            self.spare = self.memory.clone()
+
+    def put_average(self):
+        """Put the average into the param by torch."""
+        self._param.detach().copy_(self.ax)
+
+    def put_back(self):
+        """Put the param back by torch."""
+        self._param.detach().copy_(self.spare)
+
+
+def rows_of(list pairs):
+    """List pairs for an engine, as far as it takes them.
+
+    Parameters
+    ----------
+    pairs : list of Pair
+
+    Returns
+    -------
+    rows : Rows
+        Not checked for overlaps.
+    refused : list of int
+        The places of the pairs that it does not take.
+    """
+    cdef Rows rows = Rows(("params[{}]", "spare memory[{}]", "averages[{}]"))
+    cdef Row *row
+    cdef Pair pair
+    cdef list refused = []
+    rows.begin_group(len(pairs))
+    for i, pair in enumerate(pairs):
+        row = rows.begin()
+        row.step = NULL
+        if not (
+            _lend(rows, PARAM, pair.memory, None, False)
+            and _lend(rows, AX, pair.ax, pair.memory, not pair._record.is_shown)
+            and (pair.spare is None or _lend(rows, GRAD, pair.spare, pair.memory, True))
+        ):
+            rows.abandon()
+            refused.append(i)
+            continue
+        if row.device != CPU and row.device != rows.device:
+            rows.note_stream(stream_of(rows.kept[len(rows.kept) - 1], row.device))
+        rows.commit()
+    return rows, refused
+
+
+def written_of(list pairs):
+    """The tensors that an engine writes, as far as a graph of autograd may have them.
+
+    Parameters
+    ----------
+    pairs : list of Pair
+
+    Returns
+    -------
+    list of Tensor
+    """
+    cdef Pair pair
+    cdef list written = []
+    for pair in pairs:
+        if not pair.memory.is_inference():
+            written.append(pair.memory)
+        if pair.spare is None and pair._record.is_shown and not pair.ax.is_inference():
+            written.append(pair.ax)
+    return written
+
+
+cdef bint _lend(Rows rows, int role, tensor, like, bint is_own) except -1:
+    """Put a tensor, or this rank's part of a DTensor, into the row, if it is fit for it."""
+    if not is_ordinary(tensor):
+        tensor = part_of(tensor, like)
+        if tensor is None:
+            return False
+    rows.kept.append(tensor)
+    return lend(tensor, True, &rows.arrays[role], is_own) and rows.settle(role) is None
+
+
+cdef object _address(tensor):
+    """Where the memory begins, of a DTensor this rank's; 0 if it has no address."""
+    return tensor.data_ptr() if is_ordinary(tensor) else extent(tensor)[0]
