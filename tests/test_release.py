@@ -61,6 +61,14 @@ def test_the_repository_has_one_address():
         assert configuration["show_commit_url"] == f"{repository}/commit/"
 
 
+def test_asv_builds_with_the_tools_of_a_release():
+    pins = (ROOT / ".ci/build-constraints.txt").read_text().split()
+    for file in ("asv.conf.json", "asv_benchmarks/asv.conf.json"):
+        used = found(r'"python -m pip install --quiet (.*)"', file).split()
+        assert [pin.partition("==")[0] for pin in used] == ["cython", "setuptools"]
+        assert set(used) <= set(pins)
+
+
 def test_each_python_of_the_classifiers_has_wheels_and_is_tested():
     text = (ROOT / "pyproject.toml").read_text()
     named = re.findall(r"Programming Language :: Python :: (3\.\d+)", text)
