@@ -19,6 +19,12 @@ from torch.distributed.tensor import (
     distribute_tensor,
     init_device_mesh,
 )
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from asgd_fast import ASGD
 
@@ -239,6 +245,28 @@ def check_state_asked_for():
     assert optimizer.state[param]["step"] == 1
 
 
+def beside_torch_in_training(shard, what, *, width=7, seed=None):
+    """Train a model that is sharded in place, with ours and torch's; return ours.
+
+    Ranks have examples of their own, but those with the same `seed`.
+    """
+    trained = []
+    for kind, keywords in ((ASGD, {}), (torch.optim.ASGD, {"foreach": False})):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3))
+        shard(model)
+        optimizer = kind(model.parameters(), lr=0.1, t0=2, weight_decay=0.01, **keywords)
+        torch.manual_seed(dist.get_rank() if seed is None else seed)
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(4, 5)).square().mean().backward()
+            optimizer.step()
+        trained.append((optimizer, list(model.parameters())))
+    (ours, params), (theirs, others) = trained
+    assert_same(ours, theirs, params, others, what)
+    return ours
+
+
 def check_fully_shard():
     """fully_shard with mixed precision, offloaded to the CPU or not, beside torch's ASGD."""
     for options in (
@@ -246,21 +274,29 @@ def check_fully_shard():
         {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
         {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
     ):
-        trained = []
-        for kind, keywords in ((ASGD, {}), (torch.optim.ASGD, {"foreach": False})):
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+        def shard(model, options=options):
             for layer in (model[0], model[2], model):
                 fully_shard(layer, **options)
-            optimizer = kind(model.parameters(), lr=0.1, t0=2, weight_decay=0.01, **keywords)
-            torch.manual_seed(dist.get_rank())
-            for _ in range(6):
-                optimizer.zero_grad()
-                model(torch.randn(4, 5)).square().mean().backward()
-                optimizer.step()
-            trained.append((optimizer, list(model.parameters())))
-        (ours, params), (theirs, others) = trained
-        assert_same(ours, theirs, params, others, options)
+
+        beside_torch_in_training(shard, options)
+
+
+def check_tensor_parallel():
+    """Beside torch's ASGD, sharded once more by fully_shard or not."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for shards in (False, True):
+
+        def shard(model, shards=shards):
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(model, mesh["tensor"], plan)
+            if shards:
+                fully_shard(model, mesh=mesh["data"])
+
+        what = f"tensor parallel, fully_shard: {shards}"
+        ours = beside_torch_in_training(shard, what, width=8, seed=mesh.get_local_rank("data"))
+        kinds = {type(each) for ax in ours.averages for each in ax.placements}
+        assert (_StridedShard in kinds) == shards
 
 
 def whether_an_engine_steps(mesh, placements, grads=None, **keywords):
@@ -330,4 +366,4 @@ def test_steps_have_the_bits_of_torch(n, tmp_path):
 
 @pytest.mark.heavy
 def test_two_dimensions_have_the_bits_of_torch(tmp_path):
-    on_ranks(4, tmp_path, check_two_dimensions)
+    on_ranks(4, tmp_path, check_two_dimensions, check_tensor_parallel)
