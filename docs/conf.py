@@ -27,6 +27,7 @@ exclude_patterns = [".*", "asgd_fast", "asv_benchmarks", "build", "dist", "examp
 myst_heading_anchors = 4
 numpydoc_show_class_members = False
 autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_mock_imports = ["lightning"]
 autodoc_typehints = "none"  # numpydoc's sections have them
 copybutton_prompt_text = ">>> |\\.\\.\\. |\\$ "
 copybutton_prompt_is_regexp = True
@@ -39,13 +40,14 @@ html_copy_source = False
 html_show_sphinx = False
 
 CONTENTS = {
-    "Use": ["guide", "averages", "numpy", "distributed", "gpu", "faq"],
+    "Use": ["guide", "averages", "numpy", "frameworks", "distributed", "gpu", "faq"],
     "Reference": [
         "api/ASGD",
         "api/ArrayASGD",
         "api/asgd_",
         "api/Schedule",
         "api/NonMonotonicTrigger",
+        "api/integrations",
         "api/settings",
     ],
     "Trust": ["numerics", "performance", "benchmarks", "reliability"],
