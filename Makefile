@@ -40,9 +40,11 @@ lint: $(VENV)/test $(VENV)/dev
 	$(BIN)/stubtest --mypy-config-file pyproject.toml --ignore-missing-stub \
 	    $(foreach m,_core _schedule _rows.dlpack _rows.rows _rows.overlap _torch.memory _torch.parts _torch.record _torch.gather _torch.exchange cuda.scalars cuda.launches,asgd_fast.$m)
 
-# The site, in build/docs; its start page is index.html.
-docs: $(VENV)/test $(VENV)/docs
-	$(BIN)/python -m sphinx -W -q -E -c docs -d build/doctrees . build/docs
+# The site, in build/docs; its start page is index.html. asv's page, in build/docs/speed, takes the
+# results and the history of a whole clone.
+docs: $(VENV)/test $(VENV)/docs $(VENV)/bench
+	$(BIN)/asv publish --html-dir build/docs/speed
+	$(BIN)/python -m sphinx -W -q -E -c docs -d build/doctrees -t speed . build/docs
 
 # Builds the sdist, the wheel from the sdist, and uses the wheel in an environment of its own, away
 # from the source tree.

@@ -27,7 +27,7 @@ exclude_patterns = [".*", "asgd_fast", "asv_benchmarks", "build", "dist", "examp
 myst_heading_anchors = 4
 numpydoc_show_class_members = False
 autodoc_default_options = {"members": True, "member-order": "bysource"}
-autodoc_mock_imports = ["lightning"]
+autodoc_mock_imports = ["lightning"]  # only the callback's base class comes from it
 autodoc_typehints = "none"  # numpydoc's sections have them
 copybutton_prompt_text = ">>> |\\.\\.\\. |\\$ "
 copybutton_prompt_is_regexp = True
@@ -40,14 +40,14 @@ html_copy_source = False
 html_show_sphinx = False
 
 CONTENTS = {
-    "Use": ["guide", "averages", "numpy", "frameworks", "distributed", "gpu", "faq"],
+    "Use": ["guide", "averages", "frameworks", "numpy", "distributed", "gpu", "faq"],
     "Reference": [
         "api/ASGD",
         "api/ArrayASGD",
         "api/asgd_",
         "api/Schedule",
         "api/NonMonotonicTrigger",
-        "api/integrations",
+        "api/frameworks",
         "api/settings",
     ],
     "Trust": ["numerics", "performance", "benchmarks", "reliability"],
@@ -55,13 +55,23 @@ CONTENTS = {
 }
 
 
-def add_contents(app: Sphinx, page: str, source: list[str]) -> None:
-    """Append the table of contents to the start page, which a code host would show as code."""
-    if page != root_doc:
-        return
-    for caption, names in CONTENTS.items():
-        pages = "\n".join(name if name[0] == "/" else f"/docs/{name}" for name in names)
-        source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{pages}\n```\n"
+# Where `make docs` puts the page of asv.
+SPEED = """
+## The page
+
+<a href="../speed/index.html#torch_optimizer.Sizes.time_step?y-axis-scale=log">The benchmarks of
+notable commits</a>, as asv draws them.
+"""
+
+
+def add_to_pages(app: Sphinx, page: str, source: list[str]) -> None:
+    """Append what a code host does not have or would show as code: contents, and asv's page."""
+    if page == root_doc:
+        for caption, names in CONTENTS.items():
+            pages = "\n".join(name if name[0] == "/" else f"/docs/{name}" for name in names)
+            source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{pages}\n```\n"
+    if page == "docs/benchmarks" and app.tags.has("speed"):
+        source[0] += SPEED
 
 
 def copy_start_page(app: Sphinx, error: Exception | None) -> None:
@@ -73,5 +83,5 @@ def copy_start_page(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     """Do what no setting does."""
-    app.connect("source-read", add_contents)
+    app.connect("source-read", add_to_pages)
     app.connect("build-finished", copy_start_page)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import matplotlib as mpl
 
@@ -23,6 +23,9 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from asgd_fast import ArrayASGD
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -76,10 +79,9 @@ def train(seed: int, epochs: int, progress: tqdm[NoReturn]) -> list[tuple[float,
     return curve
 
 
-def plot(curves: npt.NDArray[np.float64], path: Path, title: str) -> None:
+def draw(axes: Axes, curves: npt.NDArray[np.float64], title: str) -> None:
     """Draw both accuracies over the epochs: the mean over seeds, and their range as a band."""
     epochs = np.arange(1, curves.shape[1] + 1)
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for k, (label, color) in enumerate(zip(LABELS, ("tab:orange", "tab:blue"), strict=True)):
         percent = 100 * curves[:, :, k]
         axes.plot(epochs, percent.mean(axis=0), color=color, label=label)
@@ -95,6 +97,12 @@ def plot(curves: npt.NDArray[np.float64], path: Path, title: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(title=f"mean and range of {len(curves)} seeds", loc="lower right")
+
+
+def plot(curves: npt.NDArray[np.float64], path: Path, title: str) -> None:
+    """Draw both accuracies into a file."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    draw(axes, curves, title)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,24 @@ def test_the_newest_version_is_the_same_everywhere():
     assert dates == sorted(dates, reverse=True)
 
 
+def test_a_package_index_shows_the_readme_with_links_to_the_repository():
+    """Among them the picture, as a file; a relative link would lead nowhere there."""
+    shown = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "--long-description"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    repository = found(r'^REPOSITORY = "(.*)"$', "setup.py")
+    links = re.findall(r"\]\(([^)]+)\)", shown)
+    assert len(links) == len(re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text())) > 20
+    assert all(link.startswith("https://") for link in links)
+    assert f"]({repository}/raw/HEAD/docs/digits.png)" in shown
+    for path in re.findall(rf"{re.escape(repository)}/(?:raw|blob)/HEAD/([^)#]+)", shown):
+        assert (ROOT / path).is_file()
+
+
 def test_the_repository_has_one_address():
     repository = found(r'^REPOSITORY = "(.*)"$', "setup.py")
     assert found(r"^repository-code: (.*)$", "CITATION.cff") == repository
@@ -39,6 +59,14 @@ def test_the_repository_has_one_address():
         configuration = json.loads(text)
         assert configuration["project_url"] == repository
         assert configuration["show_commit_url"] == f"{repository}/commit/"
+
+
+def test_asv_builds_with_the_tools_of_a_release():
+    pins = (ROOT / ".ci/build-constraints.txt").read_text().split()
+    for file in ("asv.conf.json", "asv_benchmarks/asv.conf.json"):
+        used = found(r'"python -m pip install --quiet (.*)"', file).split()
+        assert [pin.partition("==")[0] for pin in used] == ["cython", "setuptools"]
+        assert set(used) <= set(pins)
 
 
 def test_each_python_of_the_classifiers_has_wheels_and_is_tested():
