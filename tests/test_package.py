@@ -118,6 +118,25 @@ print("ArrayASGD" in vars(), "ASGD" in vars(), hasattr(asgd_fast, "ASGD"), *asgd
     assert "ASGD" not in said[3:]
 
 
+@pytest.mark.skipif(not HAS_TORCH, reason="the integrations need torch")
+def test_an_integration_without_its_framework_names_the_extra():
+    code = "import sys; sys.modules['lightning'] = None; import asgd_fast.integrations.lightning"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.stderr.splitlines()[-1] == (
+        "ImportError: asgd_fast.integrations.lightning needs Lightning: "
+        "pip install 'asgd_fast[lightning]'"
+    )
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="the integrations need torch")
+def test_nothing_imports_the_integrations():
+    assert said_by(
+        "import sys, asgd_fast.optim; print('asgd_fast.integrations' in sys.modules)"
+    ) == ["False"]
+
+
 def test_a_clone_that_is_not_compiled_says_so(tmp_path):
     """As where the package is installed and Python started in the clone."""
     here = Path(asgd_fast.__file__).parent

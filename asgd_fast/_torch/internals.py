@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from types import FrameType
 
 __all__ = [
@@ -118,9 +118,12 @@ def increment_versions(tensors: list[torch.Tensor]) -> None:
             increment_version(tensor)
 
 
-def versions_of(tensors: Iterable[torch.Tensor]) -> list[int]:
+def versions_of(tensors: Sequence[torch.Tensor]) -> list[int]:
     """Return numbers that grow when tensors are written in place; those of inference have none."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def forget_copies() -> None:
@@ -167,6 +170,9 @@ def _frame_of(function: Any) -> FrameType | None:
     while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back
     return frame
+
+
+_version = attrgetter("_version")
 
 
 def _takes_lists() -> bool:
