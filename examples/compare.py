@@ -214,7 +214,7 @@ EMA_DECAYS = (0.99, 0.999)
 COLORS = {
     "constant: SGD": "tab:orange",
     "constant: ASGD after half of the steps": "tab:blue",
-    "constant: EMA, decay 0.999": "tab:purple",
+    "constant: EMA, decay 0.99": "tab:purple",
     "steps: SGD": "tab:green",
     "linear: SGD": "tab:red",
     "schedule-free SGD": "tab:gray",
@@ -389,7 +389,8 @@ def table(runs: Runs, names: Sequence[str]) -> str:
                 continue
             lr = runs.choose(name, contender)
             test = runs.scores(name, contender, lr, TASKS[name].seeds)[:, 1]
-            line += f" {test.mean():.2f} ({test.min():.2f} to {test.max():.2f}) | {lr:g} |"
+            between = f" ({test.min():.3g} to {test.max():.3g})" if len(test) > 1 else ""
+            line += f" {test.mean():.3g}{between} | {lr:g} |"
         lines.append(line)
     return "\n".join(lines)
 
