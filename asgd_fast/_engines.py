@@ -99,17 +99,10 @@ def template(name: str, arrays: Any) -> str:
 
 
 def update(rows: Rows) -> None:
-    """Make the step that the rows list, in place.
+    """Make the step that the rows list, each with a grad, in place.
 
-    Parameters
-    ----------
-    rows : Rows
-        With a grad in every row.
-
-    Raises
-    ------
-    ValueError
-        Two arrays share memory, and one of them is written. Nothing is changed.
+    Where two arrays share memory, and one of them is written, it raises ValueError and changes
+    nothing.
     """
     rows.check_overlap()
     run_on_gpus(rows, UPDATE)
@@ -117,18 +110,7 @@ def update(rows: Rows) -> None:
 
 
 def refuse_recording(call: str) -> None:
-    """Refuse a call that would be missing from what torch is recording.
-
-    Parameters
-    ----------
-    call : str
-        What the message calls it.
-
-    Raises
-    ------
-    RuntimeError
-        ``make_fx`` or ``torch.jit.trace`` is at work.
-    """
+    """Refuse a call, by its name, that would be missing from what torch is recording."""
     torch = sys.modules.get("torch")
     recorder = None if torch is None else _finder_of_recorders(torch)()
     if recorder is not None:
@@ -148,21 +130,10 @@ def _finder_of_recorders(_torch: ModuleType) -> Callable[[], str | None]:
 
 
 def launches_for(rows: Rows, job: int = UPDATE, *, capturable: bool = False) -> Launches | None:
-    """Prepare what is to be done to rows in the memory of CUDA devices.
+    """Prepare what is to be done to checked rows in the memory of CUDA devices, if there are any.
 
-    Parameters
-    ----------
-    rows : Rows
-        Checked.
-    job : int
-        Of `asgd_fast.cuda.launches`.
-    capturable : bool
-        Whether steps with scalars on the device may be captured into a graph.
-
-    Returns
-    -------
-    Launches, or None
-        To be run; None if there are no such rows.
+    `job` is one of `asgd_fast.cuda.launches`. With `capturable`, steps with scalars on the device
+    may be captured into a graph.
 
     Raises
     ------
@@ -189,19 +160,9 @@ def _prepared() -> Callable[..., Launches]:
 
 
 def run_on_gpus(rows: Rows, job: int) -> None:
-    """Do to rows in the memory of CUDA devices what is to be done there.
+    """Do to checked rows in the memory of CUDA devices what is to be done there.
 
-    Parameters
-    ----------
-    rows : Rows
-        Checked.
-    job : int
-        Of `asgd_fast.cuda.launches`.
-
-    Raises
-    ------
-    ImportError, RuntimeError
-        As `launches_for`; or the device has failed.
+    It raises what `launches_for` does; and RuntimeError where the device has failed.
     """
     launches = launches_for(rows, job)
     if launches is not None:
@@ -209,52 +170,21 @@ def run_on_gpus(rows: Rows, job: int) -> None:
 
 
 def copy(rows: Rows) -> None:
-    """Copy each grad of the rows over its param, in place.
-
-    Parameters
-    ----------
-    rows : Rows
-        With a grad, the source, in every row.
-
-    Raises
-    ------
-    ValueError
-        Two arrays share memory, and one of them is written. Nothing is changed.
-    """
+    """Copy each grad of the rows over its param, in place; raises as `update`."""
     rows.check_overlap()
     run_on_gpus(rows, COPY_GRAD)
     _core.copy(rows)
 
 
 def assign(rows: Rows) -> None:
-    """Make each param of the rows its average, rounded where that is wider.
-
-    Parameters
-    ----------
-    rows : Rows
-        With an average in every row.
-
-    Raises
-    ------
-    ValueError
-        Two arrays share memory, and one of them is written. Nothing is changed.
-    """
+    """Make each param of the rows its average, rounded where that is wider; raises as `update`."""
     rows.check_overlap()
     run_on_gpus(rows, ASSIGN)
     _core.assign(rows, threads_for(rows))
 
 
 def to_host(array: Any) -> npt.NDArray[Any]:
-    """Return a copy of an array as a NumPy array of the same layout.
-
-    Parameters
-    ----------
-    array : array
-        Whose elements fill a block of memory.
-
-    Returns
-    -------
-    numpy.ndarray
+    """Return a copy of a dense array as a NumPy array of the same layout.
 
     Raises
     ------
@@ -277,33 +207,14 @@ def to_host(array: Any) -> npt.NDArray[Any]:
 
 
 def is_on_gpu(array: Any) -> bool:
-    """Whether an array is in the memory of a CUDA device.
-
-    Parameters
-    ----------
-    array : array
-
-    Returns
-    -------
-    bool
-    """
+    """Whether an array is in the memory of a CUDA device."""
     return whereabouts_of(array)[1] is not None
 
 
 def from_host(array: Any, source: npt.NDArray[Any]) -> None:
-    """Copy a NumPy array over an array of the same layout on a CUDA device.
+    """Copy what `to_host` has made over an array of the same layout and dtype on a CUDA device.
 
-    Parameters
-    ----------
-    array : array
-        Written.
-    source : numpy.ndarray
-        As `to_host` has made it, of the same dtype.
-
-    Raises
-    ------
-    RuntimeError
-        The device does not work.
+    It raises RuntimeError where the device does not work.
     """
     from asgd_fast.cuda import memory
 
@@ -325,12 +236,7 @@ def exchanged(rows: Rows, list_again: Callable[[], Rows]) -> Iterator[None]:
         Each of a param, spare memory in its dtype if the average is wider, and its average.
         Checked.
     list_again : callable
-        Lists the same arrays for the way out, wherever their memory is then.
-
-    Raises
-    ------
-    RuntimeError
-        As `refuse_recording` and `launches_for`.
+        Lists the same arrays for the way out, wherever their memory then is.
     """
     refuse_recording("averaged_parameters")
     is_done = bytearray(1)
@@ -356,23 +262,7 @@ def _exchange(rows: Rows, is_done: bytearray) -> None:
 
 
 def rows_to_exchange(arrays: Sequence[Exchange]) -> Rows:
-    """List what is to be exchanged.
-
-    Parameters
-    ----------
-    arrays : sequence of (array, array or None, array)
-        Each a param, spare memory in its dtype if the average is wider, and its average.
-
-    Returns
-    -------
-    Rows
-        Checked.
-
-    Raises
-    ------
-    TypeError, ValueError, BufferError
-        As `Rows.extend` and `Rows.check_overlap`.
-    """
+    """List arrays for `exchanged`, checked; raises as `Rows.extend` and `Rows.check_overlap`."""
     rows = Rows(("params[{}]", "spare memory[{}]", "averages[{}]"))
     first = 0
     for has_spare, run in groupby(arrays, lambda exchange: exchange[1] is not None):

@@ -244,10 +244,9 @@ class ArrayASGD:
     True
     """
 
-    # Whether it has warned. Here, for optimizers that were pickled by earlier versions.
+    # In the class, as optimizers that earlier versions have pickled lack them.
     _has_warned = False
-
-    _is_stepping = False  # which copies do not take over
+    _is_stepping = False
 
     def __init__(
         self,
@@ -844,11 +843,7 @@ def _saved(name: str, ax: Array) -> np.typing.NDArray[Any]:
 def _clone(array: Array, dtype: str | None = None) -> Array:
     """Return a copy of an array in its layout, and its library if that can copy.
 
-    Parameters
-    ----------
-    array : array
-    dtype : str, optional
-        "float32", "float64" or "complex128", if not its own.
+    `dtype` may be "float32", "float64" or "complex128".
     """
     if hasattr(array, "clone"):  # torch
         return array.clone() if dtype is None else getattr(array, _TORCH_NAMES[dtype])()

@@ -65,7 +65,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-class ASGD(torch.optim.ASGD, WithAverages):
+class ASGD(WithAverages, torch.optim.ASGD):
     r"""Averaged SGD with the bits of ``torch.optim.ASGD(foreach=False)``, in one pass over memory.
 
     Arguments, defaults, messages, hooks, state and checkpoints are those of ``torch.optim.ASGD``,
@@ -352,7 +352,7 @@ class ASGD(torch.optim.ASGD, WithAverages):
             # From now on the device has the scalars, as it alone knows whether it made a step.
             self._settings.scalars_on_device = True
             work = gather(self.state, self.param_groups, self._settings)
-            if work.has_all_scalars_on_device() and not work.left:
+            if work.has_all_scalars_on_device() and not work.remaining:
                 if work.rows.on_device is not None:
                     work.rows.on_device.scale(work.rows.streams, found_inf, scale)
                 self._run(work)
@@ -364,19 +364,19 @@ class ASGD(torch.optim.ASGD, WithAverages):
     def _run(self, work: Work) -> None:
         """Do what a step has to do, all of it checked before anything changes."""
         launches = None
-        if work.left:
+        if work.remaining:
             check_graph_capture(self)
         if work.rows.has_gpu_rows:
             capturable = all(group["capturable"] for group in self.param_groups)
             launches = launches_for(work.rows, capturable=capturable)
-        if work.left:
-            fallback.prepare(work.left)
+        if work.remaining:
+            fallback.prepare(work.remaining)
         n_threads = threads_for(work.rows)
         work.begin()
         try:
-            if work.left:
+            if work.remaining:
                 with torch.set_grad_enabled(self.defaults["differentiable"]):
-                    fallback.step(work.left, work.unscale)
+                    fallback.step(work.remaining, work.unscale)
             increment_versions(work.written)
             if launches is not None:
                 launches.run()

@@ -92,29 +92,14 @@ def set_num_threads(n: SupportsIndex) -> None:
     _told = None if runtime is None else (number, _own_number(runtime))
 
 
-def threads_for(table: Rows) -> int:
-    """Return how many threads are worth waking for a step.
-
-    Parameters
-    ----------
-    table : Rows
-        With all its rows.
-
-    Returns
-    -------
-    int
-    """
-    most = table.cpu_bytes // BYTES_PER_THREAD
+def threads_for(rows: Rows) -> int:
+    """Return how many threads are worth waking for a step that has all its rows."""
+    most = rows.cpu_bytes // BYTES_PER_THREAD
     return min(most, get_num_threads()) if most > 1 else 1
 
 
 def is_forked() -> bool:
-    """Return whether the process was forked, and cannot rely on threads of its parent.
-
-    Returns
-    -------
-    bool
-    """
+    """Return whether the process was forked, and cannot rely on threads of its parent."""
     return _is_forked
 
 

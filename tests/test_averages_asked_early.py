@@ -99,7 +99,7 @@ def test_an_average_that_begins_with_the_next_step_is_no_surprise(t0, of_arrays)
     evaluate(optimizer, None)
     one_step()
     assert optimizer.is_averaging
-    optimizer.start_averaging(1)
+    optimizer.start_averaging(0)
     evaluate(optimizer, None)
 
 

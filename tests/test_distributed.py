@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -261,6 +263,53 @@ def check_fully_shard():
         assert_same(ours, theirs, params, others, options)
 
 
+def whether_an_engine_steps(mesh, placements, grads=None, **keywords):
+    """Whether a step leaves averages out that have not begun, as engines do and torch does not."""
+    params = [nn.Parameter(torch.ones(6, 6))]
+    if placements is not None:
+        params = placed(mesh, placements, shapes=[(6, 6)])
+    optimizer = ASGD(params, **keywords)
+    give_grads(params, 0, grads)
+    optimizer.step()
+    return "ax" not in optimizer.state[params[0]]
+
+
+def check_where_steps_run():
+    """The table of docs/distributed.md, row by row."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    decay = {"weight_decay": 0.1}
+    rows = {
+        ("plain tensors", "plain"): [(None, None, {}), (None, None, decay)],
+        ("DTensors, sharded or replicated", "DTensors of the same placements"): [
+            (placements, None, keywords)
+            for placements in ([Shard(0)], [Shard(1)], [Replicate()])
+            for keywords in ({}, decay)
+        ],
+        ("the same", "of other placements"): [
+            ([Shard(0)], [Replicate()], decay),
+            ([Shard(0)], [Shard(1)], decay),
+            ([Replicate()], [Shard(0)], decay),
+        ],
+        ("the same", "sums over the ranks (`Partial`)"): [
+            ([Shard(0)], [Partial()], {}),
+            ([Replicate()], [Partial()], {}),
+        ],
+        ("the same", "`Partial`, with weight decay"): [
+            ([Shard(0)], [Partial()], decay),
+            ([Replicate()], [Partial()], decay),
+        ],
+    }
+    found = {
+        row: {whether_an_engine_steps(mesh, *case[:2], **case[2]) for case in cases}
+        for row, cases in rows.items()
+    }
+    page = Path(__file__).parent.parent / "docs" / "distributed.md"
+    table = page.read_text(encoding="utf-8").partition("| --- | --- | --- |\n")[2]
+    lines = table.partition("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert found == {(params, grads): {"engine" in step} for params, grads, step in cells}
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("n", [2, 3])
 def test_steps_have_the_bits_of_torch(n, tmp_path):
@@ -274,6 +323,7 @@ def test_steps_have_the_bits_of_torch(n, tmp_path):
         check_averages_copied,
         check_state_asked_for,
         check_versions,
+        check_where_steps_run,
         check_fully_shard,
     )
 

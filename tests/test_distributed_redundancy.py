@@ -15,6 +15,7 @@ from averaging import InsideError
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.optim.swa_utils import update_bn
 
 from asgd_fast import ASGD, NonMonotonicTrigger
 
@@ -161,6 +162,24 @@ def check_checkpoints():
             assert_bits(again.values(), oracle.averages())
 
 
+def check_batch_norm():
+    """Of a model of one param, which one rank steps: all make the forwards, which communicate."""
+    torch.manual_seed(0)
+    inside = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4, affine=False))
+    model = nn.parallel.DistributedDataParallel(inside)
+    optimizer = zero(t0=0)(list(model.parameters()))
+    batches = torch.randn(4, 8, 3) + 1
+    for batch in batches:
+        optimizer.zero_grad()
+        model(batch).pow(3).mean().backward()
+        optimizer.step()
+    shipped = copy.deepcopy(inside)
+    shipped.load_state_dict(optimizer.optim.averaged_state_dict(model))
+    update_bn(batches, shipped)
+    with optimizer.optim.averaged_parameters(model=model, update_bn=batches):
+        assert_bits(list(inside.buffers()), list(shipped.buffers()))
+
+
 def check_post_local_sgd():
     """Ranks whose params are averaged in each second step; and so may their averages be."""
     rank, n = dist.get_rank(), dist.get_world_size()
@@ -226,5 +245,6 @@ def test_each_rank_steps_some_of_the_params(tmp_path):
         check_averages_on_all_ranks,
         check_started_averages,
         check_checkpoints,
+        check_batch_norm,
         check_post_local_sgd,
     )

@@ -7,11 +7,12 @@ does not have the settings.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import product
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
 from torch import nn
@@ -19,8 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
+    set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -71,6 +74,14 @@ CASES = [
 ]
 
 
+# How each of them is saved, and how loaded.
+WAYS = {
+    "Stateful": ("save_stateful", "load_stateful"),
+    "meanwhile": ("save_meanwhile", "load_stateful"),
+    "full": ("save_full", "load_full"),
+}
+
+
 class Run:
     """A model and its optimizer, with gradients that depend on the step alone.
 
@@ -116,6 +127,13 @@ class Run:
     def go_on(self):
         self.train(50, STEPS)
 
+    def check(self, expected, what):
+        """Go on to the bits that are expected."""
+        self.go_on()
+        for got, want in zip(self.tensors(), expected, strict=True):
+            assert got.dtype == want.dtype
+            assert torch.equal(got, want), (what, self.case)
+
     def save(self, path):
         state = {
             "model": get_model_state_dict(self.model),
@@ -134,12 +152,57 @@ class Run:
             options=StateDictOptions(strict=False),
         )
 
+    def save_stateful(self, path):
+        dcp.save({"app": self}, checkpoint_id=path)
+
+    def load_stateful(self, path):
+        dcp.load({"app": self}, checkpoint_id=path)
+
+    def state_dict(self):
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state):
+        set_state_dict(
+            *(self.model, self.optimizer),
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+    def save_meanwhile(self, path):
+        """Train while it is written, by a group of its own: both communicate."""
+        writing = dcp.async_save({"app": self}, checkpoint_id=path, process_group=group_for_files())
+        self.train(200, 3)
+        writing.result()
+
+    def save_full(self, path):
+        """In one file, by one rank."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model = get_model_state_dict(self.model, options=options)
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        if dist.get_rank() == 0:
+            torch.save({"model": model, "optimizer": optimizer}, path)
+
+    def load_full(self, path):
+        """From one rank, which sends it to the others."""
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        state = {"model": {}, "optimizer": {}}
+        if dist.get_rank() == 0:
+            state = torch.load(path, weights_only=True)
+        set_model_state_dict(self.model, state["model"], options=options)
+        set_optimizer_state_dict(*(self.model, self.optimizer, state["optimizer"]), options=options)
+
     def tensors(self):
         """All params, averages and scalars in full."""
         tensors = [param.detach() for param in self.model.parameters()]
         for _, entry in sorted(self.optimizer.state_dict()["state"].items()):
             tensors += [entry[name] for name in NAMES]
         return [x.full_tensor() if isinstance(x, DTensor) else x.clone() for x in tensors]
+
+
+@cache
+def group_for_files():
+    return dist.new_group(backend="gloo")
 
 
 def wanted(case):
@@ -159,25 +222,49 @@ def save_all(folder, *wrappers):
             run.save(folder / f"{wrapper}-{i}")
 
 
+def begun_cases():
+    """Those that save averages that have begun, with their numbers."""
+    return [(i, case) for i, case in enumerate(CASES) if case.steps > T0 or case.skips]
+
+
+def save_in_all_ways(folder):
+    for i, case in begun_cases():
+        for name, (save, _) in WAYS.items():
+            run = Run("FSDP2", case.source, case)
+            run.begin()
+            getattr(run, save)(folder / f"{name}-{i}")
+
+
 def load_all(folder, *ways):
     for i, case in enumerate(CASES):
         expected = wanted(case)
         for source, wrapper in ways:
             run = Run(wrapper, case.target, case)
             run.load(folder / f"{source}-{i}")
-            run.go_on()
-            for got, want in zip(run.tensors(), expected, strict=True):
-                assert got.dtype == want.dtype
-                assert torch.equal(got, want), (source, wrapper, case)
+            run.check(expected, (source, wrapper))
+
+
+def load_in_all_ways(folder):
+    for i, case in begun_cases():
+        expected = wanted(case)
+        for name, wrapper in (*((name, "FSDP2") for name in WAYS), ("full", "DDP")):
+            run = Run(wrapper, case.target, case)
+            getattr(run, WAYS[name][1])(folder / f"{name}-{i}")
+            run.check(expected, (name, wrapper))
 
 
 def test_checkpoints_go_on_where_other_ranks_stood(tmp_path):
-    saved, one, three = (tmp_path / name for name in ("saved", "one", "three"))
-    for folder in (saved, one, three):
+    saved, one, three, four = (tmp_path / name for name in ("saved", "one", "three", "four"))
+    for folder in (saved, one, three, four):
         folder.mkdir()
     save_all(saved, "plain")
-    on_ranks(2, tmp_path, partial(save_all, saved, "DDP", "FSDP2"))
+    on_ranks(
+        *(2, tmp_path),
+        partial(save_all, saved, "DDP", "FSDP2"),
+        partial(save_in_all_ways, saved),
+    )
     load_all(saved, ("DDP", "plain"), ("FSDP2", "plain"))
     on_ranks(1, one, partial(load_all, saved, ("FSDP2", "FSDP2")))
     ways = [("FSDP2", "FSDP2"), ("DDP", "FSDP2"), ("plain", "FSDP2"), ("FSDP2", "DDP")]
     on_ranks(3, three, partial(load_all, saved, *ways))
+    on_ranks(4, four, partial(load_in_all_ways, saved))

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor, Partial, init_device_mesh
 
 from asgd_fast import ASGD, NonMonotonicTrigger
@@ -76,15 +82,53 @@ def check_a_checkpointed_trigger_goes_on():
     assert other.has_fired
 
 
+def check_it_goes_on_from_a_file(folder):
+    """With the optimizer, through torch's checkpoints: alike on all ranks, fired or not."""
+    for n_checks in (2, 4):
+        sides = []
+        for _ in range(2):
+            module = nn.Module()
+            module.param = nn.Parameter(torch.ones(2))
+            optimizer = ASGD(module.parameters(), lr=0.1)
+            module.trigger = NonMonotonicTrigger(optimizer, 1, process_group=dist.group.WORLD)
+            sides.append((module, optimizer))
+        (one, optimizer), (other, loaded) = sides
+        for module, own in sides:
+            module.param.grad = torch.ones(2)
+            own.step()
+        for loss in (3.0, 2.0, 4.0, 1.0)[:n_checks]:
+            one.trigger.step(loss + dist.get_rank())
+        state = {
+            "optimizer": get_optimizer_state_dict(one, optimizer),
+            "trigger": one.trigger.state_dict(),
+        }
+        dcp.save(state, checkpoint_id=folder / str(n_checks))
+        state = {
+            "optimizer": get_optimizer_state_dict(other, loaded),
+            "trigger": other.trigger.state_dict(),
+        }
+        dcp.load(state, checkpoint_id=folder / str(n_checks))
+        set_optimizer_state_dict(other, loaded, state["optimizer"])
+        other.trigger.load_state_dict(state["trigger"])
+        assert other.trigger.state_dict() == one.trigger.state_dict()
+        assert loaded.param_groups[0]["t0"] == optimizer.param_groups[0]["t0"]
+        assert other.trigger.has_fired == (n_checks == 4)
+        losses = [4.0 if dist.get_rank() == 0 else 3.5, 9.0]
+        assert [other.trigger.step(x) for x in losses] == [one.trigger.step(x) for x in losses]
+        t0s = [None] * dist.get_world_size()
+        dist.all_gather_object(t0s, loaded.param_groups[0]["t0"])
+        assert t0s == [0.0] * len(t0s)
+
+
 @pytest.mark.heavy
-@pytest.mark.parametrize("n", [2, 3])
-def test_ranks_decide_once(n, tmp_path):
+def test_ranks_decide_once(tmp_path):
     on_ranks(
-        n,
+        3,
         tmp_path,
         check_the_mean_decides,
         check_what_one_rank_is_refused_all_are,
         check_a_group_of_some_ranks,
         check_partial_losses,
         check_a_checkpointed_trigger_goes_on,
+        partial(check_it_goes_on_from_a_file, tmp_path / "files"),
     )

@@ -150,15 +150,67 @@ def test_a_run_resumed_from_either_mode_goes_on_bit_for_bit(order, mode, wide):
 def test_loading_ends_the_mode_of_before(wide):
     """Whoever loads a checkpoint of train mode loads the iterates into the params, too."""
     sides = Sides(*parameters((3,)), wide=wide)
-    saved = copy.deepcopy(sides.ours.state_dict())
-    iterates = [p.detach().clone() for p in sides.params]
+    saved, theirs = (copy.deepcopy(side.state_dict()) for side in (sides.ours, sides.theirs))
+    k, iterates = sides.k, [p.detach().clone() for p in sides.params]
+    sides.step(2)
     sides.ours.eval()
+    sides.k = k
     with torch.no_grad():
         sides.params[0].copy_(iterates[0])
+        sides.theirs_params[0].copy_(iterates[0])
+    sides.theirs.load_state_dict(theirs)
     sides.ours.load_state_dict(saved)
     sides.ours.train()
+    sides.check(averaged=False)
     sides.step()
     sides.check(averaged=False)
+    sides.ours.eval()
+    sides.check(averaged=True)
+
+
+@wide_or_not
+def test_modes_inside_averaged_parameters(wide):
+    """In either order nothing is lost."""
+    sides = Sides(*parameters((3,), (4, 5)), wide=wide)
+    with sides.ours.averaged_parameters():
+        sides.ours.eval()
+        sides.check(averaged=True)
+        sides.ours.train()
+        sides.check(averaged=True)
+    sides.check(averaged=False)
+    sides.ours.eval()
+    with sides.ours.averaged_parameters():
+        sides.check(averaged=True)
+        with pytest.raises(RuntimeError, match=r"^train: is not possible inside"):
+            sides.ours.train()
+        sides.ours.averaged_state_dict(nn.ParameterList(sides.params))
+    sides.check(averaged=True)
+    sides.ours.train()
+    sides.check(averaged=False)
+    sides.step()
+    sides.check(averaged=False)
+    assert {*sides.ours.state_dict()["state"][0]} == {"step", "eta", "mu", "ax"}
+
+
+def test_evaluations_of_either_kind_follow_each_other():
+    """An evaluation inside averaged_parameters() is nobody's writing into the params."""
+    sides = Sides(*parameters((3,)))
+    for _ in range(2):
+        with sides.ours.averaged_parameters():
+            sides.check(averaged=True)
+        sides.ours.averaged_state_dict(nn.ParameterList(sides.params))
+        sides.ours.eval()
+        sides.check(averaged=True)
+        sides.ours.train()
+        sides.step()
+        sides.check(averaged=False)
+    with torch.no_grad():
+        sides.params[0].copy_(torch.ones(3))  # as a trainer loads weights
+    with sides.ours.averaged_parameters():
+        pass
+    with pytest.warns(UserWarning, match="^eval: the params were written"):
+        sides.ours.eval()
+    assert torch.equal(sides.params[0], torch.ones(3))
 
 
 def test_a_checkpoint_has_torchs_keys_but_for_the_iterates():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from asgd_fast import _engines
-from asgd_fast._torch.conversions import extent
+from asgd_fast._torch.conversions import extent, ordinary_tensors
 from asgd_fast._torch.distributed import check_layout, laid_out_as
 from asgd_fast._torch.exchange import Pair, rows_of, written_of
 from asgd_fast._torch.internals import forget_copies, increment_versions
@@ -52,41 +52,38 @@ def exchanged(records: Sequence[ParamState]) -> Iterator[None]:
     ValueError
         An average has another shape than its param. Nothing is changed.
     """
-    by_engine, rows, by_torch = _pairs(records)
-    undo_by_engine, undo_by_torch = list(by_engine), list(by_torch)
+    pairs, rows = _pairs(records)
+    by_engine = [pair for pair in pairs if not pair.by_torch]
     written = written_of(by_engine)
     try:
         forget_copies()
         increment_versions(written)
         with _engines.exchanged(rows, lambda: _rows_again(by_engine)):
-            _put_averages(by_engine, by_torch)
+            with ordinary_tensors():
+                for pair in pairs:
+                    pair.put_average()
             yield
     finally:
         try:
             increment_versions(written)
-            _put_back(undo_by_engine, undo_by_torch)
+            _put_back(pairs)
         finally:
-            _put_back(undo_by_engine, undo_by_torch)  # what an interrupt has left
+            _put_back(pairs)  # what an interrupt has left
             forget_copies()
 
 
 @torch.no_grad()
-def copy_to(states: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy averages, or params whose averaging has not begun.
+def copy_to(records: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy averages, or params whose averaging has not begun, each to where its target is.
 
-    Parameters
-    ----------
-    states : sequence of ParamState
-        Of params whose averages have begun.
-    targets : iterable of (Tensor, Tensor)
-        Each a param of the optimizer and where its average goes. All ranks of DTensors must call.
+    Each target is a param of the optimizer with a tensor. All ranks of DTensors must call.
 
     Raises
     ------
     TypeError
         As `check_layout`. Nothing is changed.
     """
-    averages = {own.param: own.ax if own.ax is not None else own.source for own in states}
+    averages = {x.param: x.source if x.ax is None else x.ax for x in records}
     pairs = [(averages.get(param, param), target) for param, target in targets]
     for i, (average, target) in enumerate(pairs):
         check_layout(f"target: tensor {i}", average, target)
@@ -94,22 +91,22 @@ def copy_to(states: Sequence[ParamState], targets: Iterable[tuple[Tensor, Tensor
         target.copy_(laid_out_as(average, target))
 
 
-def begun(states: Sequence[ParamState]) -> list[ParamState]:
+def begun(records: Sequence[ParamState]) -> list[ParamState]:
     """Return the states of params whose averages have begun."""
-    mus = floats([own.mu for own in states])
-    return [own for own, mu in zip(states, mus, strict=True) if mu != 1]
+    mus = floats([record.mu for record in records])
+    return [record for record, mu in zip(records, mus, strict=True) if mu != 1]
 
 
-def average_of(own: ParamState) -> Tensor:
+def average_of(record: ParamState) -> Tensor:
     """Return the average of a param, wherever it stands, or before it begins a copy of the param.
 
     Somebody may keep it, so the state must know that it was shown.
     """
-    source: Tensor = own.source
-    if source is not own.param:  # it stands in the param
+    source: Tensor = record.source
+    if source is not record.param:  # it stands in the param
         return source
-    ax: Tensor | None = own.contents().get("ax")
-    return own.param_as_average() if ax is None else ax
+    ax: Tensor | None = record.contents().get("ax")
+    return record.param_as_average() if ax is None else ax
 
 
 def params_named(model: torch.nn.Module, names: Sequence[str]) -> list[Tensor]:
@@ -160,29 +157,18 @@ def shipped(model: torch.nn.Module) -> dict[str, Any]:
     return renamed
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def _pairs(records: Sequence[ParamState]) -> tuple[list[Pair], Rows, list[Pair]]:
-    """Return what is to be exchanged, with all the memory that the exchange takes.
-
-    Returns
-    -------
-    by_engine : list of Pair
-    rows : Rows
-        The same.
-    by_torch : list of Pair
-    """
-    pairs = [Pair(record) for record in records if record.ax is not None]
-    rows, refused = rows_of(pairs)
-    others = set(refused)
-    by_engine = [pair for i, pair in enumerate(pairs) if i not in others]
-    by_torch = [pairs[i] for i in refused]
-    if not rows.is_disjoint() or rows.touches([extent(pair.memory) for pair in by_torch]):
-        rows.clear()
-        by_engine, by_torch = [], pairs
-    for pair in by_torch:
-        pair.make_spare()
-    return by_engine, rows, by_torch
+def _pairs(records: Sequence[ParamState]) -> tuple[list[Pair], Rows]:
+    """Return what is to be exchanged, with the rows of what an engine exchanges."""
+    with ordinary_tensors():
+        pairs = [Pair(record) for record in records if record.ax is not None]
+        rows, refused = rows_of(pairs)
+        for_torch = [pairs[i] for i in refused]
+        if not rows.is_disjoint() or rows.touches([extent(pair.memory) for pair in for_torch]):
+            rows.clear()
+            for_torch = pairs
+        for pair in for_torch:
+            pair.leave_to_torch()
+    return pairs, rows
 
 
 def _rows_again(pairs: list[Pair]) -> Rows:
@@ -195,23 +181,9 @@ def _rows_again(pairs: list[Pair]) -> Rows:
     return rows
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def _put_averages(by_engine: list[Pair], by_torch: list[Pair]) -> None:
-    """Let the states show what an engine has exchanged, and exchange the rest."""
-    for pair in by_engine:
-        pair.show()
-    for pair in by_torch:
-        pair.put_average()
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _put_back(by_engine: list[Pair], by_torch: list[Pair]) -> None:
-    """Undo `_put_averages`, and forget what is undone."""
-    while by_torch:
-        by_torch[-1].put_back()
-        by_torch.pop()
-    while by_engine:
-        by_engine[-1].hide()
-        by_engine.pop()
+def _put_back(pairs: list[Pair]) -> None:
+    """Put all params back, the last one first, and forget what is done."""
+    with ordinary_tensors():
+        while pairs:
+            pairs[-1].put_back()
+            pairs.pop()

@@ -111,7 +111,9 @@ class WithAverages:
                 batch_norm.kept_buffers(model),
             ):
                 redundancy.share()
-                if model is not None and update_bn is not None and begun:
+                # Forwards of wrapped models communicate: on all ranks or on none.
+                has_begun = any(redundancy.greatest([len(begun)]))
+                if model is not None and update_bn is not None and has_begun:
                     batch_norm.update_statistics(model, update_bn)
                 yield
         finally:

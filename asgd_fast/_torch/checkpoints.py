@@ -21,7 +21,7 @@ from asgd_fast._torch.conversions import broadcasts
 from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, check_group, drop_usual, number
 from asgd_fast._torch.record import SCALARS, scalar_tensor
 from asgd_fast._torch.scalars import floats, scalar_dtype
-from asgd_fast._torch.state import adopt, complete, has_steps, start_before_first, wide
+from asgd_fast._torch.state import complete, has_steps, start_before_first, take, wide
 from asgd_fast.schedule import check_averaging, check_scalar
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def unpack(state: State, groups: Iterable[Group], settings: Settings) -> default
             ax = entry.get("ax")
             if isinstance(ax, Tensor) and (param.is_floating_point() or ax.dtype == param.dtype):
                 entry["ax"] = ax.to(wide(param, settings.average_dtype))
-            result[param] = adopt(param, entry, group, settings, is_own=True)
+            result[param] = take(param, entry, group, settings)
     return result
 
 

@@ -49,12 +49,8 @@ def grad_as_param(grad: Tensor, param: Tensor) -> Tensor | None:
     """
     like = torch.empty_like(param)
     if (
-        type(grad) is not Tensor
-        or grad.layout != torch.strided
-        or grad.device != param.device
-        or grad.shape != param.shape
+        not _goes_with(grad, param)
         or 0 in grad.stride()
-        or grad.is_complex() != param.is_complex()
         or torch.promote_types(grad.dtype, param.dtype) != param.dtype
         or like.stride() != param.stride()
     ):
@@ -67,17 +63,23 @@ def grad_as_param(grad: Tensor, param: Tensor) -> Tensor | None:
 def average_as_param(ax: Any, param: Tensor) -> Tensor | None:
     """Return an average in the layout that its param has taken on, else None."""
     if (
-        type(ax) is not Tensor
-        or ax.layout != torch.strided
-        or ax.device != param.device
-        or ax.shape != param.shape
+        not _goes_with(ax, param)
         or ax.stride() == param.stride()
-        or ax.is_complex() != param.is_complex()
         or ax.untyped_storage().nbytes() != ax.numel() * ax.itemsize  # part of something larger
     ):
         return None
     with _one_thread_if_forked():
         return torch.empty_like(param, dtype=ax.dtype).copy_(ax).detach()
+
+
+def _goes_with(tensor: Any, param: Tensor) -> bool:
+    return (
+        type(tensor) is Tensor
+        and tensor.layout == torch.strided
+        and tensor.device == param.device
+        and tensor.shape == param.shape
+        and tensor.is_complex() == param.is_complex()
+    )
 
 
 def copy_as(param: Tensor, dtype: torch.dtype) -> Tensor:

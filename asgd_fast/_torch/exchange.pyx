@@ -27,6 +27,8 @@ cdef class Pair:
     spare : Tensor or None
         Holds the param meanwhile; None where the memory of the average does.
     ax : Tensor
+    by_torch : bool
+        Whether torch exchanges them rather than an engine.
     """
 
     cdef Record _record
@@ -34,40 +36,39 @@ cdef class Pair:
     cdef readonly object memory
     cdef readonly object spare
     cdef readonly object ax
+    cdef readonly bint by_torch
 
     def __cinit__(self, Record record):
         self._record, self._param, self.ax = record, record.param, record.average()
         self.memory = self._param.detach()
         self.spare = self.memory.clone() if self.ax.dtype != self._param.dtype else None
 
-    def show(self):
-        """Let the state show the exchange that an engine has made."""
-        if self.spare is None:
-            self._record.ax, self._record.source = None, self.memory
-
-    def hide(self):
-        """Let the state show that it was undone, and a param that was given other memory, too."""
-        if self._record.source is self.memory:
-            self._record.ax, self._record.source = self.ax, self._param
-        if _address(self._param) != _address(self.memory):
-            self._param.detach().copy_(self.memory)
-
-    def make_spare(self):
+    def leave_to_torch(self):
         """Have memory for the param, so that torch can repeat each half of the exchange."""
         if self.ax.shape != self._param.shape:
             raise ValueError(
                 f"state: 'ax' of shape {tuple(self.ax.shape)} does not match its param of shape "
                 f"{tuple(self._param.shape)}")
+        self.by_torch = True
         if self.spare is None:
             self.spare = self.memory.clone()
 
     def put_average(self):
-        """Put the average into the param by torch."""
-        self._param.detach().copy_(self.ax)
+        """Put the average into the param, or let the state show that an engine has."""
+        if self.by_torch:
+            self._param.detach().copy_(self.ax)
+        elif self.spare is None:
+            self._record.ax, self._record.source = None, self.memory
 
     def put_back(self):
-        """Put the param back by torch."""
-        self._param.detach().copy_(self.spare)
+        """Put the param back, or let the state show that an engine has; may be repeated."""
+        if self.by_torch:
+            self._param.detach().copy_(self.spare)
+            return
+        if self._record.source is self.memory:
+            self._record.ax, self._record.source = self.ax, self._param
+        if _address(self._param) != _address(self.memory):  # it was given other memory
+            self._param.detach().copy_(self.memory)
 
 
 def rows_of(list pairs):

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from asgd_fast._torch.groups import Group
 
-__all__ = ["Left", "prepare", "step"]
+__all__ = ["Remaining", "prepare", "step"]
 
 # A param that no engine takes, between its group and its state.
-Left: TypeAlias = "tuple[Group, Tensor, ParamState]"
+Remaining: TypeAlias = "tuple[Group, Tensor, ParamState]"
 
 # What torch's function takes of a group.
 _HYPERPARAMETERS = (
@@ -37,12 +37,12 @@ _HYPERPARAMETERS = (
 )
 
 
-def prepare(left: Sequence[Left]) -> None:
+def prepare(remaining: Sequence[Remaining]) -> None:
     """Refuse what torch's function would refuse half-way, and let averages begin.
 
     Parameters
     ----------
-    left : sequence of (dict, Tensor, ParamState)
+    remaining : sequence of (dict, Tensor, ParamState)
 
     Raises
     ------
@@ -52,84 +52,86 @@ def prepare(left: Sequence[Left]) -> None:
         A state lacks an entry, or its average has another shape than its param; or capturable goes
         with a keyword that torch does not know.
     """
-    if any(param.grad is not None and param.grad.is_sparse for _, param, _ in left):
+    if any(param.grad is not None and param.grad.is_sparse for _, param, _ in remaining):
         raise RuntimeError("ASGD does not support sparse gradients")
-    for group, param, own in left:
+    for group, param, record in remaining:
         if group["capturable"] and has_own_options(group):
             raise ValueError(
                 "capturable: goes with lr_schedule='current', average_every > 1 or another "
                 "averaging than 'mean' only for params that CUDA kernels take; got one on "
                 f"{param.device}"
             )
-        own.open()
+        record.open()
         shape = tuple(param.shape)
-        if missing := sorted(own.missing()):
+        if missing := sorted(record.missing()):
             raise KeyError(f"state: {missing} missing for a param of shape {shape}")
-        if group["capturable"] and param.is_cuda and not own["step"].is_cuda:
-            to_device(own, param.device)  # where torch then takes it
-        got = shape if own.ax is None else tuple(own.ax.shape)
+        if group["capturable"] and param.is_cuda and not record["step"].is_cuda:
+            to_device(record, param.device)  # where torch then takes it
+        got = shape if record.ax is None else tuple(record.ax.shape)
         if not broadcasts(shape, got):
             raise ValueError(
                 f"state: 'ax' of shape {got} does not match its param of shape {shape}"
             )
-    without = [own for _, _, own in left if own.ax is None]
-    for own, ax in [(own, new_average(own, copies=True)) for own in without]:
-        own.ax = ax
+    without = [record for _, _, record in remaining if record.ax is None]
+    for record, ax in [(record, new_average(record, copies=True)) for record in without]:
+        record.ax = ax
 
 
-def step(left: Sequence[Left], unscale: float) -> None:
+def step(remaining: Sequence[Remaining], unscale: float) -> None:
     """Update params by torch's own function.
 
     Parameters
     ----------
-    left : sequence of (dict, Tensor, ParamState)
+    remaining : sequence of (dict, Tensor, ParamState)
         Prepared.
     unscale : float
         What the gradients are multiplied by first.
     """
-    for _, together in groupby(left, key=_what_torch_takes_together):
-        groups, params, states = zip(*together, strict=True)
+    for _, together in groupby(remaining, key=_what_torch_takes_together):
+        groups, params, records = zip(*together, strict=True)
         grads = [param.grad if unscale == 1 else param.grad * unscale for param in params]
         if has_own_options(groups[0]):
-            for param, own, grad in zip(params, states, grads, strict=True):
-                _step_one(groups[0], param, own, grad)
+            for param, record, grad in zip(params, records, grads, strict=True):
+                _step_one(groups[0], param, record, grad)
             continue
         options = {name: groups[0][name] for name in _HYPERPARAMETERS}
-        options["t0"] = states[0].get("t0", options["t0"])
-        if states[0]["ax"].dtype != params[0].dtype or not all(map(_goes_foreach, params, states)):
+        options["t0"] = records[0].get("t0", options["t0"])
+        if records[0]["ax"].dtype != params[0].dtype or not all(
+            map(_goes_foreach, params, records)
+        ):
             options["foreach"] = False
         torch_asgd(
             list(params),
             grads,
-            [own["ax"] for own in states],
-            [own["mu"] for own in states],
-            [own["eta"] for own in states],
-            [own["step"] for own in states],
+            [record["ax"] for record in records],
+            [record["mu"] for record in records],
+            [record["eta"] for record in records],
+            [record["step"] for record in records],
             has_complex=any(param.is_complex() for param in params),
             **options,
         )
 
 
-def _what_torch_takes_together(left: Left) -> tuple[Any, ...]:
-    group, param, own = left
-    return id(group), own["ax"].dtype != param.dtype, own.get("t0")
+def _what_torch_takes_together(one: Remaining) -> tuple[Any, ...]:
+    group, param, record = one
+    return id(group), record["ax"].dtype != param.dtype, record.get("t0")
 
 
-def _goes_foreach(param: Tensor, own: ParamState) -> bool:
+def _goes_foreach(param: Tensor, record: ParamState) -> bool:
     """Whether torch's foreach takes a param with its scalars where they are."""
     return (
         FOREACH_TAKES_HOST_SCALARS
         or not param.is_cuda
-        or all(own[name].is_cuda for name in SCALARS)
+        or all(record[name].is_cuda for name in SCALARS)
     )
 
 
-def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> None:
+def _step_one(group: Group, param: Tensor, record: ParamState, grad: Tensor) -> None:
     """Update a param by torch's own function, with scalars that torch would not compute."""
     options = {name: group[name] for name in _HYPERPARAMETERS}
     lr, lambd, alpha = (number(name, group[name]) for name in ("lr", "lambd", "alpha"))
-    step, eta, mu = (float(own[name]) for name in SCALARS)
-    t0 = float(own["t0"] if "t0" in own else group["t0"])
+    step, eta, mu = (float(record[name]) for name in SCALARS)
+    t0 = float(record["t0"] if "t0" in record else group["t0"])
     is_current = group.get("lr_schedule") == "current"
     if is_current:
         eta, _ = next_scalars(step, lr, lambd, alpha, t0, current=True)
@@ -138,7 +140,7 @@ def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> Non
     torch_asgd(
         [param],
         [grad],
-        [own["ax"] if mu != 0 else torch.empty_like(param)],
+        [record["ax"] if mu != 0 else torch.empty_like(param)],
         [scalar_tensor(mu or 1.0, torch.float64)],
         [scalar_tensor(eta, torch.float64)],
         [scalar_tensor(step, torch.float64)],
@@ -150,4 +152,4 @@ def _step_one(group: Group, param: Tensor, own: ParamState, grad: Tensor) -> Non
     if not (is_current or is_of_floats(group)):
         eta = number("eta", scalars_in_types(group, eta, step + 1)[1])
     for name, value in zip(SCALARS, (step + 1, eta, mu), strict=True):
-        own[name].fill_(value)
+        record[name].fill_(value)

@@ -5,7 +5,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from asgd_fast._rows.rows import Rows
-from asgd_fast._torch.fallback import Left
+from asgd_fast._torch.fallback import Remaining
 from asgd_fast._torch.groups import Group
 from asgd_fast._torch.settings import Settings
 from asgd_fast._torch.state import State
@@ -18,7 +18,7 @@ class Work:
     @property
     def rows(self) -> Rows: ...
     @property
-    def left(self) -> list[Left]: ...
+    def remaining(self) -> list[Remaining]: ...
     @property
     def written(self) -> list[Tensor]: ...
     def begin(self) -> None: ...

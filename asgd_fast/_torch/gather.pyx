@@ -56,7 +56,7 @@ cdef class Work:
     ----------
     rows : Rows
         For the engines; checked.
-    left : list of (dict, Tensor, ParamState)
+    remaining : list of (dict, Tensor, ParamState)
         For torch's own function: params with their groups and states.
     written : list of Tensor
         What the engines write, as far as autograd is concerned.
@@ -66,7 +66,7 @@ cdef class Work:
 
     cdef readonly double unscale
     cdef readonly Rows rows
-    cdef readonly list left
+    cdef readonly list remaining
     cdef readonly list written
     cdef object _state
     cdef dict _adopted       # somebody else's entries: see `find`
@@ -87,7 +87,7 @@ cdef class Work:
     def __cinit__(self, state, settings, double unscale):
         self.unscale = unscale
         self.rows = Rows(("params[{}]", "grads[{}]", "averages[{}]"))
-        self.left = []
+        self.remaining = []
         self.written = []
         self._state = state
         self._settings = settings
@@ -151,7 +151,7 @@ cdef class Work:
             if record is None:
                 record = self._find(param, group)
             if by_torch or not self._add(param, grad, record, &common):
-                self.left.append((group, param, record))
+                self.remaining.append((group, param, record))
         return 0
 
     cdef int _read_group(self, group, Common *common) except -1:
@@ -410,7 +410,7 @@ cdef class Work:
         """Leave everything to torch where memory is shared: its order of operations shows then."""
         if not self._shares_state and self.rows.is_disjoint():
             outside = list(self._converted)
-            for _, param, record in self.left:
+            for _, param, record in self.remaining:
                 outside += [param, param.grad, record.ax]
             if not self.rows.touches([extent(tensor) for tensor in outside]):
                 return 0
@@ -418,7 +418,7 @@ cdef class Work:
         self.written.clear()
         self._stepped.clear()
         self._averages.clear()
-        self.left = [
+        self.remaining = [
             (group, param, self._find(param, group))
             for group in groups for param in group["params"] if param.grad is not None]
         return 0

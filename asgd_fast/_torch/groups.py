@@ -80,20 +80,9 @@ def is_of_floats(group: Group) -> bool:
 def scalars_in_types(group: Group, eta: float, step: float) -> tuple[Any, Any, Any]:
     """Return what torch's expressions give in the types that a group's hyperparameters have.
 
-    NumPy's scalars and tensors have an arithmetic of their own, and other last bits than floats.
-
-    Parameters
-    ----------
-    group : dict
-    eta : float
-        Of the step that is made.
-    step : float
-        Its number.
-
-    Returns
-    -------
-    decay, eta, mu : float, NumPy scalar or array, or Tensor
-        What the step multiplies params by; the others for the next step. Each of one number.
+    That is what the step with `eta` and of number `step` multiplies params by, and eta and mu for
+    the next one, each a number, array or tensor. NumPy's scalars and tensors have an arithmetic of
+    their own, and other last bits than floats.
     """
     lr, lambd = group["lr"], group["lambd"]
     if isinstance(lr, Tensor):
@@ -103,20 +92,7 @@ def scalars_in_types(group: Group, eta: float, step: float) -> tuple[Any, Any, A
 
 
 def number(name: str, value: Any) -> float:
-    """Return a hyperparameter as a float, of any size, as torch takes it.
-
-    Parameters
-    ----------
-    name : str
-        What the message calls it.
-    value : float or Tensor
-        Of one element.
-
-    Raises
-    ------
-    TypeError
-        `value` is no real number.
-    """
+    """Return a hyperparameter as a float, of any size, as torch takes it."""
     if type(value) is float:
         return value
     try:

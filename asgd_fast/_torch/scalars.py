@@ -22,10 +22,7 @@ __all__ = ["floats", "on_host", "refuse_capture", "scalar_dtype", "to_device", "
 
 
 def scalar_dtype() -> torch.dtype:
-    """Return torch's dtype of scalars: float32 unless its default dtype is float64.
-
-    Torch rounds them to a default dtype of half precision besides, which is not done here.
-    """
+    """Return float64 if that is torch's default dtype, else float32, of half types too."""
     is_double = torch.get_default_dtype() is torch.float64
     return torch.float64 if is_double else torch.float32
 
@@ -48,20 +45,20 @@ def floats(scalars: Sequence[Any]) -> list[float]:
     return values
 
 
-def to_host(own: Record) -> None:
+def to_host(record: Record) -> None:
     """Read scalars from the GPU that had them; the host has them from now on."""
-    refuse_capture(own.param)
-    own.move(None, tuple(floats(own.scalars())))
+    refuse_capture(record.param)
+    record.move(None, tuple(floats(record.scalars())))
 
 
-def to_device(own: Record, device: torch.device) -> DeviceScalars:
+def to_device(record: Record, device: torch.device) -> DeviceScalars:
     """Let a GPU have the scalars from now on."""
-    refuse_capture(own.param)
-    numbers = own.scalars()
+    refuse_capture(record.param)
+    numbers = record.scalars()
     is_double = any(getattr(x, "dtype", None) == torch.float64 for x in numbers)
-    dtype = torch.float64 if is_double else own.dtype
+    dtype = torch.float64 if is_double else record.dtype
     scalars = DeviceScalars(floats(numbers), device, dtype)
-    own.move(scalars)
+    record.move(scalars)
     return scalars
 
 

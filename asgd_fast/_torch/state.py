@@ -34,11 +34,13 @@ __all__ = [
     "find",
     "has_steps",
     "most_steps",
+    "new",
     "new_average",
     "put_unstepped",
     "start",
     "start_before_first",
     "states_of",
+    "take",
     "wide",
 ]
 
@@ -107,27 +109,21 @@ class ParamState(Record):
 class Unstepped(ParamState):
     """The state of a param that has made no step, for who asks for it; the step makes its own.
 
-    Parameters
-    ----------
-    own : ParamState
-        What the first step would begin with.
-    group : dict
-        The param's, whose lr may change until then.
-    settings : Settings
-        The optimizer's.
+    It has the entries of a record that the first step would begin with, whose group may get another
+    lr until then.
     """
 
     __slots__ = ("group", "settings")
 
-    def __init__(self, own: ParamState, group: Group, settings: Settings) -> None:
-        super().__init__(own)
+    def __init__(self, record: ParamState, group: Group, settings: Settings) -> None:
+        super().__init__(record)
         self.group = group
         self.settings = settings
-        self.bind(own.param, is_lazy=own.is_lazy, average_dtype=own.average_dtype)
+        self.bind(record.param, is_lazy=record.is_lazy, average_dtype=record.average_dtype)
 
     def complete(self, scalars: Sequence[Tensor] | None = None) -> dict[str, Any]:
         """Return the entries with which a step would begin now."""
-        return adopt(self.param, {}, self.group, self.settings).complete()
+        return new(self.param, {}, self.group, self.settings).complete()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave nothing to copies, whose first steps make their own."""
@@ -176,66 +172,26 @@ def find(
     settings: Settings,
     adopted: dict[int, ParamState],
 ) -> ParamState:
-    """Return the state of a param, new where there is none; it is not put into the optimizer's.
+    """Return the state of a param for what was found in its place; it is not put there.
 
     It is another param's where both have the same entries: with one dict for two, torch steps it
-    twice.
-
-    Parameters
-    ----------
-    state : dict of Tensor to dict
-        The optimizer's.
-    param : Tensor
-    found : object
-        What stands there in the place of its state.
-    group : dict
-        The param's.
-    settings : Settings
-        The optimizer's.
-    adopted : dict of int to ParamState
-        What became of somebody else's entries, by their ids, in the same call for other params.
-
-    Raises
-    ------
-    TypeError, ValueError, RuntimeError
-        As `adopt`.
+    twice. So `adopted` keeps what became of entries, by their ids, for the params that come later.
     """
     if not has_steps(found):
-        return adopt(param, found or {}, group, settings)
+        return new(param, found or {}, group, settings)
     is_known = type(found) is ParamState and found.param is not None
     if is_known and (found.param is param or state.get(found.param) is found):
         return cast("ParamState", found)
-    own = adopted.get(id(found))
-    if own is None:
-        own = adopt(param, found, group, settings)
-        adopted[id(found)] = own
+    record = adopted.get(id(found))
+    if record is None:
+        record = adopted[id(found)] = adopt(param, found, settings)
     else:
-        own.has_average = True  # torch's function needs it
-    return own
+        record.has_average = True  # torch's function needs it
+    return record
 
 
-def adopt(
-    param: Tensor,
-    entry: Mapping[str, Any],
-    group: Group,
-    settings: Settings,
-    *,
-    is_own: bool = False,
-) -> ParamState:
-    """Return the state of a param, with the entries that are given.
-
-    Parameters
-    ----------
-    param : Tensor
-    entry : mapping of str to object
-        Without step, eta and mu, these are those before the first step.
-    group : dict
-        The param's.
-    settings : Settings
-        The optimizer's.
-    is_own : bool
-        Whether nobody else has the tensors, so that the state may be sealed, and an average may be
-        given up that has not begun: the next step would overwrite it.
+def new(param: Tensor, entry: Mapping[str, float], group: Group, settings: Settings) -> ParamState:
+    """Return the state with which a param begins its first step; the entry may have its "t0".
 
     Raises
     ------
@@ -244,29 +200,47 @@ def adopt(
     RuntimeError
         A CUDA graph is being captured, of which making a state cannot be a part.
     """
-    own = ParamState(entry)
+    refuse_capture(param)
+    record = _bound(param, entry, settings)
+    dtype = scalar_dtype()
+    eta = scalar_tensor(_first_eta(group), dtype).item()
+    record.seal((0.0, eta, 1.0), is_double=dtype == torch.float64)
+    if not has_engine(param) or group["differentiable"]:
+        for name in SCALARS:  # which torch's own function is to find where it makes them
+            record[name] = record[name].to(param.device)
+    return record
+
+
+def adopt(param: Tensor, entry: Mapping[str, Any], settings: Settings) -> ParamState:
+    """Return a state with the entries of somebody who may still have them."""
+    record = _bound(param, entry, settings)
+    if "mu" in record and param.device.type != "meta" and float(record["mu"]) != 1:
+        record.has_average = True
+    return record
+
+
+def take(param: Tensor, entry: Mapping[str, Any], group: Group, settings: Settings) -> ParamState:
+    """Return a state with entries that nobody else has, sealed if it can be.
+
+    An average that has not begun is given up: the next step would overwrite it.
+    """
+    record = _bound(param, entry, settings)
+    if not _can_be_sealed(record):
+        return adopt(param, entry, settings)
+    dtypes = {scalar_dtype(), *(getattr(record[name], "dtype", None) for name in SCALARS)}
+    record.seal(floats(record.scalars()), is_double=torch.float64 in dtypes)
+    is_captured = bool(group.get("capturable")) and param.is_cuda
+    if record.mu == 1 and record.is_lazy and not is_captured:
+        record.ax = None
+    if is_captured:
+        to_device(record, param.device)
+    return record
+
+
+def _bound(param: Tensor, entry: Mapping[str, Any], settings: Settings) -> ParamState:
+    is_lazy = settings.lazy_average and not is_shared(param)
     dtype = wide(param, settings.average_dtype)
-    own.bind(param, is_lazy=settings.lazy_average and not is_shared(param), average_dtype=dtype)
-    if not has_steps(entry):
-        refuse_capture(param)
-        dtype = scalar_dtype()
-        eta = scalar_tensor(_first_eta(group), dtype).item()
-        own.seal((0.0, eta, 1.0), is_double=dtype == torch.float64)
-        if not has_engine(param) or group["differentiable"]:
-            for name in SCALARS:  # which torch's own function is to find where it makes them
-                own[name] = own[name].to(param.device)
-        return own
-    if is_own and _is_fit_to_seal(own):
-        dtypes = {scalar_dtype(), *(getattr(own[name], "dtype", None) for name in SCALARS)}
-        own.seal(floats(own.scalars()), is_double=torch.float64 in dtypes)
-        is_captured = bool(group.get("capturable")) and param.is_cuda
-        if own.mu == 1 and own.is_lazy and not is_captured:
-            own.ax = None
-        if is_captured:
-            to_device(own, param.device)
-    elif "mu" in own and param.device.type != "meta" and float(own["mu"]) != 1:
-        own.has_average = True
-    return own
+    return ParamState(entry).bind(param, is_lazy=is_lazy, average_dtype=dtype)
 
 
 def _first_eta(group: Group) -> float:
@@ -279,29 +253,19 @@ def _first_eta(group: Group) -> float:
     return lr
 
 
-def _is_fit_to_seal(own: ParamState) -> bool:
+def _can_be_sealed(record: ParamState) -> bool:
     """Whether a state holds what a sealed one can hold, in memory that no process shares."""
     return (
-        has_engine(own.param)
-        and {*SCALARS} <= own.keys() <= {*SCALARS, "ax", "t0"}
-        and not any(is_shared(x) for x in own.values() if isinstance(x, Tensor))
+        has_engine(record.param)
+        and {*SCALARS} <= record.keys() <= {*SCALARS, "ax", "t0"}
+        and not any(is_shared(x) for x in record.values() if isinstance(x, Tensor))
     )
 
 
 def states_of(state: State, groups: Iterable[Group], settings: Settings) -> list[ParamState]:
-    """Return the states that there are, made the optimizer's own where somebody else's were put in.
-
-    Parameters
-    ----------
-    state : dict of Tensor to dict
-        The optimizer's.
-    groups : iterable of dict
-        Some of its param_groups.
-    settings : Settings
-        The optimizer's.
-    """
+    """Return the states of some groups' params, adopted where somebody has put in others."""
     adopted: dict[int, ParamState] = {}
-    states = []
+    records = []
     found_of = {id(param): found for param, found in state.items()}  # tensors hash in Python
     for group in groups:
         for param in group["params"]:
@@ -309,34 +273,23 @@ def states_of(state: State, groups: Iterable[Group], settings: Settings) -> list
             if not has_steps(found):
                 continue
             if type(found) is ParamState and found.param is param:
-                states.append(found)
+                records.append(found)
                 continue
-            own = find(state, param, found, group, settings, adopted)
-            state[param] = own
-            if own.param is not param:  # another param's too
+            record = find(state, param, found, group, settings, adopted)
+            state[param] = record
+            if record.param is not param:  # another param's too
                 dtype = wide(param, settings.average_dtype)
-                own = ParamState(own).bind(param, is_lazy=False, average_dtype=dtype)
-            states.append(own)
-    return states
+                record = ParamState(record).bind(param, is_lazy=False, average_dtype=dtype)
+            records.append(record)
+    return records
 
 
 def put_unstepped(state: State, groups: Iterable[Group], settings: Settings) -> None:
-    """Let params that have a gradient have a state without a step, for who asks for it.
-
-    Parameters
-    ----------
-    state : dict of Tensor to dict
-        The optimizer's.
-    groups : iterable of dict
-        The optimizer's param_groups.
-    settings : Settings
-        The optimizer's.
-    """
+    """Let params that have a gradient have a state without a step, for who asks for it."""
     for group in groups:
         for param in group["params"]:
             if param.grad is not None:
-                own = adopt(param, {}, group, settings)
-                state[param] = Unstepped(own, group, settings)
+                state[param] = Unstepped(new(param, {}, group, settings), group, settings)
 
 
 def complete(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -372,34 +325,24 @@ def _scalars_of(records: Sequence[ParamState]) -> dict[int, list[Tensor]]:
     return scalars
 
 
-def most_steps(states: Sequence[ParamState]) -> float:
+def most_steps(records: Sequence[ParamState]) -> float:
     """Return the greatest number of steps of some params, 0 of none."""
-    return max(floats([own.scalars()[0] for own in states]), default=0.0)
+    return max(floats([record.scalars()[0] for record in records]), default=0.0)
 
 
-def start(state: State, group: Group, states: Sequence[ParamState], most: float) -> None:
+def start(state: State, group: Group, records: Sequence[ParamState], most: float) -> None:
     """Make the next iterate of each param of a group the first one in its average.
 
-    Params that have made no step yet are averaged from their first iterate on.
-
-    Parameters
-    ----------
-    state : dict of Tensor to dict
-        The optimizer's.
-    group : dict
-        One of the optimizer's param_groups.
-    states : sequence of ParamState
-        Of the group.
-    most : float
-        The greatest number of steps of its params, on whatever rank.
+    Params that have made no step yet are averaged from their first iterate on. `most` is the
+    greatest number of steps of the group's params, on whatever rank.
     """
-    steps = floats([own.scalars()[0] for own in states])
+    steps = floats([record.scalars()[0] for record in records])
     t0 = most - 1  # the next one is number step + 1, and number t0 + 2 is the first
-    for own, step in zip(states, steps, strict=True):
-        own.own_t0 = step - 1 if step - 1 != t0 else None
-        own.begin_anew(step)
-        if own.is_lazy and not group["capturable"]:  # a captured graph writes the average
-            own.ax = None
+    for record, step in zip(records, steps, strict=True):
+        record.own_t0 = step - 1 if step - 1 != t0 else None
+        record.begin_anew(step)
+        if record.is_lazy and not group["capturable"]:  # a captured graph writes the average
+            record.ax = None
     group["t0"] = t0
     start_before_first(state, group)
 
@@ -413,12 +356,12 @@ def start_before_first(state: State, group: Group) -> None:
                 state[param] = {"t0": _BEFORE_FIRST}
 
 
-def new_average(own: ParamState, *, copies: bool) -> Tensor:
+def new_average(record: ParamState, *, copies: bool) -> Tensor:
     """Return memory for the average of a param, with the param in it if `copies`."""
-    refuse_capture(own.param)
+    refuse_capture(record.param)
     if copies:
-        return own.param_as_average()
+        return record.param_as_average()
     with ordinary_tensors():
         return torch.empty_like(
-            own.param, dtype=own.average_dtype, memory_format=torch.preserve_format
+            record.param, dtype=record.average_dtype, memory_format=torch.preserve_format
         )

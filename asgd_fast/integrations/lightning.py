@@ -139,8 +139,7 @@ class ASGDWeightAveraging(Callback):
                 f"monitor: {self.monitor!r} is not logged; there are "
                 f"{sorted(trainer.callback_metrics)}"
             )
-        with torch.inference_mode(False):  # what begins must outlive the validation
-            self.trigger.step(trainer.callback_metrics[self.monitor])
+        self.trigger.step(trainer.callback_metrics[self.monitor])
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -6,6 +6,7 @@ module does not know how a step is made.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from asgd_fast._torch.averaging import refuse_flattened
 from asgd_fast._torch.internals import forget_copies, versions_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from asgd_fast._torch.state import ParamState
 
@@ -80,11 +81,13 @@ class TrainEvalASGD(ASGD):
         Raises
         ------
         RuntimeError
-            The params are parts of a ``FullyShardedDataParallel`` module.
+            The params are parts of a ``FullyShardedDataParallel`` module, or others stand in their
+            place in the groups.
         """
-        if self._settings.iterates:
+        if self._settings.iterates or self._settings.is_exchanged:
             return
         refuse_flattened("eval", self._params())
+        self._refuse_replaced("eval")
         begun = self._begun("eval", stacklevel=4)
         if self._settings.versions not in ([], versions_of(self._params())):
             self._settings.warn_once(
@@ -98,9 +101,31 @@ class TrainEvalASGD(ASGD):
         self._put_averages(begun, {own.param: own.param for own in begun})
 
     def train(self) -> None:
-        """Put the iterates back into the params; nothing happens if they stand there."""
+        """Put the iterates back into the params; nothing happens if they stand there.
+
+        Raises
+        ------
+        RuntimeError
+            The averages have traded places with the params since: see `averaged_parameters`.
+        """
         if self._settings.iterates:
+            self._settings.refuse_exchanged("train")
             self._put_back()
+
+    @contextmanager
+    def averaged_parameters(
+        self, *, model: torch.nn.Module | None = None, update_bn: Iterable[Any] | None = None
+    ) -> Iterator[None]:
+        """Hold the averages in the params for as long as the context lasts: see `ASGD`."""
+        self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
+        settings = self._settings
+        are_of_step = settings.versions == versions_of(self._params())
+        try:
+            with super().averaged_parameters(model=model, update_bn=update_bn):
+                yield
+        finally:
+            if are_of_step:  # the params are what they were before
+                settings.versions = versions_of(self._params())
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint, as `ASGD` does; in eval mode with the iterates in it.
@@ -178,6 +203,7 @@ class TrainEvalASGD(ASGD):
         )  # before anything is written, for `train` after interrupts
         averages.copy_to(states, [(param, param) for param in kept])
         forget_copies()
+        self._settings.redundancy.share()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -185,6 +211,7 @@ class TrainEvalASGD(ASGD):
         for param, iterate in self._settings.iterates.items():
             param.copy_(iterate)
         forget_copies()
+        self._settings.redundancy.share()
         self._settings.iterates.clear()
         self._settings.versions = versions_of(self._params())
 

@@ -286,7 +286,7 @@ def test_batch_normalization_is_updated_for_the_averages(tmp_path):
     module = Regression("theirs", normalizes=True, options=T0)
     theirs = fit(module, folder=tmp_path, val_check_interval=4)[1]
     module = Regression(normalizes=True, options=T0)
-    best = ModelCheckpoint(tmp_path, monitor="loss", mode="max")
+    best = ModelCheckpoint(tmp_path, monitor="loss", mode="min")
     trainer, watch = fit(
         module,
         ASGDWeightAveraging(update_bn=True),
@@ -306,7 +306,8 @@ def test_batch_normalization_is_updated_for_the_averages(tmp_path):
             same_weights(weights, theirs.iterates[step])
         same_weights(watch.after[step], theirs.iterates[step])
     same_weights(module.state_dict(), watch.validated[3 * BATCHES])
-    step = max(watch.losses, key=watch.losses.get)
+    step = min(watch.losses, key=watch.losses.get)
+    assert step >= BEGUN
     (tested,) = trainer.test(module, validation_loader(), ckpt_path="best", verbose=False)
     assert tested["test"] == watch.losses[step]
 
@@ -356,17 +357,7 @@ def batches_of_all_ranks(epoch):
         yield from DataLoader(dataset, batch_size=4, sampler=sampler)
 
 
-@pytest.fixture
-def one_thread():
-    """As processes of ddp have here; with more, products may have other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.heavy
-@pytest.mark.usefixtures("one_thread")
 def test_two_ranks_average_alike(tmp_path):
     """They begin together, by the mean of their metrics, and with the statistics of all batches."""
     module = Regression(normalizes=True, dropout=0.0)
