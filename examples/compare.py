@@ -403,15 +403,15 @@ def plot(runs: Runs, names: Sequence[str], path: Path) -> None:
     chosen = {x.label: x for x in CONTENDERS}
     for name, upper, lower in zip(names, *rows, strict=True):
         task = TASKS[name]
-        least = math.inf
+        bests = []
         for label, color in COLORS.items():
             if chosen[label].schedule not in task.schedules:
                 continue
             errors = [runs.mean(name, chosen[label], lr, task.choosing)[1] for lr in task.rates]
             upper.plot(task.rates, errors, marker="o", color=color, label=label)
-            least = min(least, *errors)
+            bests.append(min(errors))
         upper.set(xscale="log", xlabel="lr", ylabel=task.error, title=task.title)
-        upper.set(ylim=(0.95 * least, 1.8 * least))
+        upper.set(ylim=(0.9 * min(bests), 1.6 * max(bests)))
         upper.set_xticks(task.rates, [f"{lr:g}" for lr in task.rates])
         upper.minorticks_off()
         for schedule, color in (("constant", "tab:blue"), ("steps", "tab:green")):
