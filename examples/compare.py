@@ -214,7 +214,7 @@ EMA_DECAYS = (0.99, 0.999)
 COLORS = {
     "constant: SGD": "tab:orange",
     "constant: ASGD after half of the steps": "tab:blue",
-    "constant: EMA, decay 0.999": "tab:purple",
+    "constant: EMA, decay 0.99": "tab:purple",
     "steps: SGD": "tab:green",
     "linear: SGD": "tab:red",
     "schedule-free SGD": "tab:gray",
@@ -389,7 +389,8 @@ def table(runs: Runs, names: Sequence[str]) -> str:
                 continue
             lr = runs.choose(name, contender)
             test = runs.scores(name, contender, lr, TASKS[name].seeds)[:, 1]
-            line += f" {test.mean():.2f} ({test.min():.2f} to {test.max():.2f}) | {lr:g} |"
+            between = f" ({test.min():.3g} to {test.max():.3g})" if len(test) > 1 else ""
+            line += f" {test.mean():.3g}{between} | {lr:g} |"
         lines.append(line)
     return "\n".join(lines)
 
@@ -402,15 +403,15 @@ def plot(runs: Runs, names: Sequence[str], path: Path) -> None:
     chosen = {x.label: x for x in CONTENDERS}
     for name, upper, lower in zip(names, *rows, strict=True):
         task = TASKS[name]
-        least = math.inf
+        bests = []
         for label, color in COLORS.items():
             if chosen[label].schedule not in task.schedules:
                 continue
             errors = [runs.mean(name, chosen[label], lr, task.choosing)[1] for lr in task.rates]
             upper.plot(task.rates, errors, marker="o", color=color, label=label)
-            least = min(least, *errors)
+            bests.append(min(errors))
         upper.set(xscale="log", xlabel="lr", ylabel=task.error, title=task.title)
-        upper.set(ylim=(0.95 * least, 1.8 * least))
+        upper.set(ylim=(0.9 * min(bests), 1.6 * max(bests)))
         upper.set_xticks(task.rates, [f"{lr:g}" for lr in task.rates])
         upper.minorticks_off()
         for schedule, color in (("constant", "tab:blue"), ("steps", "tab:green")):

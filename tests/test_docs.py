@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
     pytest.mark.heavy,
     pytest.mark.skipif(
+        not (ROOT / "docs/conf.py").is_file(), reason="docs/ is in the repository only"
+    ),
+    pytest.mark.skipif(
         any(find_spec(x) is None for x in ("sphinx", "furo", "myst_parser", "numpydoc")),
         reason="the docs extra is not installed",
     ),
