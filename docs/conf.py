@@ -38,6 +38,7 @@ html_theme = "furo"
 html_title = f"asgd_fast {release}"
 html_copy_source = False
 html_show_sphinx = False
+html_use_index = False  # the reference and the search have every name
 
 CONTENTS = {
     "Use": ["guide", "averages", "frameworks", "numpy", "distributed", "gpu", "faq"],
