@@ -34,8 +34,8 @@ lint: $(VENV)/test $(VENV)/dev
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint asgd_fast
 	$(BIN)/mypy
-	$(BIN)/pyright tests/typed.py
-	PYTHONPATH=. $(BIN)/pyright --verifytypes asgd_fast --ignoreexternal --outputjson | $(BIN)/python -c \
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/typed.py
+	PYTHONPATH=. $(BIN)/pyright --pythonpath $(BIN)/python --verifytypes asgd_fast --ignoreexternal --outputjson | $(BIN)/python -c \
 	    'import json, sys; x = json.load(sys.stdin)["typeCompleteness"]["completenessScore"]; print(f"{x:.1%} of the public names have known types"); sys.exit(x < 0.95)'
 	$(BIN)/stubtest --mypy-config-file pyproject.toml --ignore-missing-stub \
 	    $(foreach m,_core _schedule _rows.dlpack _rows.rows _rows.overlap _torch.memory _torch.parts _torch.record _torch.gather _torch.exchange cuda.scalars cuda.launches,asgd_fast.$m)

@@ -1,10 +1,13 @@
 """Train a small network that several processes share, and go on after one of them was killed.
 
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchrun --nproc-per-node 2 --max-restarts 1 examples/fsdp.py --folder fsdp --kill-at 70
 
 All processes save a checkpoint together, every 50 steps. With --kill-at one of them is killed in
 that step. torchrun then starts all of them anew, and they go on from the last checkpoint to the
-bits that the run has without it. Another number of processes can go on from there, too.
+bits that the run has without it. Another number of processes can go on from there, too. Without the
+variable, processes that are started anew may find the addresses of those before them in the store
+that torchrun shares with them (pytorch/pytorch#135712), and fail to connect.
 """
 
 from __future__ import annotations

@@ -32,13 +32,17 @@ def torchrun(n, folder, *options):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
     )
     try:
         printed, _ = running.communicate(timeout=SECONDS)
     finally:
         if running.poll() is None:
-            os.killpg(running.pid, signal.SIGKILL)
-            running.communicate()
+            running.terminate()  # upon which torchrun ends the workers, which have other sessions
+            try:
+                running.communicate(timeout=40)
+            except subprocess.TimeoutExpired:
+                os.killpg(running.pid, signal.SIGKILL)
     assert running.returncode == 0, printed
     return printed
 
