@@ -120,31 +120,36 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/demo: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+# The package, built once for all that is installed beside it.
+$(VENV)/built: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/test: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+$(VENV)/demo: $(VENV)/built
+	$(BIN)/python .ci/install.py demo
+	touch $@
+
+$(VENV)/test: $(VENV)/built
+	$(BIN)/python .ci/install.py test
 	touch $@
 
 # fastai alone: its torchvision would bring another torch.
 $(VENV)/frameworks: $(VENV)/test
-	$(BIN)/python -m pip install --quiet --editable '.[test,frameworks]'
+	$(BIN)/python .ci/install.py test frameworks
 	$(BIN)/python -m pip install --quiet --no-deps fastai==2.8.12
 	touch $@
 
 # With the compiler for GPUs, by which the tests compile all kernels; no GPU is needed.
 $(VENV)/cuda: $(VENV)/test
-	$(BIN)/python -m pip install --quiet --editable '.[test,cuda]'
+	$(BIN)/python .ci/install.py test cuda
 	touch $@
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	$(BIN)/python .ci/install.py demo dev
 	touch $@
 
 $(VENV)/docs: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python .ci/install.py docs
 	touch $@
 
 $(VENV)/bench: $(VENV)/bin/python asv_benchmarks/requirements.txt

@@ -309,7 +309,7 @@ def classifier(_: PlainLoops) -> dict[str, Times]:
             ys: np.ndarray = ys,
         ) -> None:
             for x, y in zip(xs, ys, strict=True):
-                optimizer.step((-y / (1 + np.exp(y * (x @ weights)))) * x)
+                optimizer.step((0.5 * y * (np.tanh(0.5 * y * (x @ weights)) - 1)) * x)
 
         times = in_turn(
             {

@@ -77,7 +77,8 @@ def is_watched() -> bool:
         _len_torch_dispatch_stack() > 0
         or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or recorder() is not None
+        or _is_tracing()
+        or (_len_torch_function_stack() > 0 and get_proxy_mode() is not None)
     )
 
 
