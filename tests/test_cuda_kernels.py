@@ -381,7 +381,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "asgd_fast.cuda.build", raising=False)
     monkeypatch.setitem(sys.modules, "platformdirs", None)
     monkeypatch.setattr(update, "_prepared", update._prepared.__wrapped__)
-    with pytest.raises(ImportError, match=r"need the packages of the cuda extra; pip install"):
+    with pytest.raises(ImportError, match=r"need the packages of the cuda extra; in a clone"):
         asgd_(*(fake_gpu.Array(np.ones(3)) for _ in range(2)), eta=0.1)
 
 
