@@ -258,6 +258,19 @@ def test_an_iterate_that_fits_no_param_is_refused(iterate, error, message, mode)
     sides.check(averaged=False)
 
 
+def test_params_may_be_added_between_steps():
+    sides = Sides(*parameters((3,)))
+    sides.ours.add_param_group({"params": parameters((2,))})
+    with sides.ours.averaged_parameters():
+        sides.check(averaged=True)
+    with torch.no_grad():
+        sides.ours.param_groups[1]["params"][0].zero_()  # as the params of a new layer are made
+    sides.ours.eval()
+    sides.check(averaged=True)
+    sides.ours.train()
+    sides.check(averaged=False)
+
+
 def test_weights_that_somebody_has_loaded_stay():
     sides = Sides(*parameters((3,)))
     best = torch.tensor([1.0, 2.0, 3.0])

@@ -53,7 +53,7 @@ class Settings:
     iterates : dict of Tensor to Tensor
         What is to be put back into params where averages stand, by an optimizer with modes.
     versions : list of int
-        Those of all params after its last step; empty where they are not known.
+        Those of the params that there were in its last step, after it; empty where not known.
     """
 
     def __init__(self) -> None:

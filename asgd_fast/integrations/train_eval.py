@@ -92,7 +92,7 @@ class TrainEvalASGD(ASGD):
         refuse_flattened("eval", self._params())
         self._refuse_replaced("eval")
         begun = self._begun("eval", stacklevel=4)
-        if self._settings.versions not in ([], versions_of(self._params())):
+        if not self._are_of_step():
             self._settings.warn_once(
                 UserWarning,
                 "eval: the params were written since the last step, as best weights are that a "
@@ -122,13 +122,13 @@ class TrainEvalASGD(ASGD):
         """Hold the averages in the params for as long as the context lasts: see `ASGD`."""
         self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
         settings = self._settings
-        are_of_step = settings.versions == versions_of(self._params())
+        are_of_step = self._are_of_step()
         try:
             with super().averaged_parameters(model=model, update_bn=update_bn):
                 yield
         finally:
             if are_of_step:  # the params are what they were before
-                settings.versions = versions_of(self._params())
+                settings.versions = versions_of(self._params()[: len(settings.versions)])
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint, as `ASGD` does; in eval mode with the iterates in it.
@@ -179,6 +179,11 @@ class TrainEvalASGD(ASGD):
                     name = f"state[{key!r}]['{_ITERATE}']"
                     iterates[param_of[key]] = _checked(name, entry[_ITERATE], param_of[key])
         return {**state_dict, "state": state}, iterates
+
+    def _are_of_step(self) -> bool:
+        """Whether nobody is known to have written into the params since the last step."""
+        known = self._settings.versions
+        return versions_of(self._params()[: len(known)]) == known  # others were added since
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         if self._settings.iterates:
