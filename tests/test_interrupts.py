@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from averaging import LAYOUTS, OPTIONS, facts, raw, run, step, stepped
+from averaging import LAYOUTS, OPTIONS, STEPS, facts, raw, run, step, stepped
 from torch import nn
-from twins import parameters
+from twins import bits, parameters
 
 import asgd_fast
 from asgd_fast import ArrayASGD
+from asgd_fast.integrations.train_eval import TrainEvalASGD
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -91,6 +92,31 @@ def test_an_interrupt_loses_nothing(make, wide):
         with optimizer.averaged_parameters():  # it is outside again
             pass
     assert at > 50
+    step(optimizer, params)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
+def test_an_interrupt_leaves_one_of_the_two_modes(wide):
+    params = parameters((3,), (4, 5))
+    optimizer = TrainEvalASGD(params, average_dtype=wide, **OPTIONS)
+    for k in range(STEPS):
+        step(optimizer, params, k)
+    iterates = [bits(p.detach()).tolist() for p in params]
+    averages = [bits(ax.to(torch.float32)).tolist() for ax in optimizer.averages]
+    assert iterates != averages
+    for at in count():
+        done = not interrupted(optimizer.eval, at)
+        optimizer.eval()
+        assert [bits(p.detach()).tolist() for p in params] == averages, at
+        done &= not interrupted(optimizer.train, at)
+        optimizer.eval()
+        assert [bits(p.detach()).tolist() for p in params] == averages, at
+        optimizer.train()
+        assert [bits(p.detach()).tolist() for p in params] == iterates, at
+        if done:
+            break
+    assert at > 20
     step(optimizer, params)
 
 

@@ -242,6 +242,9 @@ def test_checkpoints_of_other_optimizers_are_loaded(make):
     [
         (torch.zeros(4), ValueError, r"state\[0\]\['iterate'\]: shape \(4,\) does not match"),
         (3.0, TypeError, r"state\[0\]\['iterate'\]: expected a tensor, got float"),
+        (torch.zeros(3, device="meta"), TypeError, r"state\[0\]\['iterate'\]: .* on meta"),
+        (torch.zeros(3).to_sparse(), TypeError, r"state\[0\]\['iterate'\]: .*torch.sparse_coo"),
+        (torch.ones(3) * 1j, TypeError, r"state\[0\]\['iterate'\]: expected real numbers, got"),
     ],
 )
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -250,9 +253,11 @@ def test_an_iterate_that_fits_no_param_is_refused(iterate, error, message, mode)
     getattr(sides.ours, mode)()
     saved = copy.deepcopy(sides.ours.state_dict())
     saved["state"][0]["iterate"] = iterate
+    saved["state"][0]["step"].fill_(99)
     with pytest.raises(error, match=f"^{message}"):
         sides.ours.load_state_dict(saved)
     sides.check(averaged=mode == "eval")
+    assert sides.ours.state_dict()["state"][0]["step"] == STEPS
     sides.ours.train()
     sides.step()
     sides.check(averaged=False)

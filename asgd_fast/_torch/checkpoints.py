@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from asgd_fast._torch.settings import Settings
     from asgd_fast._torch.state import State
 
-__all__ = ["check", "pack", "unpack"]
+__all__ = ["check", "check_memory", "pack", "unpack"]
 
 # Those that torch's groups have had in all versions.
 _HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
@@ -240,7 +240,7 @@ def _checked_copy(name: str, entry: Any, param: Tensor) -> dict[str, Any]:
     with torch.inference_mode(False), torch.no_grad():  # which the copies are to outlive
         for key in (*SCALARS, "ax"):
             if isinstance(x := copies.get(key), Tensor):
-                _check_memory(f"{name}[{key!r}]", x, param)
+                check_memory(f"{name}[{key!r}]", x, param)
                 copies[key] = _Kept(x.detach().to(param.device, copy=True))
     return copies
 
@@ -255,8 +255,14 @@ def _check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a real number, got a tensor of {value.dtype}")
 
 
-def _check_memory(name: str, tensor: Tensor, param: Tensor) -> None:
-    """Refuse a tensor that has no memory, where its param has, or that leaves out zeros."""
+def check_memory(name: str, tensor: Tensor, param: Tensor) -> None:
+    """Refuse a tensor that has no memory, where its param has, or that leaves out zeros.
+
+    Raises
+    ------
+    TypeError
+        It is such a one.
+    """
     if tensor.layout != torch.strided or (tensor.is_meta and not param.is_meta):
         raise TypeError(
             f"{name}: expected a dense tensor with values, got one of {tensor.layout} on "

@@ -16,6 +16,7 @@ from torch import Tensor
 from asgd_fast import ASGD
 from asgd_fast._torch import averages
 from asgd_fast._torch.averaging import refuse_flattened
+from asgd_fast._torch.checkpoints import check_memory
 from asgd_fast._torch.internals import forget_copies, versions_of
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class TrainEvalASGD(ASGD):
                 stacklevel=3,
             )
             return
-        self._put_averages(begun, {own.param: own.param for own in begun})
+        self._put_averages(begun, {own.param: _copied(own.param, own.param) for own in begun})
 
     def train(self) -> None:
         """Put the iterates back into the params; nothing happens if they stand there.
@@ -158,7 +159,8 @@ class TrainEvalASGD(ASGD):
         Raises
         ------
         KeyError, TypeError, ValueError, RuntimeError
-            As `ASGD`; or an iterate is no tensor of the shape of its param. Nothing is changed.
+            As `ASGD`; or an iterate is no dense tensor of the shape of its param, or complex where
+            that is real. Nothing is changed.
         """
         plain, iterates = self._split(state_dict)
         super().load_state_dict(plain)
@@ -167,7 +169,7 @@ class TrainEvalASGD(ASGD):
         self._put_averages(self._records(), iterates)
 
     def _split(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[Tensor, Tensor]]:
-        """Return a checkpoint without iterates, and these by param."""
+        """Return a checkpoint without iterates, and copies of these by param."""
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         param_of = dict(zip(keys, self._params(), strict=False))  # another length is refused later
         state, iterates = {}, {}
@@ -177,7 +179,7 @@ class TrainEvalASGD(ASGD):
                 state[key] = {name: x for name, x in entry.items() if name != _ITERATE}
                 if key in param_of:
                     name = f"state[{key!r}]['{_ITERATE}']"
-                    iterates[param_of[key]] = _checked(name, entry[_ITERATE], param_of[key])
+                    iterates[param_of[key]] = _checked_copy(name, entry[_ITERATE], param_of[key])
         return {**state_dict, "state": state}, iterates
 
     def _are_of_step(self) -> bool:
@@ -203,28 +205,38 @@ class TrainEvalASGD(ASGD):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _put_averages(self, states: list[ParamState], iterates: dict[Tensor, Tensor]) -> None:
-        """Keep copies of iterates, and put the averages in the place of their params."""
-        kept = {p: torch.empty_like(p).copy_(iterate) for p, iterate in iterates.items()}
-        self._settings.iterates.update(
-            kept
-        )  # before anything is written, for `train` after interrupts
-        averages.copy_to(states, [(param, param) for param in kept])
+    def _put_averages(self, states: list[ParamState], kept: dict[Tensor, Tensor]) -> None:
+        """Put the averages in the place of params of which the iterates are kept."""
+        try:
+            self._settings.iterates.update(kept)
+            averages.copy_to(states, [(param, param) for param in kept])
+        except BaseException:  # an interrupt, too
+            self._put_back()
+            raise
         forget_copies()
         self._settings.redundancy.share()
 
+    def _put_back(self) -> None:
+        try:
+            self._copy_back()
+        finally:
+            self._copy_back()  # what an interrupt has left
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _put_back(self) -> None:
+    def _copy_back(self) -> None:
+        if not self._settings.iterates:
+            return
         for param, iterate in self._settings.iterates.items():
             param.copy_(iterate)
         forget_copies()
         self._settings.redundancy.share()
+        self._settings.versions = []
         self._settings.iterates.clear()
         self._settings.versions = versions_of(self._params())
 
 
-def _checked(name: str, iterate: Any, param: Tensor) -> Tensor:
+def _checked_copy(name: str, iterate: Any, param: Tensor) -> Tensor:
     if not isinstance(iterate, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(iterate).__name__}")
     if iterate.shape != param.shape:
@@ -232,4 +244,14 @@ def _checked(name: str, iterate: Any, param: Tensor) -> Tensor:
             f"{name}: shape {tuple(iterate.shape)} does not match its param of shape "
             f"{tuple(param.shape)}"
         )
-    return iterate
+    check_memory(name, iterate, param)
+    if iterate.is_complex() and not param.is_complex():
+        raise TypeError(f"{name}: expected real numbers, got a tensor of {iterate.dtype}")
+    return _copied(iterate, param)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _copied(tensor: Tensor, param: Tensor) -> Tensor:
+    """Return a copy in the layout, the dtype and the place of a param."""
+    return torch.empty_like(param).copy_(tensor)
