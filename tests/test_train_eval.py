@@ -219,7 +219,7 @@ def test_a_checkpoint_has_torchs_keys_but_for_the_iterates():
     sides.ours.eval()
     state = sides.ours.state_dict()["state"]
     for i, theirs in sides.theirs.state_dict()["state"].items():
-        assert {*state[i]} == {"step", "eta", "mu", "ax", "iterate"}
+        assert {*state[i]} == {"step", "eta", "mu", "ax", "iterate", "iterate_step"}
         same(state[i]["iterate"], sides.theirs_params[i].detach())
         same(state[i]["ax"], theirs["ax"])
 
@@ -261,6 +261,23 @@ def test_an_iterate_that_fits_no_param_is_refused(iterate, error, message, mode)
     sides.ours.train()
     sides.step()
     sides.check(averaged=False)
+
+
+@pytest.mark.parametrize("make", [ASGD, torch.optim.ASGD])
+def test_an_iterate_that_another_optimizer_has_left_behind_is_ignored(make):
+    """One goes on from the averages, and saves the entries that it does not know as they were."""
+    sides = Sides(*parameters((3,), (4, 5)))
+    sides.ours.eval()
+    other = make(sides.params, **OPTIONS)
+    other.load_state_dict(copy.deepcopy(sides.ours.state_dict()))
+    step(other, sides.params, 0)
+    made = [p.detach().clone() for p in sides.params]
+    later = TrainEvalASGD(sides.params, **OPTIONS)
+    later.load_state_dict(other.state_dict())
+    later.train()
+    for p, wanted in zip(sides.params, made, strict=True):
+        same(p.detach(), wanted)
+    assert {*later.state_dict()["state"][0]} == {"step", "eta", "mu", "ax"}
 
 
 def test_params_may_be_added_between_steps():

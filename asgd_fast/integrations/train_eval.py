@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainEvalASGD"]
 
-# What checkpoints of eval mode have besides torch's keys, where an average stands in a param.
+# What checkpoints of eval mode have besides torch's keys, where an average stands in a param. Other
+# optimizers step on from the averages and save both as they were: then the steps differ.
 _ITERATE = "iterate"
+_STEP = "iterate_step"
 
 
 class TrainEvalASGD(ASGD):
@@ -50,9 +52,10 @@ class TrainEvalASGD(ASGD):
     Notes
     -----
     In eval mode ``state_dict()`` has an "iterate" for each such param, from which training goes on,
-    bit for bit, though the model was saved with the averages. ``load_state_dict`` then puts the
-    averages into the params and waits for ``train()``; model and optimizer may be loaded in either
-    order. Other optimizers ignore these entries and would go on from the averages.
+    bit for bit, though the model was saved with the averages, and an "iterate_step", the number of
+    steps made. ``load_state_dict`` then puts the averages into the params and waits for
+    ``train()``; model and optimizer may be loaded in either order. Other optimizers ignore these
+    entries and would go on from the averages; once they have made a step, so does this one.
 
     ``train()`` takes back what was written into the params since ``eval()``. ``eval()`` leaves
     params alone that were written since the last step: that is how the best weights, which a
@@ -143,7 +146,8 @@ class TrainEvalASGD(ASGD):
         for i, param in enumerate(self._params()):
             if param in self._settings.iterates and i in state_dict["state"]:
                 entry = state_dict["state"][i]
-                state_dict["state"][i] = {**entry, _ITERATE: self._settings.iterates[param]}
+                iterate = {_ITERATE: self._settings.iterates[param], _STEP: float(entry["step"])}
+                state_dict["state"][i] = {**entry, **iterate}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -162,25 +166,31 @@ class TrainEvalASGD(ASGD):
             As `ASGD`; or an iterate is no dense tensor of the shape of its param, or complex where
             that is real. Nothing is changed.
         """
-        plain, iterates = self._split(state_dict)
+        plain, iterates, made = self._split(state_dict)
         super().load_state_dict(plain)
+        for own in self._records():
+            if made.get(own.param) not in (None, float(own.scalars()[0])):
+                del iterates[own.param]
         self._settings.iterates.clear()
         self._settings.versions.clear()
         self._put_averages(self._records(), iterates)
 
-    def _split(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[Tensor, Tensor]]:
-        """Return a checkpoint without iterates, and copies of these by param."""
+    def _split(
+        self, state_dict: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[Tensor, Tensor], dict[Tensor, Any]]:
+        """Return a checkpoint without iterates, and by param copies of these and their steps."""
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         param_of = dict(zip(keys, self._params(), strict=False))  # another length is refused later
-        state, iterates = {}, {}
+        state, iterates, made = {}, {}, {}
         for key, entry in state_dict["state"].items():
             state[key] = entry
             if isinstance(entry, dict) and _ITERATE in entry:
-                state[key] = {name: x for name, x in entry.items() if name != _ITERATE}
+                state[key] = {name: x for name, x in entry.items() if name not in (_ITERATE, _STEP)}
                 if key in param_of:
                     name = f"state[{key!r}]['{_ITERATE}']"
                     iterates[param_of[key]] = _checked_copy(name, entry[_ITERATE], param_of[key])
-        return {**state_dict, "state": state}, iterates
+                    made[param_of[key]] = entry.get(_STEP)
+        return {**state_dict, "state": state}, iterates, made
 
     def _are_of_step(self) -> bool:
         """Whether nobody is known to have written into the params since the last step."""
