@@ -18,6 +18,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.optim.swa_utils import update_bn
 
 from asgd_fast import ASGD, NonMonotonicTrigger
+from asgd_fast.integrations.train_eval import TrainEvalASGD
 
 with warnings.catch_warnings(action="ignore"):  # of torch, that its torch.jit is deprecated
     from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
@@ -119,6 +120,21 @@ def check_averages_on_all_ranks():
         assert_bits(run.values(), oracle.averages())
         with pytest.raises(RuntimeError, match="modified by an inplace"):
             loss.backward()
+
+
+def check_modes_are_refused():
+    """On the rank that asks, without waiting for others."""
+    run = Run(zero(TrainEvalASGD, t0=1))
+    run.train(6)
+    before = run.values()
+    if dist.get_rank() == 0:
+        for call in (run.optimizer.optim.eval, run.optimizer.optim.train):
+            with pytest.raises(RuntimeError, match=rf"^{call.__name__}: .*ZeroRedundancyOptimizer"):
+                call()
+    assert_bits(run.values(), before)
+    with run.optimizer.optim.averaged_parameters():
+        pass
+    run.train(1)
 
 
 def check_started_averages():
@@ -243,6 +259,7 @@ def test_each_rank_steps_some_of_the_params(tmp_path):
         3,
         tmp_path,
         check_averages_on_all_ranks,
+        check_modes_are_refused,
         check_started_averages,
         check_checkpoints,
         check_batch_norm,

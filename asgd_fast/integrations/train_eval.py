@@ -89,8 +89,9 @@ class TrainEvalASGD(ASGD):
         ------
         RuntimeError
             The params are parts of a ``FullyShardedDataParallel`` module, or others stand in their
-            place in the groups.
+            place in the groups; or the optimizer is in a ``ZeroRedundancyOptimizer``.
         """
+        self._refuse_redundancy("eval")
         if self._settings.iterates or self._settings.is_exchanged:
             return
         refuse_flattened("eval", self._params())
@@ -113,8 +114,10 @@ class TrainEvalASGD(ASGD):
         Raises
         ------
         RuntimeError
-            The averages have traded places with the params since: see `averaged_parameters`.
+            The averages have traded places with the params since: see `averaged_parameters`; or the
+            optimizer is in a ``ZeroRedundancyOptimizer``.
         """
+        self._refuse_redundancy("train")
         if self._settings.iterates:
             self._settings.refuse_exchanged("train")
             self._put_back()
@@ -167,6 +170,8 @@ class TrainEvalASGD(ASGD):
             that is real. Nothing is changed.
         """
         plain, iterates, made = self._split(state_dict)
+        if iterates:
+            self._refuse_redundancy("load_state_dict")
         super().load_state_dict(plain)
         for own in self._records():
             if made.get(own.param) not in (None, float(own.scalars()[0])):
@@ -191,6 +196,13 @@ class TrainEvalASGD(ASGD):
                     iterates[param_of[key]] = _checked_copy(name, entry[_ITERATE], param_of[key])
                     made[param_of[key]] = entry.get(_STEP)
         return {**state_dict, "state": state}, iterates, made
+
+    def _refuse_redundancy(self, call: str) -> None:
+        if self._settings.redundancy.wrapper() is not None:
+            raise RuntimeError(
+                f"{call}: is not possible in a ZeroRedundancyOptimizer, of which each rank has the "
+                "averages of some params only; use averaged_parameters(), on all ranks"
+            )
 
     def _are_of_step(self) -> bool:
         """Whether nobody is known to have written into the params since the last step."""
@@ -224,7 +236,6 @@ class TrainEvalASGD(ASGD):
             self._put_back()
             raise
         forget_copies()
-        self._settings.redundancy.share()
 
     def _put_back(self) -> None:
         try:
@@ -240,7 +251,6 @@ class TrainEvalASGD(ASGD):
         for param, iterate in self._settings.iterates.items():
             param.copy_(iterate)
         forget_copies()
-        self._settings.redundancy.share()
         self._settings.versions = []
         self._settings.iterates.clear()
         self._settings.versions = versions_of(self._params())
