@@ -12,6 +12,7 @@ from averaging import BEGUN, LAYOUTS, OPTIONS, STEPS, asks_early, same_values, s
 from runs import saved_and_loaded
 from test_wrappers import wrappers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from twins import parameters, same, twin
 
 from asgd_fast import ASGD
@@ -278,6 +279,22 @@ def test_an_iterate_that_another_optimizer_has_left_behind_is_ignored(make):
     for p, wanted in zip(sides.params, made, strict=True):
         same(p.detach(), wanted)
     assert {*later.state_dict()["state"][0]} == {"step", "eta", "mu", "ax"}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_torchs_checkpoints_of_shards_are_made_in_train_mode(flat, full):
+    """They would lose the iterates where the optimizer that loads them has none."""
+    model = nn.Linear(3, 2)
+    sides = Sides(*model.parameters())
+    options = StateDictOptions(flatten_optimizer_state_dict=flat, full_state_dict=full)
+    sides.ours.eval()
+    with pytest.raises(RuntimeError, match=r"^state_dict: .*distributed.* call train\(\)"):
+        get_optimizer_state_dict(model, sides.ours, options=options)
+    sides.check(averaged=True)
+    sides.ours.train()
+    assert get_optimizer_state_dict(model, sides.ours, options=options)
+    sides.check(averaged=False)
 
 
 def test_params_may_be_added_between_steps():

@@ -32,6 +32,7 @@ __all__ = [
     "forget_copies",
     "has_observers",
     "increment_versions",
+    "is_asked_by_checkpoint",
     "is_asked_for_state",
     "is_persistent",
     "is_watched",
@@ -96,11 +97,12 @@ def is_asked_for_state() -> bool:
 
     It sets lr and gradients to 0 for that step, which a user's own first one may also have.
     """
-    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    caller = getattr(module, "_init_optim_state", None)  # of all versions; without, steps count
-    if caller is None:
-        return False
-    return _frame_of(caller) is not None
+    return _is_checkpointing("_init_optim_state")  # of all versions; without, steps count
+
+
+def is_asked_by_checkpoint() -> bool:
+    """Whether ``torch.distributed.checkpoint`` is taking the state dict of an optimizer."""
+    return _is_checkpointing("_get_optim_state_dict")  # of all versions; without, it is not seen
 
 
 def is_persistent(module: torch.nn.Module, name: str) -> bool:
@@ -169,6 +171,13 @@ def redundancy_around() -> Any:
 def share_params(redundancy: Any) -> None:
     """Let a ZeroRedundancyOptimizer send the params of each rank to all others."""
     redundancy._sync_params()  # of all versions
+
+
+def _is_checkpointing(function: str) -> bool:
+    """Whether a function of ``torch.distributed.checkpoint.state_dict`` is running."""
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    caller = getattr(module, function, None)
+    return caller is not None and _frame_of(caller) is not None
 
 
 def _frame_of(function: Any) -> FrameType | None:

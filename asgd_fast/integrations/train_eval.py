@@ -17,7 +17,7 @@ from asgd_fast import ASGD
 from asgd_fast._torch import averages
 from asgd_fast._torch.averaging import refuse_flattened
 from asgd_fast._torch.checkpoints import check_memory
-from asgd_fast._torch.internals import forget_copies, versions_of
+from asgd_fast._torch.internals import forget_copies, is_asked_by_checkpoint, versions_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -144,7 +144,18 @@ class TrainEvalASGD(ASGD):
         -------
         dict
             For ``load_state_dict`` of this class; in train mode of `ASGD` and torch's, too.
+
+        Raises
+        ------
+        RuntimeError
+            In eval mode, if ``torch.distributed.checkpoint`` asks, as by
+            ``get_optimizer_state_dict``: it would lose the iterates.
         """
+        if self._settings.iterates and is_asked_by_checkpoint():
+            raise RuntimeError(
+                "state_dict: torch.distributed.checkpoint loads what the optimizer that loads has, "
+                "and would lose the iterates of eval mode; call train() first"
+            )
         state_dict = super().state_dict()
         for i, param in enumerate(self._params()):
             if param in self._settings.iterates and i in state_dict["state"]:
