@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import typing
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from twins import parameters, same, twin
 
-from asgd_fast import ASGD
+from asgd_fast import ASGD, AveragingNotBegunWarning
 from asgd_fast.integrations.train_eval import TrainEvalASGD
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -308,6 +309,45 @@ def test_params_may_be_added_between_steps():
     sides.check(averaged=True)
     sides.ours.train()
     sides.check(averaged=False)
+
+
+def test_averages_that_are_copied_into_the_model_stay_there():
+    """In eval mode, too; those copied elsewhere end no mode."""
+    sides = Sides(*parameters((3,), (4, 5)))
+    model = nn.ParameterList(sides.params)
+    sides.ours.eval()
+    sides.ours.copy_averages_to(copy.deepcopy(model))
+    sides.ours.train()
+    sides.check(averaged=False)
+    sides.ours.eval()
+    sides.ours.copy_averages_to(model)
+    sides.ours.train()
+    sides.check(averaged=True)
+    step(sides.ours, sides.params)
+
+
+def test_a_part_of_the_averages_may_stay_in_the_model():
+    sides = Sides(*parameters((3,), (4, 5)))
+    targets = [sides.params[0], torch.zeros(4, 5)]
+    sides.ours.eval()
+    sides.ours.copy_averages_to(iter(targets))
+    sides.ours.train()
+    same_values(sides.params[0], sides.averages()[0])
+    same_values(targets[1], sides.averages()[1])
+    same_values(sides.params[1], sides.theirs_params[1])
+
+
+@asks_early
+def test_the_warning_before_averaging_begins_is_of_the_callers_line():
+    sides = Sides(*parameters((3,)), steps=1)
+    with pytest.warns(AveragingNotBegunWarning) as warned:
+        sides.ours.copy_averages_to(nn.ParameterList(sides.params))
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", ["eval", "train", "averaged_parameters", "load_state_dict"])
+def test_type_hints_can_be_resolved(name):
+    assert "return" in typing.get_type_hints(getattr(TrainEvalASGD, name))
 
 
 def test_weights_that_somebody_has_loaded_stay():

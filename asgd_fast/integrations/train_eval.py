@@ -6,6 +6,7 @@ module does not know how a step is made.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,6 @@ from asgd_fast._torch.checkpoints import check_memory
 from asgd_fast._torch.internals import forget_copies, is_asked_by_checkpoint, versions_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
     from asgd_fast._torch.state import ParamState
 
 __all__ = ["TrainEvalASGD"]
@@ -57,7 +56,9 @@ class TrainEvalASGD(ASGD):
     ``train()``; model and optimizer may be loaded in either order. Other optimizers ignore these
     entries and would go on from the averages; once they have made a step, so does this one.
 
-    ``train()`` takes back what was written into the params since ``eval()``. ``eval()`` leaves
+    ``train()`` takes back what was written into the params since ``eval()``, except by
+    ``copy_averages_to(model)``. After ``start_averaging()`` they keep the averages of before until
+    then. ``eval()`` leaves
     params alone that were written since the last step: that is how the best weights, which a
     Trainer loads at the end, stay what is evaluated.
 
@@ -136,6 +137,20 @@ class TrainEvalASGD(ASGD):
         finally:
             if are_of_step:  # the params are what they were before
                 settings.versions = versions_of(self._params()[: len(settings.versions)])
+
+    def copy_averages_to(self, target: torch.nn.Module | Iterable[Tensor]) -> None:
+        """Copy the averages into a model, or into tensors: see `ASGD`.
+
+        In eval mode, params that are among these keep their averages in train mode, too.
+        """
+        if not self._settings.iterates:
+            self._begun("copy_averages_to", stacklevel=4)
+        params = list(self._settings.iterates)
+        before = versions_of(params)
+        super().copy_averages_to(target)
+        for param, old, new in zip(params, before, versions_of(params), strict=True):
+            if new != old:
+                del self._settings.iterates[param]
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint, as `ASGD` does; in eval mode with the iterates in it.
