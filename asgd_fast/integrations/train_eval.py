@@ -58,9 +58,8 @@ class TrainEvalASGD(ASGD):
 
     ``train()`` takes back what was written into the params since ``eval()``, except by
     ``copy_averages_to(model)``. After ``start_averaging()`` they keep the averages of before until
-    then. ``eval()`` leaves
-    params alone that were written since the last step: that is how the best weights, which a
-    Trainer loads at the end, stay what is evaluated.
+    then. ``eval()`` leaves params alone that were written since the last step: that is how the best
+    weights, which a Trainer loads at the end, stay what is evaluated.
 
     Examples
     --------
