@@ -229,8 +229,9 @@ def train_by_sgd(task: Task, schedule: str, lr: float, seed: int) -> Record:
 
     ``starts[e]`` is the score of the average of all iterates after epoch e. It comes from sums in
     float64, and is what `ASGD` with that t0 has but for its rounding: one `ASGD` cannot begin at
-    all of them. "ema" are what an `AveragedModel` has that was made of the untrained model and is
-    updated in each step; `ASGD(averaging=("ema", decay))` begins with the first iterate instead.
+    all of them. "ema" are those of torch's EMA function, begun with the untrained model; an
+    `AveragedModel` begins with the first iterate, and gives it as much weight. That is not so with
+    `ASGD(averaging=("ema", decay))`, which normalizes its weights.
     """
     problem = task.problem(seed)
     model = problem.model

@@ -372,7 +372,7 @@ def _of_unfit_versions(monkeypatch):
 @pytest.mark.parametrize("fault", [_without_numba, _without_numba_cuda, _of_unfit_versions])
 def test_a_compiler_that_is_missing_is_named(monkeypatch, fault):
     reason = fault(monkeypatch)
-    with pytest.raises(ImportError, match=rf"pip install 'asgd_fast\[cuda\]' \({reason}"):
+    with pytest.raises(ImportError, match=rf"pip install '\.\[cuda\]' \({reason}"):
         build.ptx_of(FLOAT32, (9, 0))
 
 
