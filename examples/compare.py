@@ -209,12 +209,13 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
 }
 EMA_DECAYS = (0.99, 0.999)
+EMA = "EMA of swa_utils, decay"
 
 # What the plot shows against lr.
 COLORS = {
     "constant: SGD": "tab:orange",
     "constant: ASGD after half of the steps": "tab:blue",
-    "constant: EMA, decay 0.99": "tab:purple",
+    f"constant: {EMA} 0.99": "tab:purple",
     "steps: SGD": "tab:green",
     "linear: SGD": "tab:red",
     "schedule-free SGD": "tab:gray",
@@ -228,7 +229,9 @@ def train_by_sgd(task: Task, schedule: str, lr: float, seed: int) -> Record:
 
     ``starts[e]`` is the score of the average of all iterates after epoch e. It comes from sums in
     float64, and is what `ASGD` with that t0 has but for its rounding: one `ASGD` cannot begin at
-    all of them. "ema" are what an `AveragedModel` has that is updated in each step.
+    all of them. "ema" are those of torch's EMA function, begun with the untrained model; an
+    `AveragedModel` begins with the first iterate, and gives it as much weight. That is not so with
+    `ASGD(averaging=("ema", decay))`, which normalizes its weights.
     """
     problem = task.problem(seed)
     model = problem.model
@@ -324,11 +327,11 @@ CONTENDERS = (
     Contender("constant: ASGD after half of the steps", "constant", "half"),
     Contender("constant: NT-ASGD", "constant", "nt"),
     Contender("constant: SWA, once an epoch, after half", "constant", "swa"),
-    *(Contender(f"constant: EMA, decay {x}", "constant", f"ema {x}") for x in EMA_DECAYS),
+    *(Contender(f"constant: {EMA} {x}", "constant", f"ema {x}") for x in EMA_DECAYS),
     Contender("steps: SGD", "steps", "last"),
     Contender("steps: ASGD after half of the steps", "steps", "half"),
     Contender("steps: SWA, once an epoch, after half", "steps", "swa"),
-    *(Contender(f"steps: EMA, decay {x}", "steps", f"ema {x}") for x in EMA_DECAYS),
+    *(Contender(f"steps: {EMA} {x}", "steps", f"ema {x}") for x in EMA_DECAYS),
     Contender("linear: SGD", "linear", "last"),
     Contender("linear: ASGD after half of the steps", "linear", "half"),
     Contender("schedule-free SGD", FREE, "last"),
@@ -379,7 +382,8 @@ class Runs:
 def table(runs: Runs, names: Sequence[str]) -> str:
     """Return the test errors of all contenders as Markdown: mean, range over seeds, and lr."""
     tasks = [TASKS[name] for name in names]
-    lines = ["| | " + " | ".join(f"{task.title}: {task.error} | lr" for task in tasks) + " |"]
+    heads = [f"{x.title}: {x.error}{', one seed' if x.seeds == 1 else ''} | lr |" for x in tasks]
+    lines = [" ".join(["| |", *heads])]
     lines.append("| --- |" + " --- |" * (2 * len(tasks)))
     for contender in CONTENDERS:
         line = f"| {contender.label} |"
@@ -424,9 +428,13 @@ def plot(runs: Runs, names: Sequence[str], path: Path) -> None:
             last = runs.mean(name, Contender("", schedule, "last"), lr, task.seeds)[1]
             lower.axhline(last, color=color, linestyle=":", label=f"last iterate: {label}")
         lower.set(xlabel="averaging begins after epoch", ylabel=task.error)
+        bottom, top = lower.get_ylim()
+        lower.set_ylim(bottom, top + 0.4 * (top - bottom))  # room for the legend
+        lower.legend(fontsize="x-small", loc="upper right")
         for axes in (upper, lower):
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="x-small")
+    lines = {x.get_label(): x for upper in rows[0] for x in upper.get_lines()}
+    figure.legend(handles=[*lines.values()], loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

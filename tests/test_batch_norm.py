@@ -155,6 +155,93 @@ def test_buffers_of_any_kind_get_their_bits_and_places_back():
     assert model.same is shared
 
 
+def inference_tensor():
+    with torch.inference_mode():
+        return torch.arange(3.0)
+
+
+BUFFERS = {
+    "expanded": lambda: torch.tensor([1.0, float("nan")]).expand(3, 2),
+    "windows": lambda: torch.tensor([float("nan"), 1.0, 2.0, 3.0]).unfold(0, 3, 1),
+    "inference": inference_tensor,
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "no number": lambda: torch.zeros(0, 3),
+}
+
+
+@pytest.mark.parametrize("make", BUFFERS.values(), ids=BUFFERS)
+def test_buffers_that_nobody_touches_may_be_of_any_kind(make):
+    model = model_with_batch_norm()
+    model[3].register_buffer("mask", make())
+    optimizer = trained(model)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with optimizer.averaged_parameters(model=model, update_bn=batches()):
+        pass
+    mask = before.pop("3.mask")
+    torch.testing.assert_close(model[3].mask, mask, rtol=0, atol=0, equal_nan=True)
+    del model[3].mask
+    same_state(model, before)
+
+
+def delete(module):
+    del module.seen
+
+
+def resize(module):
+    module.seen.resize_(5).fill_(7)
+
+
+def convert(module):
+    module.seen.data = module.seen.data.double() + 1
+
+
+def write_expanded(module):
+    module.expanded[0] = 7
+
+
+def write_inference(module):
+    with torch.inference_mode():
+        module.made_in_inference.fill_(7)
+
+
+@pytest.mark.parametrize("change", [delete, resize, convert, write_expanded, write_inference])
+def test_whatever_becomes_of_buffers_inside_they_come_back(change):
+    model = model_with_batch_norm()
+    module = model[3]
+    module.register_buffer("seen", torch.tensor([1.5, -0.0, float("nan")]), persistent=False)
+    module.register_buffer("expanded", torch.arange(2.0).expand(3, 2))
+    module.register_buffer("made_in_inference", inference_tensor())
+    optimizer = trained(model)
+    before, seen, shown = facts(model), module.seen, module.seen.clone()
+    with optimizer.averaged_parameters(model=model, update_bn=batches()):
+        change(module)
+    assert module.seen is seen
+    same_values(seen, shown)
+    same_state(model, before[0])
+    assert {name for name, _ in module.named_buffers()} > {"seen"}
+
+
+def test_one_that_cannot_come_back_keeps_no_other_buffer_from_it():
+    """Before and after the statistics of the model."""
+    model = model_with_batch_norm()
+    for module in (model[0], model[3]):
+        module.register_buffer("seen", torch.zeros(3))
+    optimizer = trained(model)
+    statistics = copy.deepcopy(model[1].state_dict())
+    iterate = model[0].weight.detach().clone()
+
+    def evaluate():
+        with optimizer.averaged_parameters(model=model, update_bn=batches()):
+            for module in (model[0], model[3]):
+                del module.seen
+                module.seen = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(RuntimeError, match=r"^averaged_parameters: cannot put buffer 'seen' of a"):
+        evaluate()
+    same_state(model[1], statistics)
+    same_values(model[0].weight, iterate)
+
+
 @asks_early
 def test_no_pass_is_made_before_averaging_begins():
     model = model_with_batch_norm()

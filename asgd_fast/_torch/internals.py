@@ -33,6 +33,7 @@ __all__ = [
     "has_observers",
     "increment_versions",
     "is_asked_for_state",
+    "is_persistent",
     "is_watched",
     "local_tensor",
     "recorder",
@@ -100,6 +101,11 @@ def is_asked_for_state() -> bool:
     if caller is None:
         return False
     return _frame_of(caller) is not None
+
+
+def is_persistent(module: torch.nn.Module, name: str) -> bool:
+    """Whether a buffer of a module is in its state dict."""
+    return name not in module._non_persistent_buffers_set  # of all versions
 
 
 def check_graph_capture(optimizer: Any) -> None:

@@ -9,6 +9,6 @@ __all__ = ["MISSING"]
 
 # What every error says that comes of a package which is not installed, or not in the right version.
 MISSING = (
-    "arrays in the memory of a CUDA device need the packages of the cuda extra; "
-    "pip install 'asgd_fast[cuda]'"
+    "arrays in the memory of a CUDA device need the packages of the cuda extra; in a clone of "
+    "asgd_fast: pip install '.[cuda]'"
 )

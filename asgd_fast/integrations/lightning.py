@@ -18,12 +18,14 @@ from asgd_fast._torch import batch_norm
 
 try:
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
     from lightning.pytorch.trainer.states import TrainerFn
     from lightning.pytorch.utilities.rank_zero import rank_zero_warn
     from lightning.pytorch.utilities.seed import isolate_rng
 except ImportError as error:
     raise ImportError(
-        "asgd_fast.integrations.lightning needs Lightning: pip install 'asgd_fast[lightning]'"
+        "asgd_fast.integrations.lightning needs the packages of the lightning extra; in a clone "
+        "of asgd_fast: pip install '.[lightning]'"
     ) from error
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ __all__ = ["ASGDWeightAveraging"]
 
 # Where checkpoints keep the iterate, as those of Lightning's own WeightAveraging do.
 _ITERATE = "current_model_state"
+
+# Each rank has parts of the params alone, or steps copies of them.
+_SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
 class ASGDWeightAveraging(Callback):
@@ -74,8 +79,9 @@ class ASGDWeightAveraging(Callback):
         `patience` is no integer, or negative. In ``trainer.fit``: no optimizer is an
         `asgd_fast.ASGD`.
     RuntimeError
-        In ``trainer.fit``: `monitor` is not logged; or `update_bn` finds several data loaders, or
-        one with persistent workers, of which a second pass would stop the first.
+        In ``trainer.fit``: the strategy shards the params (FSDP, FSDP2, DeepSpeed); `monitor` is
+        not logged; or `update_bn` finds several data loaders, or one with persistent workers, of
+        which a second pass would stop the first.
 
     Examples
     --------
@@ -108,6 +114,11 @@ class ASGDWeightAveraging(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizers."""
+        if isinstance(trainer.strategy, _SHARDING):
+            raise RuntimeError(
+                "strategy: expected one that keeps the whole module on each rank, such as ddp, "
+                f"got {type(trainer.strategy).__name__}"
+            )
         found = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ASGD)]
         if not found:
             names = [type(optimizer).__name__ for optimizer in trainer.optimizers]

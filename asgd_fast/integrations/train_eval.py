@@ -43,6 +43,9 @@ class TrainEvalASGD(ASGD):
     when it goes. It takes memory of the size of the params whose averages have begun, as the
     gradients do in training. Everything else, arguments included, is as in `ASGD`.
 
+    Buffers stay as they are: with batch normalization, the running statistics are those of the
+    iterates, in evaluations too. Call ``torch.optim.swa_utils.update_bn`` before you ship a model.
+
     Notes
     -----
     In eval mode ``state_dict()`` has an "iterate" for each such param, from which training goes on,

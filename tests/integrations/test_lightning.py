@@ -26,6 +26,7 @@ from integrations.lightning_runs import (  # noqa: E402
 )
 from lightning.pytorch import Callback  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 
 from asgd_fast import AveragingNotBegunWarning  # noqa: E402
 from asgd_fast.integrations.lightning import ASGDWeightAveraging  # noqa: E402
@@ -227,6 +228,30 @@ def test_weights_alone_are_warned_of(tmp_path):
 def test_a_module_without_the_optimizer_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"^optimizers: .* asgd_fast.ASGD among them, got \['ASGD'"):
         fit(Regression("theirs"), ASGDWeightAveraging(), folder=tmp_path)
+
+
+class Configured(Regression):
+    """A module that a strategy may shard where it is configured."""
+
+    def configure_model(self):
+        pass
+
+
+@pytest.fixture
+def no_process_group():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("no_process_group")
+def test_a_strategy_that_shards_is_refused(tmp_path):
+    """Those of FSDP and DeepSpeed are refused with it; they need a GPU to come so far."""
+    module = Configured(options=T0)
+    before = copied(module)
+    with pytest.raises(RuntimeError, match=r"^strategy: .* ddp, got ModelParallelStrategy$"):
+        fit(module, ASGDWeightAveraging(), folder=tmp_path, strategy=ModelParallelStrategy())
+    same_weights(module.state_dict(), before)
 
 
 def check_begun_after(step, watch):
