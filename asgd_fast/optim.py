@@ -19,7 +19,7 @@ from asgd_fast._engines import launches_for
 from asgd_fast._torch import checkpoints, fallback
 from asgd_fast._torch.averaging import WithAverages
 from asgd_fast._torch.gather import Work, gather
-from asgd_fast._torch.groups import Group, check_group, drop_usual
+from asgd_fast._torch.groups import Group, check_group, drop_usual, make_plain
 from asgd_fast._torch.internals import (
     call_post_hooks,
     check_graph_capture,
@@ -292,6 +292,7 @@ class ASGD(WithAverages, torch.optim.ASGD):
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._settings.had_parameters |= has_parameters(self.param_groups[-1]["params"])
+        make_plain(self.param_groups[-1])
         drop_usual(self.param_groups[-1])
 
     @_hooked

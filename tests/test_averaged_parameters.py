@@ -347,3 +347,55 @@ def test_two_optimizers_of_one_model():
     for context in contexts:
         context.__exit__(None, None, None)
     assert [facts(optimizer) for optimizer in optimizers] == before
+
+
+@pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [0, 4])
+@pytest.mark.parametrize("place", range(4))
+def test_memory_taken_away_inside_is_lost_alone(wide, size, place):
+    """An error says so; all other params and averages have their bits, torch's exchanges too."""
+    params = [*parameters((3,), (4, 5), (7,)), nn.Parameter(torch.randn(20)[::2])]
+    optimizer = stepped(params, average_dtype=wide)
+    iterates, averages = [p.detach().clone() for p in params], averages_of(optimizer, params)
+    shape = str(tuple(params[place].shape)).replace("(", r"\(").replace(")", r"\)")
+    message = f"^averaged_parameters: the memory of .* {shape} was taken away inside"
+    with pytest.raises(RuntimeError, match=message), optimizer.averaged_parameters():
+        params[place].untyped_storage().resize_(size)
+    for i, (p, iterate, ax) in enumerate(zip(params, iterates, averages, strict=True)):
+        if i != place:
+            same_values(p, iterate)
+            same_values(optimizer.state[p]["ax"], ax)
+    for p in params:
+        p.grad = None
+    optimizer.step()  # is possible again
+
+
+@pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
+@pytest.mark.parametrize("of_average", [False, True], ids=["param", "average"])
+def test_memory_taken_away_before_is_refused(wide, of_average):
+    params = [*parameters((3,), (4, 5)), nn.Parameter(torch.randn(20)[::2])]
+    optimizer = stepped(params, average_dtype=wide)
+    for place in (2, 1):
+        lost = optimizer.state[params[place]]["ax"] if of_average else params[place]
+        lost.untyped_storage().resize_(4)
+        kept = [(p, optimizer.state[p]["ax"]) for p in params[:place]]
+        before = [(p.detach().clone(), ax.clone()) for p, ax in kept]
+        with pytest.raises(RuntimeError, match=r"^averaged_parameters: .* was taken away$"):
+            optimizer.averaged_parameters().__enter__()
+        for pair, values in zip(kept, before, strict=True):
+            for tensor, value in zip(pair, values, strict=True):
+                same_values(tensor, value)
+
+
+@pytest.mark.parametrize("wide", [None, torch.float64], ids=str)
+def test_params_whose_data_is_replaced_inside_get_their_iterates(wide):
+    """Exchanged with that of another param, or new."""
+    params = [*parameters((5,), (5,), (4,)), nn.Parameter(torch.randn(10)[::2])]
+    optimizer = stepped(params, average_dtype=wide)
+    iterates, averages = [p.detach().clone() for p in params], averages_of(optimizer, params)
+    with optimizer.averaged_parameters():
+        params[0].data, params[1].data = params[1].data, params[0].data
+        params[2].data = torch.zeros(4)
+    for p, iterate, ax in zip(params, iterates, averages, strict=True):
+        same_values(p, iterate)
+        same_values(optimizer.state[p]["ax"], ax)

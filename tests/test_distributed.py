@@ -119,6 +119,57 @@ def check_gradients_placed_otherwise():
             )
 
 
+def check_gradients_whose_parts_have_other_strides():
+    """On some ranks only, and beside parts without elements: the bits of torch's with all of each.
+
+    Torch itself does not take all of these DTensors.
+    """
+    n = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (n,))
+    shapes = [(4, 4), (5, 3), (1, 2), (3, 7)]
+    for placements in ([Shard(0)], [Shard(1)], [Replicate()]):
+        for grads in ([Partial()], [Shard(0)], [Shard(1)], [Replicate()]):
+            params = placed(mesh, placements, shapes=2 * shapes)
+            others = [nn.Parameter(param.full_tensor().detach().clone()) for param in params]
+            ours = ASGD(params, lr=0.1, t0=1)
+            theirs = torch.optim.ASGD(others, lr=0.1, t0=1, foreach=False)
+            for step in range(4):
+                give_grads(others, step)
+                for param, other in zip(params, others, strict=True):
+                    if grads == [Partial()]:  # whose sum is exact
+                        summand = other.grad * (2.0, -1.0, 0.0)[dist.get_rank()]
+                        param.grad = DTensor.from_local(summand, mesh, grads)
+                    else:
+                        param.grad = distribute_tensor(other.grad, mesh, grads)
+                ours.step()
+                theirs.step()
+            what = f"{placements}, grads {grads}"
+            assert_bits([param.full_tensor() for param in params], others, what)
+            averages = [ax.full_tensor() for ax in ours.averages]
+            assert_bits(averages, [theirs.state[other]["ax"] for other in others], what)
+
+
+def check_params_that_only_some_ranks_leave_to_torch():
+    """For their parts have gaps there: all ranks send each other the gradients none the less."""
+    n, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cpu", (n,))
+    torch.manual_seed(rank)
+    parts = [torch.randn(3, 8)[:, ::2] if rank == 0 else torch.randn(3, 4) for _ in range(3)]
+    params = [nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)])) for part in parts]
+    plain = [nn.Parameter(part.clone()) for part in parts]
+    ours = ASGD(params, lr=0.1, t0=1)
+    theirs = torch.optim.ASGD(plain, lr=0.1, t0=1, foreach=False)
+    for step in range(4):
+        give_grads(params, step, [Replicate()])
+        for param, part in zip(params, plain, strict=True):
+            whole = param.grad.to_local()
+            part.grad = whole[3 * rank : 3 * rank + 3].clone()
+        ours.step()
+        theirs.step()
+    assert_bits(params, plain, "params")
+    assert_bits(ours.averages, [theirs.state[part]["ax"] for part in plain], "averages")
+
+
 def check_two_dimensions():
     mesh = init_device_mesh("cpu", (2, 2))
     for placements in ([Replicate(), Shard(0)], [Shard(0), Shard(0)], [Shard(0), Replicate()]):
@@ -354,6 +405,8 @@ def test_steps_have_the_bits_of_torch(n, tmp_path):
         tmp_path,
         check_placements,
         check_gradients_placed_otherwise,
+        check_gradients_whose_parts_have_other_strides,
+        check_params_that_only_some_ranks_leave_to_torch,
         check_half_types,
         check_averages,
         check_averages_copied,

@@ -147,3 +147,19 @@ def test_whole_numbers_of_other_types():
     for make in (lambda **o: ASGD(parameters((3,)), **o), lambda **o: ArrayASGD(np.ones(3), **o)):
         optimizer = make(average_every=np.int64(3))
         assert optimizer.param_groups[0]["average_every"] == 3
+
+
+@pytest.mark.parametrize("in_group", [False, True], ids=["optimizer", "group"])
+def test_checkpoints_with_scalars_of_numpy_are_plain(in_group):
+    """Which torch.load(weights_only=True) takes, with all that was given."""
+    own = {
+        "averaging": (np.str_("ema"), np.float32(0.9)),
+        "average_every": np.int64(3),
+        "lr_schedule": np.str_("current"),
+    }
+    params = parameters((3,))
+    optimizer = ASGD([{"params": params, **own}]) if in_group else ASGD(params, **own)
+    (group,) = saved_and_loaded(optimizer.state_dict())["param_groups"]
+    assert group["averaging"] == ("ema", float(np.float32(0.9)))
+    assert group["average_every"] == 3
+    assert group["lr_schedule"] == "current"

@@ -51,14 +51,18 @@ def exchanged(records: Sequence[ParamState]) -> Iterator[None]:
     ------
     ValueError
         An average has another shape than its param. Nothing is changed.
+    RuntimeError
+        The memory of a param or an average was taken away before, and nothing is changed; or it
+        was inside, and all others are back in their places.
     """
     pairs, rows = _pairs(records)
+    lost: list[Pair] = []
     by_engine = [pair for pair in pairs if not pair.by_torch]
     written = written_of(by_engine)
     try:
         forget_copies()
         increment_versions(written)
-        with _engines.exchanged(rows, lambda: _rows_again(by_engine)):
+        with _engines.exchanged(rows, lambda: _rows_again(by_engine, lost)):
             with ordinary_tensors():
                 for pair in pairs:
                     pair.put_average()
@@ -66,10 +70,17 @@ def exchanged(records: Sequence[ParamState]) -> Iterator[None]:
     finally:
         try:
             increment_versions(written)
-            _put_back(pairs)
+            _put_back(pairs, lost)
         finally:
-            _put_back(pairs)  # what an interrupt has left
+            _put_back(pairs, lost)  # what an interrupt has left
             forget_copies()
+        if lost:
+            shapes = ", ".join(str(tuple(pair.memory.shape)) for pair in reversed(lost))
+            raise RuntimeError(
+                "averaged_parameters: the memory of params, or of their averages, of the shapes "
+                f"{shapes} was taken away inside, so that they cannot be given their iterates "
+                "back; all others have theirs"
+            )
 
 
 @torch.no_grad()
@@ -171,19 +182,19 @@ def _pairs(records: Sequence[ParamState]) -> tuple[list[Pair], Rows]:
     return pairs, rows
 
 
-def _rows_again(pairs: list[Pair]) -> Rows:
+def _rows_again(pairs: list[Pair], lost: list[Pair]) -> Rows:
+    """Return the rows of what an engine can exchange once more; list what it cannot."""
     rows, refused = rows_of(pairs)
-    if refused:
-        raise RuntimeError(
-            "averaged_parameters: the memory of a param was taken away inside, so that it cannot "
-            "be given its iterate back"
-        )
+    lost[:] = [pairs[i] for i in refused]
     return rows
 
 
-def _put_back(pairs: list[Pair]) -> None:
-    """Put all params back, the last one first, and forget what is done."""
+def _put_back(pairs: list[Pair], lost: list[Pair]) -> None:
+    """Put all params back, the last one first, and forget what is done; list what cannot be."""
     with ordinary_tensors():
+        for pair in pairs:
+            pair.keep()
         while pairs:
-            pairs[-1].put_back()
+            if not pairs[-1].put_back() and pairs[-1] not in lost:
+                lost.append(pairs[-1])
             pairs.pop()

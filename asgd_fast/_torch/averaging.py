@@ -52,7 +52,8 @@ class WithAverages:
         engine takes, need memory of the size of the params meanwhile.
 
         Inside, steps are refused; a CUDA graph that is replayed does not ask. Do not write into the
-        params there: it would go into the averages, or be lost. `state_dict` gives what it gives
+        params there: it would go into the averages, or be lost. A param whose ``data`` is replaced
+        there gets the bits of its iterate in the new memory. `state_dict` gives what it gives
         outside; ``model.state_dict()`` holds the averages.
 
         Parameters
@@ -76,7 +77,9 @@ class WithAverages:
         RuntimeError
             The averages stand in the params already; or the params are parts of a
             ``FullyShardedDataParallel`` module, which may have copies of them; or other tensors
-            stand in their place in the groups, as DeepSpeed's ZeRO has it. Nothing is changed.
+            stand in their place in the groups, as DeepSpeed's ZeRO has it; or the memory of a param
+            or an average was taken away. Nothing is changed. Also where that is done inside, on the
+            way out: all other params have their bits back then.
         TypeError
             `model` is no Module, or missing where there is `update_bn`. Nothing is changed.
         ValueError

@@ -1,7 +1,7 @@
 """DTensors laid out as others, and what is to be known of them on all ranks.
 
-This module knows DTensors by what is the same on all ranks. So all decide alike whether an engine
-takes one; else some would wait for ever for a gradient that others do not redistribute.
+This module knows DTensors by what is the same on all ranks. So all decide alike whether a gradient
+is redistributed; else some would wait for ever for what others do not send.
 """
 
 from __future__ import annotations
@@ -25,18 +25,21 @@ def has_memory(tensor: Any) -> bool:
 
 @torch.no_grad()
 def redistributed(grad: Any, param: Any, *, sums: bool) -> Tensor | None:
-    """Return a gradient laid out as its param, if it is a DTensor of the same mesh; else None.
+    """Return a gradient laid out as its param, of which all ranks have to send their parts.
+
+    None if it is laid out so already, or if torch's operations have to do it: it is no DTensor of
+    the same mesh, or one of sums, or the param is one of sums.
 
     Parameters
     ----------
     grad : Tensor
-    param : DTensor
+    param : Tensor
     sums : bool
         Whether it may be one whose elements are sums over the ranks.
     """
-    if not is_dtensor(grad) or grad.device_mesh != param.device_mesh:
+    if not (is_dtensor(grad) and is_dtensor(param)) or are_alike(grad, param):
         return None
-    if has_sums(grad) and not sums:
+    if grad.device_mesh != param.device_mesh or has_sums(param) or (has_sums(grad) and not sums):
         return None
     result: Tensor = grad.redistribute(placements=param.placements)
     return result

@@ -9,7 +9,7 @@ from asgd_fast._torch.memory cimport is_ordinary, lend
 from asgd_fast._torch.parts cimport part_of
 from asgd_fast._torch.record cimport Record
 
-from asgd_fast._torch.conversions import extent
+from asgd_fast._torch.conversions import extent, has_whole_memory
 
 
 cdef class Pair:
@@ -29,6 +29,11 @@ cdef class Pair:
     ax : Tensor
     by_torch : bool
         Whether torch exchanges them rather than an engine.
+
+    Raises
+    ------
+    RuntimeError
+        The memory of one of them was taken away.
     """
 
     cdef Record _record
@@ -37,10 +42,15 @@ cdef class Pair:
     cdef readonly object spare
     cdef readonly object ax
     cdef readonly bint by_torch
+    cdef object _iterate  # a copy, where the param was put elsewhere
 
     def __cinit__(self, Record record):
         self._record, self._param, self.ax = record, record.param, record.average()
         self.memory = self._param.detach()
+        if not self.is_whole():
+            raise RuntimeError(
+                "averaged_parameters: the memory of a param, or of its average, of shape "
+                f"{tuple(self._param.shape)} was taken away")
         self.spare = self.memory.clone() if self.ax.dtype != self._param.dtype else None
 
     def leave_to_torch(self):
@@ -60,15 +70,34 @@ cdef class Pair:
         elif self.spare is None:
             self._record.ax, self._record.source = None, self.memory
 
+    def is_whole(self):
+        """Whether the memory to be exchanged is still there."""
+        return has_whole_memory(self.memory) and has_whole_memory(self.ax)
+
+    def keep(self):
+        """Copy the iterate, if the param was given other memory: it may be another param's."""
+        if (
+            not self.by_torch and self._iterate is None and self.is_whole()
+            and _address(self._param) != _address(self.memory)
+        ):
+            self._iterate = self.memory.clone()
+
     def put_back(self):
-        """Put the param back, or let the state show that an engine has; may be repeated."""
-        if self.by_torch:
-            self._param.detach().copy_(self.spare)
-            return
-        if self._record.source is self.memory:
+        """Put the param back, or let the state show that an engine has; may be repeated.
+
+        Returns
+        -------
+        bool
+            Whether the param has its iterate: False if its memory was taken away.
+        """
+        if not self.by_torch and self._record.source is self.memory:
             self._record.ax, self._record.source = self.ax, self._param
-        if _address(self._param) != _address(self.memory):  # it was given other memory
-            self._param.detach().copy_(self.memory)
+        if not has_whole_memory(self._param) or not (self.by_torch or self.is_whole()):
+            return False
+        iterate = self.spare if self.by_torch else self._iterate
+        if iterate is not None:
+            self._param.detach().copy_(iterate)
+        return True
 
 
 def rows_of(list pairs):
@@ -94,7 +123,8 @@ def rows_of(list pairs):
         row = rows.begin()
         row.step = NULL
         if not (
-            is_ordinary(pair.memory) == is_ordinary(pair.ax)
+            pair.is_whole()
+            and is_ordinary(pair.memory) == is_ordinary(pair.ax)
             and _lend(rows, PARAM, pair.memory, None, False)
             and _lend(rows, AX, pair.ax, pair.memory, not pair._record.is_shown)
             and (pair.spare is None or _lend(rows, GRAD, pair.spare, pair.memory, True))

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Remaining", "prepare", "step"]
 
-# A param that no engine takes, between its group and its state.
-Remaining: TypeAlias = "tuple[Group, Tensor, ParamState]"
+# A param that no engine takes, with its group, its gradient and its state.
+Remaining: TypeAlias = "tuple[Group, Tensor, Tensor, ParamState]"
 
 # What torch's function takes of a group.
 _HYPERPARAMETERS = (
@@ -42,7 +42,7 @@ def prepare(remaining: Sequence[Remaining]) -> None:
 
     Parameters
     ----------
-    remaining : sequence of (dict, Tensor, ParamState)
+    remaining : sequence of (dict, Tensor, Tensor, ParamState)
 
     Raises
     ------
@@ -52,9 +52,9 @@ def prepare(remaining: Sequence[Remaining]) -> None:
         A state lacks an entry, or its average has another shape than its param; or capturable goes
         with a keyword that torch does not know.
     """
-    if any(param.grad is not None and param.grad.is_sparse for _, param, _ in remaining):
+    if any(grad.is_sparse for _, _, grad, _ in remaining):
         raise RuntimeError("ASGD does not support sparse gradients")
-    for group, param, record in remaining:
+    for group, param, _, record in remaining:
         if group["capturable"] and has_own_options(group):
             raise ValueError(
                 "capturable: goes with lr_schedule='current', average_every > 1 or another "
@@ -72,7 +72,7 @@ def prepare(remaining: Sequence[Remaining]) -> None:
             raise ValueError(
                 f"state: 'ax' of shape {got} does not match its param of shape {shape}"
             )
-    without = [record for _, _, record in remaining if record.ax is None]
+    without = [record for *_, record in remaining if record.ax is None]
     for record, ax in [(record, new_average(record, copies=True)) for record in without]:
         record.ax = ax
 
@@ -82,14 +82,14 @@ def step(remaining: Sequence[Remaining], unscale: float) -> None:
 
     Parameters
     ----------
-    remaining : sequence of (dict, Tensor, ParamState)
+    remaining : sequence of (dict, Tensor, Tensor, ParamState)
         Prepared.
     unscale : float
         What the gradients are multiplied by first.
     """
     for _, together in groupby(remaining, key=_what_torch_takes_together):
-        groups, params, records = zip(*together, strict=True)
-        grads = [param.grad if unscale == 1 else param.grad * unscale for param in params]
+        groups, params, found, records = zip(*together, strict=True)
+        grads = [grad if unscale == 1 else grad * unscale for grad in found]
         if has_own_options(groups[0]):
             for param, record, grad in zip(params, records, grads, strict=True):
                 _step_one(groups[0], param, record, grad)
@@ -113,7 +113,7 @@ def step(remaining: Sequence[Remaining], unscale: float) -> None:
 
 
 def _what_torch_takes_together(one: Remaining) -> tuple[Any, ...]:
-    group, param, record = one
+    group, param, _, record = one
     return id(group), record["ax"].dtype != param.dtype, record.get("t0")
 
 

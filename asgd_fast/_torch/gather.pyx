@@ -56,8 +56,8 @@ cdef class Work:
     ----------
     rows : Rows
         For the engines; checked.
-    remaining : list of (dict, Tensor, ParamState)
-        For torch's own function: params with their groups and states.
+    remaining : list of (dict, Tensor, Tensor, ParamState)
+        For torch's own function: params with their groups, gradients and states.
     written : list of Tensor
         What the engines write, as far as autograd is concerned.
     unscale : float
@@ -75,6 +75,7 @@ cdef class Work:
     cdef list _averages      # the same of averages, each with its state
     cdef list _replaced      # states with tensors for what stands in the place of their scalars
     cdef list _converted     # gradients of which a copy is used
+    cdef dict _redistributed  # gradients laid out as their params, by ids of these
     cdef object _group       # whose params are being added
     cdef object _lr          # of the group, as it stands there
     cdef object _placed      # the param of the row, if it is a DTensor
@@ -99,6 +100,7 @@ cdef class Work:
         self._replaced = []
         self._stepped = []
         self._converted = []
+        self._redistributed = {}
 
     def begin(self):
         """Let the states and averages come into being that begin with this step."""
@@ -150,9 +152,25 @@ cdef class Work:
                 continue
             if record is None:
                 record = self._find(param, group)
+            if not by_torch and not is_ordinary(param):
+                grad = self._as_placed(grad, param, &common.plan)
             if by_torch or not self._add(param, grad, record, &common):
-                self.remaining.append((group, param, record))
+                self.remaining.append((group, param, grad, record))
         return 0
+
+    cdef object _as_placed(self, grad, param, const Plan *plan):
+        """The gradient of a DTensor, laid out as that.
+
+        All ranks communicate before anything is asked that they may answer differently, such as
+        how the memory of their parts is laid out; torch's function gets the same gradient.
+        """
+        # Where torch computes with the ranks' parts before it adds them, the bits are others.
+        moved = redistributed(
+            grad, param, sums=plan.weight_decay == 0 and fabs(plan.grad_scale) == 1)
+        if moved is None:
+            return grad
+        self._redistributed[id(param)] = moved
+        return moved
 
     cdef int _read_group(self, group, Common *common) except -1:
         cdef Borrowed borrowed
@@ -228,7 +246,7 @@ cdef class Work:
         cdef Row *row = rows.begin()
         cdef Mirror mirror
         if not (
-            self._lend_param(row, param, grad, &common.plan)
+            self._lend_param(row, param, grad)
             and (row.device != CPU or not common.capturable)
             and not (record.is_open and record.missing())
             and self._plan(row, param, record, common, &mirror)
@@ -244,10 +262,10 @@ cdef class Work:
         rows.commit()
         return True
 
-    cdef bint _lend_param(self, Row *row, param, grad, const Plan *plan) except -1:
+    cdef bint _lend_param(self, Row *row, param, grad) except -1:
         """Put a param and its gradient into the row. False if they are not fit for it."""
         if not self._lend(PARAM, param) or not (
-                self._lend(GRAD, grad) or self._lend_copy(grad, param, plan)):
+                self._lend(GRAD, grad) or self._lend_copy(grad, param)):
             return False
         if row.device != CPU and row.device != self.rows.device:
             self.rows.note_stream(stream_of(param, row.device))  # of all of torch's work there
@@ -285,23 +303,25 @@ cdef class Work:
             if tensor is None:
                 return False
             self.rows.kept.append(tensor)
+        return self._settle(role, tensor, is_own)
+
+    cdef bint _settle(self, int role, tensor, bint is_own) except -1:
         return (
             lend(tensor, role != GRAD, &self.rows.arrays[role], is_own)
             and self.rows.settle(role) is None
         )
 
-    cdef bint _lend_copy(self, grad, param, const Plan *plan) except -1:
+    cdef bint _lend_copy(self, grad, param) except -1:
         """Put a gradient of another dtype or layout into the row, converted to the param's."""
-        if self._placed is None:
-            copy = grad_as_param(grad, param)
-        else:
-            # Where torch computes with the ranks' parts before it adds them, the bits are others.
-            copy = redistributed(
-                grad, param, sums=plan.weight_decay == 0 and fabs(plan.grad_scale) == 1)
-        if copy is None or not self._lend(GRAD, copy):
+        part = grad
+        if self._placed is not None:
+            part, param = part_of(grad, param), part_of(param)
+            if part is None:
+                return False
+        copy = grad_as_param(part, param)
+        if copy is None or not self._settle(GRAD, copy, True):
             return False
-        if self._placed is None:
-            self._converted.append(grad)
+        self._converted.append(grad)
         self.rows.kept.append(copy)
         return True
 
@@ -410,8 +430,8 @@ cdef class Work:
         """Leave everything to torch where memory is shared: its order of operations shows then."""
         if not self._shares_state and self.rows.is_disjoint():
             outside = list(self._converted)
-            for _, param, record in self.remaining:
-                outside += [param, param.grad, record.ax]
+            for _, param, grad, record in self.remaining:
+                outside += [param, grad, record.ax]
             if not self.rows.touches([extent(tensor) for tensor in outside]):
                 return 0
         self.rows.clear()
@@ -419,7 +439,7 @@ cdef class Work:
         self._stepped.clear()
         self._averages.clear()
         self.remaining = [
-            (group, param, self._find(param, group))
+            (group, param, self._redistributed.get(id(param), param.grad), self._find(param, group))
             for group in groups for param in group["params"] if param.grad is not None]
         return 0
 

@@ -21,6 +21,7 @@ __all__ = [
     "drop_usual",
     "has_own_options",
     "is_of_floats",
+    "make_plain",
     "number",
     "scalars_in_types",
 ]
@@ -42,6 +43,16 @@ def drop_usual(group: Group) -> None:
     for name, usual in OWN_HYPERPARAMETERS.items():
         if group.get(name, usual) == usual:
             group.pop(name, None)
+
+
+def make_plain(group: Group) -> None:
+    """Put Python's own numbers and strings into the hyperparameters that torch does not have.
+
+    ``torch.load(weights_only=True)`` refuses NumPy's in a checkpoint.
+    """
+    group["lr_schedule"] = check_lr_schedule(group["lr_schedule"])
+    group["average_every"] = check_average_every(group["average_every"])
+    group["averaging"] = check_averaging(group["averaging"])
 
 
 def check_group(group: Group) -> None:
