@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from averaging import InsideError
@@ -239,7 +241,11 @@ class Configured(Regression):
 
 @pytest.fixture
 def no_process_group():
+    """None is left behind, nor the variables by which other frameworks would make one."""
+    before = dict(os.environ)
     yield
+    os.environ.clear()
+    os.environ.update(before)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
