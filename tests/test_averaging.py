@@ -318,9 +318,10 @@ def test_it_comes_from_json(double_scalars, make):
 
 def test_a_checkpoint_has_it_where_it_is_not_the_mean():
     (p,) = parameters((3,))
-    for averaging in ("mean", ("ema", 0.5), ["polynomial", 2]):
-        saved = saved_and_loaded(ASGD([p], averaging=averaging).state_dict())
-        assert saved["param_groups"][0].get("averaging", "mean") == averaging
+    polynomial = ["polynomial", 2], ("polynomial", 2.0)
+    for given, stored in (("mean", "mean"), (("ema", 0.5), ("ema", 0.5)), polynomial):
+        saved = saved_and_loaded(ASGD([p], averaging=given).state_dict())
+        assert saved["param_groups"][0].get("averaging", "mean") == stored
     assert "averaging" not in ASGD([p]).state_dict()["param_groups"][0]
 
 
