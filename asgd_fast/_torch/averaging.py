@@ -114,9 +114,12 @@ class WithAverages:
                 batch_norm.kept_buffers(model),
             ):
                 redundancy.share()
-                # Forwards of wrapped models communicate: on all ranks or on none.
-                has_begun = any(redundancy.greatest([len(begun)]))
-                if model is not None and update_bn is not None and has_begun:
+                if (
+                    model is not None
+                    and update_bn is not None
+                    # Forwards of wrapped models communicate: on all ranks or on none.
+                    and any(redundancy.greatest([len(begun)]))
+                ):
                     batch_norm.update_statistics(model, update_bn)
                 yield
         finally:
