@@ -469,6 +469,25 @@ def test_an_average_within_a_larger_buffer_stays_there():
     assert torch.equal(buffer[10:106].view(2, 3, 4, 4), p)
 
 
+def versions_counted(optimizer_class):
+    """How often torch is told of writes to scalars, in a step that goes to torch's function."""
+    (p,) = parameters((3,))
+    optimizer = optimizer_class([p], t0=0)
+    for _ in range(4):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    entry = optimizer.state[p]
+    entry["ax"] = torch.stack([entry["ax"]] * 2, 1)[:, 0]  # in a layout that no engine takes
+    before = [entry[name]._version for name in ("step", "eta", "mu")]
+    optimizer.step()
+    after = [optimizer.state[p][name]._version for name in ("step", "eta", "mu")]
+    return [new - old for new, old in zip(after, before, strict=True)]
+
+
+def test_a_write_to_a_scalar_counts_once_where_torch_makes_it():
+    assert versions_counted(ASGD) == versions_counted(torch.optim.ASGD)
+
+
 def test_state_moved_to_shared_memory_is_followed():
     """As asynchronous training over processes does before the first real step."""
     twins = Twins(parameters((3,), (4, 2)), lazy_average=False, **OPTIONS)

@@ -79,6 +79,7 @@ cdef class Work:
     cdef object _group       # whose params are being added
     cdef object _lr          # of the group, as it stands there
     cdef object _placed      # the param of the row, if it is a DTensor
+    cdef object _scalars     # of the row, if its record is open: the tensors that an engine writes
     cdef object _settings
     cdef bint _scalars_on_device
     cdef bint _round_scalars
@@ -257,8 +258,10 @@ cdef class Work:
         self.written.append(param)
         rows.kept.append(grad)
         self._stepped.append(record)
-        if record.is_open and row.step != NULL:
-            rows.mirror(&mirror)
+        if record.is_open:
+            self.written += self._scalars
+            if row.step != NULL:
+                rows.mirror(&mirror)
         rows.commit()
         return True
 
@@ -367,11 +370,12 @@ cdef class Work:
         """Read the scalars of an open record, or what somebody has put in their place."""
         scalars = record.scalars()
         if record.read(scalars, mirror):
-            self.written += scalars
+            self._scalars = scalars
             return True
         scalars = tuple(on_host(record))
         if not record.read(scalars, mirror):
             return False
+        self._scalars = ()  # nobody else has these
         self._replaced.append((record, scalars))
         return True
 
@@ -404,7 +408,7 @@ cdef class Work:
         if scalars is None:
             scalars = to_device(record, param.device)
         if record.is_open:
-            self.written += record.scalars()
+            self._scalars = record.scalars()
         if isnan(plan.lr) and common.lr_on_device == NULL:
             plan.lr = number("lr", self._lr)
         if not isnan(record.t0):
