@@ -163,3 +163,16 @@ def test_checkpoints_with_scalars_of_numpy_are_plain(in_group):
     assert group["averaging"] == ("ema", float(np.float32(0.9)))
     assert group["average_every"] == 3
     assert group["lr_schedule"] == "current"
+
+
+def test_an_optimizer_pickled_before_there_was_averaging_takes_groups():
+    first, second = parameters((3,), (2,))
+    pickled = ASGD([first], lr_schedule="current").__getstate__()
+    pickled["_own_defaults"] = {"lr_schedule": "current", "average_every": 1}
+    pickled["defaults"] = {k: x for k, x in pickled["defaults"].items() if k != "averaging"}
+    optimizer = ASGD.__new__(ASGD)
+    optimizer.__setstate__(pickled)
+    optimizer.add_param_group({"params": [second]})
+    assert [group["lr_schedule"] for group in optimizer.param_groups] == ["current"] * 2
+    optimizer.add_param_group({"params": parameters((1,)), "averaging": ("ema", 0.5)})
+    assert optimizer.param_groups[2]["averaging"] == ("ema", 0.5)

@@ -102,6 +102,8 @@ class Settings:
         """Take over, and out of a dict, what `copied` returned in any version."""
         for name in copied.keys() & set(_COPIED):
             setattr(self, name.removeprefix("_"), copied.pop(name))
+        # Earlier versions had fewer of them.
+        self.own_defaults = {**OWN_HYPERPARAMETERS, **self.own_defaults}
 
 
 class Shared(Generic[T]):
