@@ -106,7 +106,9 @@ class TrainEvalASGD(ASGD):
                 stacklevel=3,
             )
             return
-        self._put_averages(begun, {own.param: _copied(own.param, own.param) for own in begun})
+        self._put_averages(
+            begun, {record.param: _copied(record.param, record.param) for record in begun}
+        )
 
     def train(self) -> None:
         """Put the iterates back into the params; nothing happens if they stand there.
@@ -198,9 +200,9 @@ class TrainEvalASGD(ASGD):
         if iterates:
             self._refuse_redundancy("load_state_dict")
         super().load_state_dict(plain)
-        for own in self._records():
-            if made.get(own.param) not in (None, float(own.scalars()[0])):
-                del iterates[own.param]
+        for record in self._records():
+            if made.get(record.param) not in (None, float(record.scalars()[0])):
+                del iterates[record.param]
         self._settings.iterates.clear()
         self._settings.versions.clear()
         self._put_averages(self._records(), iterates)
@@ -252,11 +254,11 @@ class TrainEvalASGD(ASGD):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _put_averages(self, states: list[ParamState], kept: dict[Tensor, Tensor]) -> None:
+    def _put_averages(self, records: list[ParamState], kept: dict[Tensor, Tensor]) -> None:
         """Put the averages in the place of params of which the iterates are kept."""
         try:
             self._settings.iterates.update(kept)
-            averages.copy_to(states, [(param, param) for param in kept])
+            averages.copy_to(records, [(param, param) for param in kept])
         except BaseException:  # an interrupt, too
             self._put_back()
             raise
