@@ -41,10 +41,8 @@ class Regression(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         torch.manual_seed(0)
-        middle = (
-            [nn.BatchNorm1d(8), nn.Dropout(dropout)] if normalizes else []
-        )  # in this order: the
-        # statistics do not depend on random numbers
+        # In this order: the statistics do not depend on random numbers.
+        middle = [nn.BatchNorm1d(8), nn.Dropout(dropout)] if normalizes else []
         self.layers = nn.Sequential(nn.Linear(3, 8), *middle, nn.Tanh(), nn.Linear(8, 1))
         self.options = {**OPTIONS, **dict(options)}
 
@@ -145,5 +143,10 @@ class Leave(Callback):
 
     def on_fit_end(self, trainer, module):
         watch = next(x for x in trainer.callbacks if isinstance(x, Watch))
-        seen = {"iterates": watch.iterates, "validated": watch.validated, "left": copied(module)}
+        seen = {
+            "iterates": watch.iterates,
+            "averages": watch.averages,
+            "validated": watch.validated,
+            "left": copied(module),
+        }
         torch.save(seen, self.folder / str(trainer.global_rank))

@@ -15,14 +15,12 @@ lightning = pytest.importorskip("lightning")
 
 from integrations.lightning_runs import (  # noqa: E402
     BATCHES,
-    OPTIONS,
     Leave,
     Losses,
     Regression,
     copied,
     data,
     fit,
-    pairs,
     training_loader,
     validation_loader,
 )
@@ -359,24 +357,19 @@ def test_loaders_of_which_there_is_no_second_pass_are_refused(tmp_path, loader, 
         ours(tmp_path, averaging=averaging, loader=loader)
 
 
-def torchs_on_two_ranks(steps, start):
-    """The oracle: torch's ASGD on the mean of two gradients, and its averages."""
-    models = [Regression(normalizes=True, dropout=0.0) for _ in range(2)]
-    optimizer = torch.optim.ASGD(models[0].parameters(), foreach=False, **OPTIONS, t0=start)
-    iterates, averages = {}, {}
-    for step in range(steps):
-        for rank, model in enumerate(models):
-            model.load_state_dict(models[0].state_dict())
-            model.zero_grad()
-            model.loss(pairs(4, 100 + 2 * step + rank)).backward()
-        for p, q in zip(*(model.parameters() for model in models), strict=True):
-            p.grad = (p.grad + q.grad) / 2
-        optimizer.step()
-        iterates[step + 1] = copied(models[0])
-        state = [optimizer.state[p]["ax"].clone() for p in models[0].parameters()]
-        names = [name for name, _ in models[0].named_parameters()]
-        averages[step + 1] = {**iterates[step + 1], **dict(zip(names, state, strict=True))}
-    return iterates, averages
+def on_two_ranks(folder, optimizer, *callbacks, options=()):
+    """What each of two ranks has seen in a training with either optimizer."""
+    folder.mkdir()
+    fit(
+        Regression(optimizer, normalizes=True, dropout=0.0, options=options),
+        *callbacks,
+        Leave(folder),
+        folder=folder,
+        epochs=6,
+        strategy="ddp_spawn",
+        devices=2,
+    )
+    return [torch.load(folder / str(rank)) for rank in range(2)]
 
 
 def batches_of_all_ranks(epoch):
@@ -391,23 +384,19 @@ def batches_of_all_ranks(epoch):
 @pytest.mark.heavy
 def test_two_ranks_average_alike(tmp_path):
     """They begin together, by the mean of their metrics, and with the statistics of all batches."""
-    module = Regression(normalizes=True, dropout=0.0)
-    fit(
-        module,
+    ours = on_two_ranks(
+        tmp_path / "ours",
+        "ours",
         ASGDWeightAveraging("chosen", patience=1, update_bn=True),
         Losses([1.0] * 6, [9.0, 5.0, 7.0, 6.0, 1.0, 1.0]),  # the first one alone never stalls
-        Leave(tmp_path),
-        folder=tmp_path,
-        epochs=6,
-        strategy="ddp_spawn",
-        devices=2,
     )
     n = BATCHES // 2  # an epoch of each rank
     start = 4 * n
-    iterates, averages = torchs_on_two_ranks(6 * n, t0_of(start))
-    ranks = [torch.load(tmp_path / str(rank)) for rank in range(2)]
-    parameters = [name for name, _ in module.named_parameters()]
-    for seen in ranks:
+    theirs = on_two_ranks(tmp_path / "theirs", "theirs", options=(("t0", t0_of(start)),))
+    iterates, averages = theirs[0]["iterates"], theirs[0]["averages"]
+    assert len(iterates) == 6 * n
+    parameters = [name for name, _ in Regression(normalizes=True).named_parameters()]
+    for seen in ours:
         assert list(seen["iterates"]) == list(iterates)
         for step, weights in iterates.items():
             for name in parameters:
@@ -422,7 +411,8 @@ def test_two_ranks_average_alike(tmp_path):
         for name, value in last.state_dict().items():
             if "num_batches" not in name:
                 torch.testing.assert_close(seen["left"][name], value, rtol=1e-5, atol=1e-6)
-    assert all(torch.equal(x, ranks[1]["left"][name]) for name, x in ranks[0]["left"].items())
+    one, other = (seen["left"] for seen in ours)
+    assert all(torch.equal(x, other[name]) for name, x in one.items())
 
 
 def t0_of(step):
