@@ -438,7 +438,7 @@ class ASGD(WithAverages, torch.optim.ASGD):
         As in torch; but the state is copied, step, eta and mu keep their precision, and averages
         get the dtype that they have in this optimizer. Where `lr_schedule`, `average_every` and
         `averaging` are not in the checkpoint, as in torch's and where they were the defaults, they
-        stay.
+        stay. A warning tells of averages that were made with others than then hold.
 
         Parameters
         ----------
@@ -460,6 +460,8 @@ class ASGD(WithAverages, torch.optim.ASGD):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        for group in self.param_groups:
+            checkpoints.warn_of_lost_settings(group, self._records(group), stacklevel=2)
 
     def _make_checkpoints_plain(self) -> None:
         """Let checkpoints have torch's form, before the user's own hooks see them."""
