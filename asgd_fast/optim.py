@@ -28,7 +28,7 @@ from asgd_fast._torch.internals import (
     is_asked_for_state,
 )
 from asgd_fast._torch.redundancy import has_parameters
-from asgd_fast._torch.settings import KEYWORDS, Settings, Shared, checked_average_dtype
+from asgd_fast._torch.settings import KEYWORDS, Settings, Shared
 from asgd_fast._torch.state import put_unstepped
 from asgd_fast.schedule import AveragingKind, LrSchedule
 from asgd_fast.threads import threads_for
@@ -247,7 +247,7 @@ class ASGD(WithAverages, torch.optim.ASGD):
     ) -> None:
         self._settings = Settings()
         self._settings.lazy_average = lazy_average
-        self._settings.average_dtype = checked_average_dtype(average_dtype)
+        self._settings.average_dtype = average_dtype
         self._settings.fused_amp = fused_amp
         self._settings.own_defaults = {
             "lr_schedule": lr_schedule,

@@ -15,7 +15,7 @@ import torch
 from asgd_fast._torch.groups import OWN_HYPERPARAMETERS
 from asgd_fast._torch.redundancy import Redundancy
 
-__all__ = ["KEYWORDS", "Settings", "Shared", "checked_average_dtype"]
+__all__ = ["KEYWORDS", "Settings", "Shared"]
 
 T = TypeVar("T")
 # The keywords that hold for all groups.
@@ -58,7 +58,7 @@ class Settings:
 
     def __init__(self) -> None:
         self.lazy_average = True
-        self.average_dtype: torch.dtype | None = None
+        self._average_dtype: torch.dtype | None = None
         self.fused_amp = False
         self.own_defaults = dict(OWN_HYPERPARAMETERS)
         self.scalars_on_device = False
@@ -70,6 +70,14 @@ class Settings:
         self.redundancy = Redundancy()
         self.iterates: dict[torch.Tensor, torch.Tensor] = {}
         self.versions: list[int] = []
+
+    @property
+    def average_dtype(self) -> torch.dtype | None:
+        return self._average_dtype
+
+    @average_dtype.setter
+    def average_dtype(self, value: Any) -> None:
+        self._average_dtype = _checked_average_dtype(value)
 
     def unusual(self) -> dict[str, Any]:
         """Return the keywords that are not the defaults."""
@@ -132,7 +140,7 @@ class HasSettings(Protocol):
     _settings: Settings
 
 
-def checked_average_dtype(value: Any) -> torch.dtype | None:
+def _checked_average_dtype(value: Any) -> torch.dtype | None:
     """Return an average_dtype that may have been given by its name.
 
     Parameters
