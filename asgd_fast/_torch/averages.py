@@ -184,6 +184,8 @@ def _pairs(records: Sequence[ParamState]) -> tuple[list[Pair], Rows]:
 
 def _rows_again(pairs: list[Pair], lost: list[Pair]) -> Rows:
     """Return the rows of what an engine can exchange once more; list what it cannot."""
+    for pair in pairs:
+        pair.look()
     rows, refused = rows_of(pairs)
     lost[:] = [pairs[i] for i in refused]
     return rows

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from asgd_fast._torch.distributed import has_memory
-from asgd_fast._torch.memory import is_ordinary
 from asgd_fast._torch.parts import part_of
 from asgd_fast.threads import is_forked
 
@@ -24,7 +23,6 @@ __all__ = [
     "extent",
     "grad_as_param",
     "has_engine",
-    "has_whole_memory",
     "is_shared",
     "ordinary_tensors",
 ]
@@ -123,29 +121,8 @@ def extent(tensor: Tensor | None) -> tuple[int, int]:
         start = tensor.data_ptr()
     except RuntimeError:  # a subclass that only wraps others
         return 0, 0
-    return start, start + _reach(tensor) * tensor.itemsize
-
-
-def has_whole_memory(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor, or of a DTensor's part, has room for its elements.
-
-    Somebody may have made the storage smaller, which torch's operations do not notice. Tensors of
-    other kinds are taken to have it.
-    """
-    part = part_of(tensor)
-    tensor = tensor if part is None else part
-    if not is_ordinary(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
-        return True
-    try:
-        n_bytes = tensor.untyped_storage().nbytes()
-    except RuntimeError:  # of a transform
-        return True
-    return (tensor.storage_offset() + _reach(tensor)) * tensor.itemsize <= n_bytes
-
-
-def _reach(tensor: Tensor) -> int:
-    """How many elements there are from the first one to the last one in memory."""
-    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.itemsize
 
 
 def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
