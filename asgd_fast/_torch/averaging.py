@@ -105,6 +105,17 @@ class WithAverages:
         refuse_flattened("averaged_parameters", self._params())
         self._refuse_replaced("averaged_parameters")
         begun = self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
+        with self._exchanged(begun, model, update_bn):
+            yield
+
+    @contextmanager
+    def _exchanged(
+        self,
+        begun: list[ParamState],
+        model: torch.nn.Module | None = None,
+        update_bn: Iterable[Any] | None = None,
+    ) -> Iterator[None]:
+        """Hold the averages that have begun in the params, on all ranks."""
         redundancy = self._settings.redundancy
         try:
             self._settings.is_exchanged = True
@@ -231,8 +242,8 @@ class WithAverages:
         if {id(param) for param in params}.isdisjoint(map(id, model.parameters())):
             raise ValueError("model: has none of the optimizer's params")
         refuse_flattened("averaged_state_dict", params)
-        self._begun("averaged_state_dict", stacklevel=4)
-        with nullcontext() if self._settings.is_exchanged else self.averaged_parameters():
+        begun = self._begun("averaged_state_dict", stacklevel=4)
+        with nullcontext() if self._settings.is_exchanged else self._exchanged(begun):
             # Compiled, the copy would be empty.
             shipped: dict[str, Any] = torch.compiler.disable(averages.shipped)(model)
             return shipped

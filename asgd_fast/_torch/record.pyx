@@ -19,8 +19,9 @@ import torch
 from asgd_fast._rows.describe cimport data_of, n_elements
 from asgd_fast._rows.dlpack cimport Borrowed, give_back, kDLCPU, kDLFloat
 from asgd_fast._rows.rows cimport Mirror
+from asgd_fast._torch.conversions import clone_as
 from asgd_fast._torch.internals import is_watched
-from asgd_fast._torch.memory cimport is_ordinary, lend
+from asgd_fast._torch.memory cimport is_ordinary, lend, number_as_tensor
 from asgd_fast.cuda.scalars cimport DeviceScalars
 
 SCALARS = ("step", "eta", "mu")
@@ -36,6 +37,22 @@ def scalar_tensor(double value, dtype):
         with torch.inference_mode(False):  # 2 us, as long as all the rest
             return make(value, dtype=dtype, device="cpu")
     return make(value, dtype=dtype, device="cpu")
+
+
+cdef list _as_tensors(Scalars *numbers, bint is_double):
+    """step, eta and mu as tensors of no dimension of the host, each with memory of its own.
+
+    A pickled view of a tensor has all the memory of that with it.
+    """
+    dtype = torch.float64 if is_double else torch.float32
+    cdef double values[3]
+    cdef list tensors = []
+    cdef bint is_plain = not is_watched() and not torch.is_inference_mode_enabled()
+    values[0], values[1], values[2] = numbers.step, numbers.eta, numbers.mu
+    for value in values:
+        tensor = number_as_tensor(value, is_double) if is_plain else None
+        tensors.append(scalar_tensor(value, dtype) if tensor is None else tensor)
+    return tensors
 
 
 cdef class Record(dict):
@@ -93,7 +110,10 @@ cdef class Record(dict):
         """Put the tensors into the dict, for somebody to look at."""
         if self.is_open:
             return
-        contents = self.contents()
+        scalars = self.scalars()
+        if self.device_scalars is None:  # torch's own, which may be resized
+            scalars = [scalar_tensor(number, self.dtype) for number in scalars]
+        contents = self._with(scalars, None)
         self.is_open = self.is_shown = True
         dict.update(self, contents)
         self._ax = None
@@ -110,13 +130,11 @@ cdef class Record(dict):
                     dict.__getitem__(self, name).fill_(value)
         return 0
 
-    def contents(self, scalars=None, ax=None):
+    def contents(self, ax=None):
         """The entries as a plain dict, of tensors of its own where the record is sealed.
 
         Parameters
         ----------
-        scalars : sequence of Tensor, optional
-            step, eta and mu, if they were made already where the record `has_numbers`.
         ax : Tensor, optional
             What stands for an average that there is not.
 
@@ -133,10 +151,12 @@ cdef class Record(dict):
             others = {name: contents.pop(name) for name in list(contents) if name not in _NAMES}
             return {**contents, "ax": ax, **others}
         if self.device_scalars is not None:
-            scalars = self.device_scalars.views()
-        elif scalars is None:
-            scalars = [scalar_tensor(value, self.dtype) for value in self.scalars()]
-        contents = {"step": scalars[0], "eta": scalars[1], "mu": scalars[2]}
+            return self._with(self.device_scalars.views(), ax)
+        return self._with(_as_tensors(&self.now, self.is_double), ax)
+
+    cdef dict _with(self, scalars, ax):
+        """The entries of a sealed record, with tensors for step, eta and mu."""
+        cdef dict contents = {"step": scalars[0], "eta": scalars[1], "mu": scalars[2]}
         if self._ax is not None:
             contents["ax"] = self._ax
             self.is_shown = True
@@ -145,6 +165,18 @@ cdef class Record(dict):
         if not isnan(self.t0):
             contents["t0"] = self.t0
         return contents
+
+    def complete(self):
+        """The entries as torch has them, an average among them, as a plain dict.
+
+        To be called within `ordinary_tensors`.
+        """
+        if (
+            self.param is None or self.has_average
+            or self.is_open and (self.is_empty() or dict.__contains__(self, "ax"))
+        ):
+            return self.contents()
+        return self.contents(clone_as(self.source, self.average_dtype))
 
     @property
     def has_numbers(self):

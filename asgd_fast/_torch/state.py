@@ -9,14 +9,12 @@ from collections import OrderedDict
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
-from asgd_fast._torch.conversions import clone_as, copy_as, has_engine, is_shared, ordinary_tensors
+from asgd_fast._torch.conversions import copy_as, has_engine, is_shared, ordinary_tensors
 from asgd_fast._torch.groups import number
-from asgd_fast._torch.internals import is_watched
 from asgd_fast._torch.record import SCALARS, Record, scalar_tensor
 from asgd_fast._torch.scalars import floats, refuse_capture, scalar_dtype, to_device
 
@@ -73,21 +71,6 @@ class ParamState(Record):
         """Return a copy of the param in the dtype of its average."""
         return copy_as(self.source, self.average_dtype)
 
-    def complete(self, scalars: Sequence[Tensor] | None = None) -> dict[str, Any]:
-        """Return the entries as torch has them, an average among them, as a plain dict.
-
-        To be called within `ordinary_tensors`.
-
-        Parameters
-        ----------
-        scalars : sequence of Tensor, optional
-            As for `contents`.
-        """
-        lacks_average = self.param is not None and not self.has_average
-        if not lacks_average or (self.is_open and (not self or "ax" in self)):
-            return self.contents(scalars)
-        return self.contents(scalars, clone_as(self.source, self.average_dtype))
-
     def __iter__(self) -> Iterator[str]:
         """Go through the names that a checkpoint has: torch's tools load what is named here."""
         names = list(self.keys())
@@ -121,7 +104,7 @@ class Unstepped(ParamState):
         self.settings = settings
         self.bind(record.param, is_lazy=record.is_lazy, average_dtype=record.average_dtype)
 
-    def complete(self, scalars: Sequence[Tensor] | None = None) -> dict[str, Any]:
+    def complete(self) -> dict[str, Any]:
         """Return the entries with which a step would begin now."""
         return new(self.param, {}, self.group, self.settings).complete()
 
@@ -298,31 +281,10 @@ def complete(state: Mapping[Any, Any]) -> dict[Any, Any]:
     Scalars and averages that nobody has seen yet are made as tensors for it.
     """
     with ordinary_tensors():
-        scalars = _scalars_of(
-            [x for x in state.values() if type(x) is ParamState and x.has_numbers]
-        )
         return {
-            key: entry.complete(scalars.get(id(entry))) if isinstance(entry, ParamState) else entry
+            key: entry.complete() if isinstance(entry, ParamState) else entry
             for key, entry in state.items()
         }
-
-
-def _scalars_of(records: Sequence[ParamState]) -> dict[int, list[Tensor]]:
-    """Return step, eta and mu of states that have numbers as tensors, by the ids of the states.
-
-    Each looks to torch as if it had memory of its own, since a pickled view of a tensor has all the
-    memory of that with it. Views of an array take half the time of tensors made one by one, which
-    remain to be made where each operation is watched.
-    """
-    if is_watched():
-        return {}
-    scalars = {}
-    for dtype, numpy_dtype in ((torch.float32, np.float32), (torch.float64, np.float64)):
-        alike = [record for record in records if record.dtype is dtype]
-        block = np.array([record.scalars() for record in alike], numpy_dtype)
-        for i, record in enumerate(alike):
-            scalars[id(record)] = [torch.from_numpy(block[i, k, ...]) for k in range(len(SCALARS))]
-    return scalars
 
 
 def most_steps(records: Sequence[ParamState]) -> float:

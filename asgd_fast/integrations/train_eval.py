@@ -125,15 +125,16 @@ class TrainEvalASGD(ASGD):
             self._put_back()
 
     @contextmanager
-    def averaged_parameters(
-        self, *, model: torch.nn.Module | None = None, update_bn: Iterable[Any] | None = None
+    def _exchanged(
+        self,
+        begun: list[ParamState],
+        model: torch.nn.Module | None = None,
+        update_bn: Iterable[Any] | None = None,
     ) -> Iterator[None]:
-        """Hold the averages in the params for as long as the context lasts: see `ASGD`."""
-        self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
         settings = self._settings
         are_of_step = self._are_of_step()
         try:
-            with super().averaged_parameters(model=model, update_bn=update_bn):
+            with super()._exchanged(begun, model, update_bn):
                 yield
         finally:
             if are_of_step:  # the params are what they were before
