@@ -354,8 +354,8 @@ class ASGD(WithAverages, torch.optim.ASGD):
             self._settings.scalars_on_device = True
             work = gather(self.state, self.param_groups, self._settings)
             if work.has_all_scalars_on_device() and not work.remaining:
-                if work.rows.on_device is not None:
-                    work.rows.on_device.scale(work.rows.streams, found_inf, scale)
+                if work.rows.device_rows is not None:
+                    work.rows.device_rows.scale(work.rows.streams, found_inf, scale)
                 self._run(work)
                 return
         if found_inf is None or not found_inf:

@@ -21,7 +21,7 @@ from asgd_fast._rows.dlpack cimport Borrowed, give_back, kDLCPU, kDLFloat
 from asgd_fast._rows.rows cimport Mirror
 from asgd_fast._torch.conversions import clone_as
 from asgd_fast._torch.internals import is_watched
-from asgd_fast._torch.memory cimport is_ordinary, lend, number_as_tensor
+from asgd_fast._torch.memory cimport borrow_tensor, is_ordinary, number_as_tensor
 from asgd_fast.cuda.scalars cimport DeviceScalars
 
 SCALARS = ("step", "eta", "mu")
@@ -247,18 +247,15 @@ cdef class Record(dict):
 
     def begin_anew(self, double step):
         """Set mu to 1 after so many steps, so that the next step's iterate is copied."""
-        if self.device_scalars is not None:
-            self.device_scalars.steps = step
-        if self.is_open:
-            mu = dict.get(self, "mu")
-            if not isinstance(mu, torch.Tensor):
-                dict.__setitem__(self, "mu", 1.0)
-                return
-        elif self.device_scalars is None:
+        if self.has_numbers:
             self.now.mu = 1
             return
-        else:
-            mu = self.device_scalars.views()[2]
+        if self.device_scalars is not None:
+            self.device_scalars.steps = step
+        mu = self.mu
+        if not isinstance(mu, torch.Tensor):
+            dict.__setitem__(self, "mu", 1.0)
+            return
         with torch.no_grad(), torch.inference_mode(False):
             mu.fill_(1)
 
@@ -273,7 +270,7 @@ cdef class Record(dict):
         cdef int i
         for i in range(3):
             tensor = scalars[i]
-            if not is_ordinary(tensor) or not lend(tensor, True, &borrowed):
+            if not is_ordinary(tensor) or not borrow_tensor(tensor, True, &borrowed):
                 return False
             is_fit = (
                 borrowed.tensor.device.device_type == kDLCPU
