@@ -576,17 +576,9 @@ class ArrayASGD:
             self._averages[i] = None
 
     def reset_averages(self, group: int | None = None) -> None:
-        """Forget the averages, and begin them anew: the same as `start_averaging`.
+        """Forget the averages, and begin them anew: `start_averaging` by another name.
 
-        Parameters
-        ----------
-        group : int, optional
-            The place of a group in `param_groups`. By default all of them.
-
-        Raises
-        ------
-        IndexError, TypeError, RuntimeError
-            As `start_averaging`.
+        `group` is that of `start_averaging`, and so is what is raised.
         """
         self.start_averaging(group)
 

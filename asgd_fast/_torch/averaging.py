@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from asgd_fast._torch.settings import Settings
     from asgd_fast._torch.state import ParamState
 
-__all__ = ["WithAverages", "refuse_flattened"]
-
 
 class WithAverages:
     """The methods of an optimizer that have to do with its averages."""
@@ -104,8 +102,7 @@ class WithAverages:
         self._settings.refuse_exchanged("averaged_parameters")
         refuse_flattened("averaged_parameters", self._params())
         self._refuse_replaced("averaged_parameters")
-        begun = self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
-        with self._exchanged(begun, model, update_bn):
+        with self._exchanged(self._begun("averaged_parameters"), model, update_bn):
             yield
 
     @contextmanager
@@ -195,8 +192,7 @@ class WithAverages:
                     f"target: tensor {i} of shape {tuple(other.shape)} does not match its param of "
                     f"shape {tuple(param.shape)}"
                 )
-        begun = self._begun("copy_averages_to", stacklevel=4)
-        averages.copy_to(begun, zip(params, targets, strict=True))
+        averages.copy_to(self._begun("copy_averages_to"), zip(params, targets, strict=True))
         self._settings.redundancy.share()
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
@@ -242,7 +238,7 @@ class WithAverages:
         if {id(param) for param in params}.isdisjoint(map(id, model.parameters())):
             raise ValueError("model: has none of the optimizer's params")
         refuse_flattened("averaged_state_dict", params)
-        begun = self._begun("averaged_state_dict", stacklevel=4)
+        begun = self._begun("averaged_state_dict")
         with nullcontext() if self._settings.is_exchanged else self._exchanged(begun):
             # Compiled, the copy would be empty.
             shipped: dict[str, Any] = torch.compiler.disable(averages.shipped)(model)
@@ -305,17 +301,9 @@ class WithAverages:
         redundancy.set_t0(self.param_groups)
 
     def reset_averages(self, group: int | None = None) -> None:
-        """Forget the averages, and begin them anew: the same as `start_averaging`.
+        """Forget the averages, and begin them anew: `start_averaging` by another name.
 
-        Parameters
-        ----------
-        group : int, optional
-            The place of a group in `param_groups`. By default all of them.
-
-        Raises
-        ------
-        IndexError, TypeError, RuntimeError
-            As `start_averaging`.
+        `group` is that of `start_averaging`, and so is what is raised.
         """
         self.start_averaging(group)
 
@@ -334,7 +322,7 @@ class WithAverages:
                 "torch.distributed.fsdp.fully_shard instead, or see docs/distributed.md"
             )
 
-    def _begun(self, call: str, *, stacklevel: int) -> list[ParamState]:
+    def _begun(self, call: str) -> list[ParamState]:
         """Return the states whose averages have begun, for a call that asks for averages."""
         begun = averages.begun(self._records())
         if begun:
@@ -353,7 +341,6 @@ class WithAverages:
                 f"{call}: no average has begun, as t0 is {t0:g} and the number of steps is "
                 f"{step:g}; these are the params as they are. start_averaging() begins with the "
                 "next step; or choose a smaller t0",
-                stacklevel,
             )
         return begun
 
