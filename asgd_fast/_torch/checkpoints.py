@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from asgd_fast._torch.settings import Settings
     from asgd_fast._torch.state import State
 
-__all__ = ["check", "check_memory", "pack", "unpack"]
-
 # Those that torch's groups have had in all versions.
 _HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
 
