@@ -431,7 +431,7 @@ class ASGD(WithAverages, torch.optim.ASGD):
         As in torch; but the state is copied, step, eta and mu keep their precision, and averages
         get the dtype that they have in this optimizer. Where `lr_schedule`, `average_every` and
         `averaging` are not in the checkpoint, as in torch's and where they were the defaults, they
-        stay.
+        stay. A warning tells of averages that were made with others than then hold.
 
         Parameters
         ----------
@@ -453,6 +453,8 @@ class ASGD(WithAverages, torch.optim.ASGD):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        for group in self.param_groups:
+            checkpoints.warn_of_lost_settings(group, self._records(group), stacklevel=2)
 
 
 @_uncompiled

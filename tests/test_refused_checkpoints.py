@@ -372,6 +372,7 @@ def test_where_averages_begin_is_kept_when_the_t0_of_the_group_cannot_show_it(t0
     torch.testing.assert_close(other.state[params[1]]["ax"], mean, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:load_state_dict. mu is 0.3")  # as of other settings
 @pytest.mark.parametrize("mu", [0.3, 1.5, -1.0, float("nan")])
 def test_a_mu_that_was_put_in_survives_a_started_average(mu):
     p, q = params = parameters((3,), (3,))

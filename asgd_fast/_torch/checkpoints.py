@@ -8,9 +8,10 @@ state yet begin with their first iterate. To torch a marked t0 is as good as equ
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from itertools import chain
-from math import inf, isfinite, ulp
+from math import inf, isclose, isfinite, ulp
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,13 @@ from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.conversions import broadcasts
-from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, check_group, drop_usual, number
+from asgd_fast._torch.groups import (
+    OWN_HYPERPARAMETERS,
+    check_group,
+    drop_usual,
+    has_own_options,
+    number,
+)
 from asgd_fast._torch.record import SCALARS, scalar_tensor
 from asgd_fast._torch.scalars import floats, scalar_dtype
 from asgd_fast._torch.state import complete, has_steps, start_before_first, take, wide
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
 
     from asgd_fast._torch.groups import Group
     from asgd_fast._torch.settings import Settings
-    from asgd_fast._torch.state import State
+    from asgd_fast._torch.state import ParamState, State
 
 # Those that torch's groups have had in all versions.
 _HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
@@ -42,6 +49,9 @@ _MARK = 165
 # mu itself follows from step - t0. With average_every it is 0 in most steps, and with a decayed
 # average it soon changes no more.
 _LITTLE = 2.0**-100
+
+# As far as torch may have rounded a mu: to bfloat16, that of its param.
+_ROUNDING = 2.0**-8
 
 
 def pack(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +132,30 @@ def unpack(state: State, groups: Iterable[Group], settings: Settings) -> default
                 entry["ax"] = ax.to(wide(param, settings.average_dtype))
             result[param] = take(param, entry, group, settings)
     return result
+
+
+def warn_of_lost_settings(group: Group, records: Iterable[ParamState], stacklevel: int) -> None:
+    """Warn if averages that were loaded have been made with settings that their group lacks.
+
+    ``torch.distributed.checkpoint`` loads what the optimizer that loads has. Before averages begin,
+    and of `lr_schedule` at all times, nothing shows that settings were lost.
+    """
+    if has_own_options(group):
+        return
+    for record in records:
+        if record.param.is_meta:
+            continue
+        step, mu = floats([record.scalars()[0], record.scalars()[2]])
+        t0 = float(group["t0"] if record.own_t0 is None else record.own_t0)
+        usual = 1 / max(1, step - t0)
+        if 0 <= mu < 1 and not isclose(mu, usual, rel_tol=_ROUNDING):
+            warnings.warn(
+                f"load_state_dict: mu is {mu:g} after step {step:g}, where t0={t0:g} and the "
+                f"defaults of average_every and averaging make it {usual:g}; if other ones were "
+                "lost, as by torch.distributed.checkpoint, make the optimizer with them, then load",
+                stacklevel=stacklevel + 1,
+            )
+            return
 
 
 def _pack_starts(state: dict[Any, Any], group: Group, entries: dict[Any, dict[str, Any]]) -> None:
