@@ -454,7 +454,7 @@ class ASGD(WithAverages, torch.optim.ASGD):
         finally:
             hook.remove()
         for group in self.param_groups:
-            checkpoints.warn_of_lost_settings(group, self._records(group), stacklevel=2)
+            checkpoints.warn_of_lost_settings(group, self._records(group))
 
 
 @_uncompiled

@@ -8,7 +8,6 @@ state yet begin with their first iterate. To torch a marked t0 is as good as equ
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from itertools import chain
 from math import inf, isclose, isfinite, ulp
@@ -29,6 +28,7 @@ from asgd_fast._torch.groups import (
 from asgd_fast._torch.record import SCALARS, scalar_tensor
 from asgd_fast._torch.scalars import floats, scalar_dtype
 from asgd_fast._torch.state import complete, has_steps, start_before_first, take, wide
+from asgd_fast._warn import warn
 from asgd_fast.schedule import check_averaging, check_scalar
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def unpack(state: State, groups: Iterable[Group], settings: Settings) -> default
     return result
 
 
-def warn_of_lost_settings(group: Group, records: Iterable[ParamState], stacklevel: int) -> None:
+def warn_of_lost_settings(group: Group, records: Iterable[ParamState]) -> None:
     """Warn if averages that were loaded have been made with settings that their group lacks.
 
     ``torch.distributed.checkpoint`` loads what the optimizer that loads has. Before averages begin,
@@ -149,11 +149,10 @@ def warn_of_lost_settings(group: Group, records: Iterable[ParamState], stackleve
         t0 = float(group["t0"] if record.own_t0 is None else record.own_t0)
         usual = 1 / max(1, step - t0)
         if 0 <= mu < 1 and not isclose(mu, usual, rel_tol=_ROUNDING):
-            warnings.warn(
+            warn(
                 f"load_state_dict: mu is {mu:g} after step {step:g}, where t0={t0:g} and the "
                 f"defaults of average_every and averaging make it {usual:g}; if other ones were "
-                "lost, as by torch.distributed.checkpoint, make the optimizer with them, then load",
-                stacklevel=stacklevel + 1,
+                "lost, as by torch.distributed.checkpoint, make the optimizer with them, then load"
             )
             return
 

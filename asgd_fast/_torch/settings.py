@@ -7,8 +7,6 @@ in one object that both have. This module knows no params and no steps.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 
 from asgd_fast._torch.groups import OWN_HYPERPARAMETERS
 from asgd_fast._torch.redundancy import Redundancy
+from asgd_fast._warn import warn
 
 # The keywords that hold for all groups.
 KEYWORDS = ("average_dtype", "fused_amp", "lazy_average")
@@ -76,14 +75,10 @@ class Settings:
             )
 
     def warn_once(self, category: type[Warning], message: str) -> None:
-        """Warn whoever called this package, unless there was a warning of the category."""
-        if category in self.warned:
-            return
-        level, frame = 1, sys._getframe()
-        while frame.f_back and _is_on_the_way(frame.f_globals.get("__name__", "")):
-            level, frame = level + 1, frame.f_back
-        warnings.warn(message, category, level)
-        self.warned.add(category)
+        """Warn of something unless there was a warning of its category."""
+        if category not in self.warned:
+            warn(message, category)
+            self.warned.add(category)
 
     def copied(self) -> dict[str, Any]:
         """Return what a copy of the optimizer is to have, by its names there."""
@@ -95,11 +90,6 @@ class Settings:
             setattr(self, name.removeprefix("_"), copied.pop(name))
         # Earlier versions had fewer of them.
         self.own_defaults = {**OWN_HYPERPARAMETERS, **self.own_defaults}
-
-
-def _is_on_the_way(module: str) -> bool:
-    """Whether calls between a user and this package may come from a module."""
-    return module == "contextlib" or module.startswith("asgd_fast.")
 
 
 def shared(name: str) -> Any:
