@@ -257,7 +257,7 @@ class WithAverages:
         return [
             averages.average_of(records[param])
             if param in records
-            else copy_as(param, state.wide(param, self._settings.average_dtype))
+            else copy_as(param, state.dtype_of_average(param, self._settings))
             for param in self._params()
         ]
 

@@ -27,7 +27,7 @@ from asgd_fast._torch.groups import (
 )
 from asgd_fast._torch.record import SCALARS, scalar_tensor
 from asgd_fast._torch.scalars import floats, scalar_dtype
-from asgd_fast._torch.state import complete, has_steps, start_before_first, take, wide
+from asgd_fast._torch.state import complete, dtype_of_average, has_steps, start_before_first, take
 from asgd_fast._warn import warn
 from asgd_fast.schedule import check_averaging, check_scalar
 
@@ -129,7 +129,7 @@ def unpack(state: State, groups: Iterable[Group], settings: Settings) -> default
         for param, entry in entries.items():
             ax = entry.get("ax")
             if isinstance(ax, Tensor) and (param.is_floating_point() or ax.dtype == param.dtype):
-                entry["ax"] = ax.to(wide(param, settings.average_dtype))
+                entry["ax"] = ax.to(dtype_of_average(param, settings))
             result[param] = take(param, entry, group, settings)
     return result
 

@@ -155,12 +155,12 @@ cdef class Work:
             if record is None:
                 record = self._find(param, group)
             if not by_torch and not is_ordinary(param):
-                grad = self._as_placed(grad, param, &common.plan)
+                grad = self._laid_out(grad, param, &common.plan)
             if by_torch or not self._add(param, grad, record, &common):
                 self.remaining.append((group, param, grad, record))
         return 0
 
-    cdef object _as_placed(self, grad, param, const Plan *plan):
+    cdef object _laid_out(self, grad, param, const Plan *plan):
         """The gradient of a param, laid out as that if both are DTensors.
 
         All ranks communicate before anything is asked that they may answer differently, such as

@@ -114,11 +114,11 @@ for _name in (
     setattr(ParamState, _name, _opening(_name))
 
 
-def wide(param: Tensor, average_dtype: torch.dtype | None) -> torch.dtype:
+def dtype_of_average(param: Tensor, settings: Settings) -> torch.dtype:
     """Return the dtype of a param's average: its own, or a wider one that was asked for."""
-    if average_dtype is None or param.dtype not in _WIDENED:
+    if settings.average_dtype is None or param.dtype not in _WIDENED:
         return param.dtype
-    return torch.promote_types(param.dtype, average_dtype)
+    return torch.promote_types(param.dtype, settings.average_dtype)
 
 
 def has_steps(found: Any) -> bool:
@@ -203,7 +203,7 @@ def take(param: Tensor, entry: Mapping[str, Any], group: Group, settings: Settin
 
 def _bound(param: Tensor, entry: Mapping[str, Any], settings: Settings) -> ParamState:
     is_lazy = settings.lazy_average and not is_shared(param)
-    dtype = wide(param, settings.average_dtype)
+    dtype = dtype_of_average(param, settings)
     return ParamState(entry).bind(param, is_lazy=is_lazy, average_dtype=dtype)
 
 
@@ -242,7 +242,7 @@ def states_of(state: State, groups: Iterable[Group], settings: Settings) -> list
             record = find(state, param, found, group, settings, adopted)
             state[param] = record
             if record.param is not param:  # another param's too
-                dtype = wide(param, settings.average_dtype)
+                dtype = dtype_of_average(param, settings)
                 record = ParamState(record).bind(param, is_lazy=False, average_dtype=dtype)
             records.append(record)
     return records
