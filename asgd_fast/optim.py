@@ -214,7 +214,7 @@ class ASGD(WithAverages, torch.optim.ASGD):
     """
 
     lazy_average: bool = shared("lazy_average")
-    average_dtype: torch.dtype | None = shared("average_dtype")
+    average_dtype: torch.dtype | None = shared("average_dtype", checked_average_dtype)
     fused_amp: bool = shared("fused_amp")
 
     # A GradScaler that finds it set leaves the unscaling and skipping to the step.

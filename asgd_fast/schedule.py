@@ -65,7 +65,7 @@ def check_scalar(
     """Return a hyperparameter as a float; refuse what is no finite number from low to high."""
     try:
         finite = math.isfinite(value)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last by torch
         raise TypeError(
             f"{name}: expected a real number, got {value!r} of type {type(value).__name__}"
         ) from error

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 class WithAverages:
     """The methods of an optimizer that have to do with its averages."""
 
-    param_groups: list[Group]
-    state: defaultdict[Tensor, Any]
-    _settings: Settings
+    if TYPE_CHECKING:  # else who resolves the hints of the class would look for these names
+        param_groups: list[Group]
+        state: defaultdict[Tensor, Any]
+        _settings: Settings
 
     @contextmanager
     def averaged_parameters(

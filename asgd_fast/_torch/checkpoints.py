@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 # Those that torch's groups have had in all versions.
 _HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
+_SWITCHES = ("foreach", "maximize", "differentiable", "capturable")  # which old ones may lack
 
 # How many units in its last place a marked t0 is above the whole number that it stands for. A t0
 # that somebody has computed, such as 0.07 * 100, is off by one or a few.
@@ -286,6 +287,14 @@ def _check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a real number, got a tensor of {value.dtype}")
 
 
+def _check_switch(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false, such as a tensor of two elements."""
+    try:
+        bool(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected a bool, got {value!r}") from error
+
+
 def check_memory(name: str, tensor: Tensor, param: Tensor) -> None:
     """Refuse a tensor that has no memory, where its param has, or that leaves out zeros.
 
@@ -304,6 +313,8 @@ def check_memory(name: str, tensor: Tensor, param: Tensor) -> None:
 def _check_group(name: str, group: Group) -> None:
     """Refuse the hyperparameters that a step would refuse, by the name of their group."""
     try:
+        for key in _SWITCHES:
+            _check_switch(key, group[key])
         check_group(group)
         for key in ("lr", "weight_decay"):
             _check_number(key, group[key])

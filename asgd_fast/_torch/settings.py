@@ -7,6 +7,7 @@ in one object that both have. This module knows no params and no steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -92,11 +93,11 @@ class Settings:
         self.own_defaults = {**OWN_HYPERPARAMETERS, **self.own_defaults}
 
 
-def shared(name: str) -> Any:
+def shared(name: str, checked: Callable[[Any], Any] = lambda value: value) -> Any:
     """Return an attribute of an optimizer and of its wrappers, kept in their settings."""
 
     def put(optimizer: Any, value: Any) -> None:
-        setattr(optimizer._settings, name, value)
+        setattr(optimizer._settings, name, checked(value))
 
     return property(attrgetter(f"_settings.{name}"), put)
 
