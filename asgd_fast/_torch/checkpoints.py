@@ -19,7 +19,9 @@ from torch import Tensor
 from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.conversions import broadcasts
 from asgd_fast._torch.groups import (
+    NUMBERS,
     OWN_HYPERPARAMETERS,
+    SWITCHES,
     check_group,
     drop_usual,
     has_own_options,
@@ -37,10 +39,6 @@ if TYPE_CHECKING:
     from asgd_fast._torch.groups import Group
     from asgd_fast._torch.settings import Settings
     from asgd_fast._torch.state import ParamState, State
-
-# Those that torch's groups have had in all versions.
-_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
-_SWITCHES = ("foreach", "maximize", "differentiable", "capturable")  # which old ones may lack
 
 # How many units in its last place a marked t0 is above the whole number that it stands for. A t0
 # that somebody has computed, such as 0.07 * 100, is off by one or a few.
@@ -96,7 +94,7 @@ def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[
     kept = [{name: own[name] for name in OWN_HYPERPARAMETERS if name in own} for own in own_groups]
     groups = [{**own, **group} for own, group in zip(kept, groups, strict=True)]
     for i, (own, group) in enumerate(zip(own_groups, groups, strict=True)):
-        if missing := [name for name in _HYPERPARAMETERS if name not in group]:
+        if missing := [name for name in NUMBERS if name not in group]:
             raise KeyError(f"param_groups[{i}]: missing {missing}")
         _check_group(f"param_groups[{i}]", {**own, **group})
     return {**state_dict, "state": state, "param_groups": groups}
@@ -313,7 +311,7 @@ def check_memory(name: str, tensor: Tensor, param: Tensor) -> None:
 def _check_group(name: str, group: Group) -> None:
     """Refuse the hyperparameters that a step would refuse, by the name of their group."""
     try:
-        for key in _SWITCHES:
+        for key in SWITCHES:
             _check_switch(key, group[key])
         check_group(group)
         for key in ("lr", "weight_decay"):

@@ -14,7 +14,14 @@ from torch.optim.asgd import asgd as torch_asgd
 
 from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.conversions import broadcasts
-from asgd_fast._torch.groups import has_own_options, is_of_floats, number, scalars_in_types
+from asgd_fast._torch.groups import (
+    NUMBERS,
+    SWITCHES,
+    has_own_options,
+    is_of_floats,
+    number,
+    scalars_in_types,
+)
 from asgd_fast._torch.internals import FOREACH_TAKES_HOST_SCALARS
 from asgd_fast._torch.record import SCALARS, scalar_tensor
 from asgd_fast._torch.scalars import to_device
@@ -29,10 +36,7 @@ if TYPE_CHECKING:
 Remaining: TypeAlias = "tuple[Group, Tensor, Tensor, ParamState]"
 
 # What torch's function takes of a group.
-_OPTIONS = (
-    *("lr", "lambd", "alpha", "t0", "weight_decay"),
-    *("foreach", "maximize", "differentiable", "capturable"),
-)
+_OPTIONS = (*NUMBERS, *SWITCHES)
 
 
 def prepare(remaining: Sequence[Remaining]) -> None:

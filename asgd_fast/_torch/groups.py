@@ -12,6 +12,10 @@ from asgd_fast.schedule import check_average_every, check_averaging, check_lr_sc
 
 Group: TypeAlias = dict[str, Any]
 
+# The hyperparameters that torch's groups have: numbers in all versions, switches in newer ones.
+NUMBERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
+SWITCHES = ("foreach", "maximize", "differentiable", "capturable")
+
 # The hyperparameters that torch does not have, with the values by which steps are torch's. A group
 # that lacks one has that value, so that the groups of a checkpoint can be torch's.
 OWN_HYPERPARAMETERS = {"lr_schedule": "torch", "average_every": 1, "averaging": "mean"}
