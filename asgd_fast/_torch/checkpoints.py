@@ -147,7 +147,8 @@ def warn_of_lost_settings(group: Group, records: Iterable[ParamState]) -> None:
         step, mu = floats([record.scalars()[0], record.scalars()[2]])
         t0 = float(group["t0"] if record.own_t0 is None else record.own_t0)
         usual = 1 / max(1, step - t0)
-        if 0 <= mu < 1 and not isclose(mu, usual, rel_tol=_ROUNDING):
+        # Before averages begin mu is 1 with all settings, unless somebody has set it.
+        if usual < 1 and 0 <= mu < 1 and not isclose(mu, usual, rel_tol=_ROUNDING):
             warn(
                 f"load_state_dict: mu is {mu:g} after step {step:g}, where t0={t0:g} and the "
                 f"defaults of average_every and averaging make it {usual:g}; if other ones were "
