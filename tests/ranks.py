@@ -19,11 +19,24 @@ from asgd_fast import ASGD
 
 SECONDS = 150  # within which all ranks must have ended
 
+# Imported once, by the process from which all ranks are forked: it takes longer than most tests.
+PRELOADED = [
+    "asgd_fast",
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.parallel",
+]
+
 
 def on_ranks(n, folder, *functions):
     """Run functions on n ranks; what one of them raises is raised here."""
     deadline = time.monotonic() + SECONDS
-    ranks = mp.spawn(_rank, (n, f"file://{folder / 'store'}", functions), nprocs=n, join=False)
+    mp.set_forkserver_preload(PRELOADED)
+    arguments = n, f"file://{folder / 'store'}", functions
+    ranks = mp.start_processes(*(_rank, arguments), nprocs=n, join=False, start_method="forkserver")
     try:
         while not ranks.join(max(0.0, deadline - time.monotonic())):
             assert time.monotonic() < deadline, "the ranks do not end"
