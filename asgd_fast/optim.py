@@ -280,7 +280,12 @@ class ASGD(WithAverages, torch.optim.ASGD):
         self.defaults: dict[str, Any] = {**self.defaults, **self._settings.own_defaults}
         if isinstance(param_group, dict):
             for name in param_group.keys() & set(KEYWORDS):
-                raise TypeError(f"{name}: is set for the optimizer as a whole, not for a group")
+                hint = ""
+                if self._settings.redundancy.wrapper() is not None:  # which writes it into groups
+                    hint = f"; give ZeroRedundancyOptimizer functools.partial(ASGD, {name}=...)"
+                raise TypeError(
+                    f"{name}: is set for the optimizer as a whole, not for a group{hint}"
+                )
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._settings.had_parameters |= has_parameters(self.param_groups[-1]["params"])
@@ -331,6 +336,7 @@ class ASGD(WithAverages, torch.optim.ASGD):
 
     def _update(self) -> None:
         """Make the step with the gradients that there are, unless a GradScaler skips it."""
+        checkpoints.take_loaded(self)
         if not self.state and is_asked_for_state():
             put_unstepped(self.state, self.param_groups, self._settings)
         elif self._settings.fused_amp:

@@ -271,6 +271,21 @@ def check_versions():
         loss.backward()
 
 
+def check_parts_that_are_replaced():
+    """As `fully_shard` does it, and of averages: each step asks for them anew."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params, others = placed(mesh, [Shard(0)]), placed(mesh, [Shard(0)])
+    ours = ASGD(params, lr=0.1, t0=1)
+    theirs = torch.optim.ASGD(others, lr=0.1, t0=1, foreach=False)
+    for step in range(7):
+        for tensor in (*params, *(ours.averages if step > 4 else ())):
+            tensor._local_tensor = tensor._local_tensor.clone()
+        for each, optimizer in ((params, ours), (others, theirs)):
+            give_grads(each, step)
+            optimizer.step()
+        assert_same(ours, theirs, params, others, f"replaced, step {step}")
+
+
 def check_state_asked_for():
     """What torch's tools do before training makes no step, and has all ranks decide alike."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -410,6 +425,7 @@ def test_steps_have_the_bits_of_torch(n, tmp_path):
         check_half_types,
         check_averages,
         check_averages_copied,
+        check_parts_that_are_replaced,
         check_state_asked_for,
         check_versions,
         check_where_steps_run,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asgd_fast._torch import averages, batch_norm, state
+from asgd_fast._torch import averages, batch_norm, checkpoints, state
 from asgd_fast._torch.conversions import copy_as
 from asgd_fast._torch.internals import are_flattened, forget_copies
 from asgd_fast._torch.redundancy import has_parameters
@@ -313,6 +313,7 @@ class WithAverages:
 
     def _records(self, *groups: Group) -> list[ParamState]:
         """Return the states that there are of the params of some groups, by default of all."""
+        checkpoints.take_loaded(self)
         return state.states_of(self.state, groups or self.param_groups, self._settings)
 
     def _refuse_replaced(self, call: str) -> None:

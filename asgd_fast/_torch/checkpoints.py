@@ -157,6 +157,30 @@ def warn_of_lost_settings(group: Group, records: Iterable[ParamState]) -> None:
             return
 
 
+def take_loaded(optimizer: Any) -> None:
+    """Take over what a ZeroRedundancyOptimizer has loaded: it puts entries into the state itself.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        As `check`.
+    """
+    redundancy, groups = optimizer._settings.redundancy, optimizer.param_groups
+    if redundancy.wrapper() is None:
+        return
+    state: State = optimizer.state
+    loaded = {p: entry for p, entry in state.items() if type(entry) is dict and has_steps(entry)}
+    if not loaded and not any(_is_marked(group) for group in groups):
+        return
+    places = {id(param): i for i, param in enumerate(redundancy.params(groups))}
+    for param, entry in loaded.items():
+        loaded[param] = _checked_copy(f"state[{places[id(param)]}]", entry, param)
+    before = [group["t0"] for group in groups]
+    optimizer.state = unpack({**state, **loaded}, groups, optimizer._settings)
+    if [group["t0"] for group in groups] != before:
+        redundancy.set_t0(groups)
+
+
 def _pack_starts(state: dict[Any, Any], group: Group, entries: dict[Any, dict[str, Any]]) -> None:
     """Put where the averages of params begin into the t0 of their group, if that can be undone."""
     t0 = float(group["t0"])
@@ -198,6 +222,10 @@ def _unmarked(t0: float) -> float | None:
     """Return the whole number that a marked t0 stands for; None if it is not marked."""
     whole = float(round(t0)) if isfinite(t0) else t0
     return whole if whole != t0 == whole + _MARK * ulp(whole) else None
+
+
+def _is_marked(group: Group) -> bool:
+    return type(group["t0"]) is float and _unmarked(group["t0"]) is not None
 
 
 def _start_of(entry: dict[str, Any], group: Group) -> float:

@@ -120,8 +120,22 @@ def forget_copies() -> None:
     parametrize._cache.clear()
     composable = sys.modules.get("torch.distributed._composable_state")  # where fully_shard is used
     for module in [] if composable is None else list(composable._module_state_mapping):
-        if hasattr(module, "reshard"):
-            module.reshard()
+        if hasattr(module, "_get_fsdp_state"):  # of all versions that have fully_shard
+            _reshard(module._get_fsdp_state())
+
+
+def _reshard(state: Any) -> None:
+    """Let a module of `fully_shard` forget its gathered params, as its `reshard` may not do.
+
+    That leaves alone what is still being gathered, for a forward to come, and what a forward has
+    that raised an exception. All ranks are alike in both.
+    """
+    groups = getattr(state, "_fsdp_param_groups", None)  # some versions have one
+    for group in [state._fsdp_param_group] if groups is None else groups:
+        if group is not None:
+            with group.use_training_state(type(group._training_state).IDLE):
+                group.wait_for_unshard()
+                group.reshard()
 
 
 def are_flattened(params: Iterable[torch.Tensor]) -> bool:
