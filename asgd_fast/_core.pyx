@@ -207,7 +207,7 @@ cdef struct Work:
     int64_t taken[MOST_THREADS][8]  # of each share, in a cache line of its own
 
 
-def update(Rows rows, unsigned int n_threads=1):
+def update(Rows rows, unsigned int n_threads=1, begin=None):
     """Update every row in place, once they are checked, and advance the scalars.
 
     Cannot fail. Releases the GIL, and is one call so that no interrupt comes between the two.
@@ -218,7 +218,11 @@ def update(Rows rows, unsigned int n_threads=1):
         With a grad in every row.
     n_threads : int
         At least 1; effective after `use_runtime`.
+    begin : callable, optional
+        Called first, and no interrupt comes after it. Where it raises, nothing is updated.
     """
+    if begin is not None:
+        begin()
     with nogil:
         _run(rows, _update, n_threads)
         _advance(rows)

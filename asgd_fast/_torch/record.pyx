@@ -38,6 +38,12 @@ def scalar_tensor(double value, dtype):
     return make(value, dtype=dtype, device="cpu")
 
 
+cdef tuple _tensors(numbers, dtype):
+    # No comprehension: Cython 3.3's releases an item twice where the list finds no memory to grow.
+    step, eta, mu = numbers
+    return scalar_tensor(step, dtype), scalar_tensor(eta, dtype), scalar_tensor(mu, dtype)
+
+
 cdef class Record(dict):
     """The state of one param.
 
@@ -135,7 +141,7 @@ cdef class Record(dict):
         if self.device_scalars is not None:
             scalars = self.device_scalars.views()
         elif scalars is None:
-            scalars = [scalar_tensor(value, self.dtype) for value in self.scalars()]
+            scalars = _tensors(self.scalars(), self.dtype)
         contents = {"step": scalars[0], "eta": scalars[1], "mu": scalars[2]}
         if self._ax is not None:
             contents["ax"] = self._ax
@@ -159,7 +165,10 @@ cdef class Record(dict):
     def scalars(self):
         """step, eta and mu as they stand in the record: numbers, or tensors that have them."""
         if self.is_open:
-            return tuple([dict.__getitem__(self, name) for name in _NAMES])
+            return (
+                dict.__getitem__(self, "step"), dict.__getitem__(self, "eta"),
+                dict.__getitem__(self, "mu"),
+            )
         if self.device_scalars is not None:
             return tuple(self.device_scalars.views())
         return self.now.step, self.now.eta, self.now.mu
@@ -270,7 +279,8 @@ cdef class Record(dict):
         own = self.device_scalars
         if own is None or own.device != device:
             return None
-        if self.is_open and not own.has([dict.get(self, name) for name in _NAMES]):
+        if self.is_open and not own.has(
+                [dict.get(self, "step"), dict.get(self, "eta"), dict.get(self, "mu")]):
             return None
         if self.is_open:
             t0 = dict.get(self, "t0")
@@ -290,7 +300,8 @@ cdef class Record(dict):
         if device_scalars is None:
             self.now.step, self.now.eta, self.now.mu = numbers
         if self.is_open:
-            tensors = device_scalars.views() if device_scalars is not None else [
-                scalar_tensor(value, self.dtype) for value in numbers]
+            tensors = (
+                device_scalars.views() if device_scalars is not None
+                else _tensors(numbers, self.dtype))
             for name, tensor in zip(_NAMES, tensors, strict=True):
                 dict.__setitem__(self, name, tensor)
