@@ -192,7 +192,7 @@ TASKS = {
         weight_decay=language_model.WEIGHT_DECAY,
         epochs=12,
         patience=2,
-        seeds=1,
+        seeds=3,
         choosing=1,
     ),
 }
@@ -382,7 +382,7 @@ class Runs:
 def table(runs: Runs, names: Sequence[str]) -> str:
     """Return the test errors of all contenders as Markdown: mean, range over seeds, and lr."""
     tasks = [TASKS[name] for name in names]
-    heads = [f"{x.title}: {x.error}{', one seed' if x.seeds == 1 else ''} | lr |" for x in tasks]
+    heads = [f"{x.title}: {x.error} | lr |" for x in tasks]
     lines = [" ".join(["| |", *heads])]
     lines.append("| --- |" + " --- |" * (2 * len(tasks)))
     for contender in CONTENDERS:
@@ -393,8 +393,7 @@ def table(runs: Runs, names: Sequence[str]) -> str:
                 continue
             lr = runs.choose(name, contender)
             test = runs.scores(name, contender, lr, TASKS[name].seeds)[:, 1]
-            between = f" ({test.min():.3g} to {test.max():.3g})" if len(test) > 1 else ""
-            line += f" {test.mean():.3g}{between} | {lr:g} |"
+            line += f" {test.mean():.3g} ({test.min():.3g} to {test.max():.3g}) | {lr:g} |"
         lines.append(line)
     return "\n".join(lines)
 

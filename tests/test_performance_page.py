@@ -109,3 +109,12 @@ def test_the_tables_of_the_documentation_are_those_of_the_figures(page):
         assert f"<!-- {name} -->" in text
         assert len(list(page.tables(name, machines))) > 2  # the head has two
     assert page.filled(text, machines) == text
+
+
+def test_the_picture_is_drawn_anew_after_any_section(page, folder):
+    """Of whatever the machine was last measured with, so that it does not lag behind the tables."""
+    machines = json.loads((ROOT / "docs" / "performance.json").read_text())
+    own = machines["AMD EPYC, avx2"]
+    (folder / "performance.json").write_text(json.dumps(machines))
+    page.record(folder, own["machine"], "aaa", {"large": own["sections"]["large"]["cases"]})
+    assert (folder / "performance.png").read_bytes().startswith(b"\x89PNG")
