@@ -1,6 +1,6 @@
 """The recurrence of eta and mu, for every face and engine. This module knows only numbers."""
 
-from libc.math cimport floor, fmax, fmod, pow
+from libc.math cimport expm1, floor, fmax, fmod, log, pow
 
 cdef extern from *:
     """
@@ -98,14 +98,16 @@ cdef double mu_of(double step, const Plan *plan) noexcept nogil:
     """mu after `step` steps: the weight of the next iterate, 0 where it is not averaged."""
     cdef double every = plan.average_every, m
     step -= plan.t0
-    if step <= 1 or every == 1 and plan.ema_decay == 1 and plan.power == 0:
+    if every == 1 and plan.ema_decay == 1 and plan.power == 0:
         return 1.0 / fmax(1.0, step)
     step = floor(step - 1)  # how many iterates came after the first of the average
+    if step <= 0:
+        return 1.0
     if fmod(step, every) != 0:
         return 0.0
     m = step / every + 1
-    if plan.ema_decay != 1:
-        return (1.0 - plan.ema_decay) / (1.0 - pow(plan.ema_decay, m))
+    if plan.ema_decay != 1:  # 1 - decay ** m, without the digits that the power shares with 1
+        return (1.0 - plan.ema_decay) / -expm1(m * log(plan.ema_decay))
     return (1.0 + plan.power) / (m + plan.power)
 
 

@@ -439,7 +439,7 @@ def _scalars_in_memory(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
 
 def _advance(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     """Return the function that advances the scalars of all rows, as `fill` does on the host."""
-    word, double, sub = ops.word, ops.real["float64"], ops.sub
+    word, double, sub, mul = ops.word, ops.real["float64"], ops.sub, ops.mul
     row_size, set_at = row_words(True), _set_at(kind, ops)
     write_float, write_double = ops.write_real["float32"], ops.write_real["float64"]
     stored, plan_of, is_skipped, eta_after = _stored(ops), _plan(ops), _is_skipped(ops), _eta(ops)
@@ -448,14 +448,16 @@ def _advance(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     def mu_after(words, at, step):
         every, decay = double(word(words, at + EVERY_AT)), double(word(words, at + EMA_DECAY_AT))
         power = double(word(words, at + POWER_AT))
-        if step <= 1.0 or (every == 1.0 and decay == 1.0 and power == 0.0):
+        if every == 1.0 and decay == 1.0 and power == 0.0:
             return 1.0 / max(1.0, step)
         after_first = types.float64(math.floor(step - 1.0))
+        if after_first <= 0.0:
+            return 1.0
         n = types.float64(math.floor(after_first / every))
         if n * every != after_first:
             return 0.0
         if decay != 1.0:
-            return sub(1.0, decay) / sub(1.0, decay ** (n + 1.0))
+            return sub(1.0, decay) / -math.expm1(mul(n + 1.0, math.log(decay)))
         return (1.0 + power) / (n + 1.0 + power)
 
     @ops.function
