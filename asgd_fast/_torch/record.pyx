@@ -39,7 +39,7 @@ def scalar_tensor(double value, dtype):
     return make(value, dtype=dtype, device="cpu")
 
 
-# No comprehensions: in Cython 3.3 they release an item twice where the list finds no memory to grow.
+# No comprehensions: in Cython 3.3 they release an item twice where a list finds no memory to grow.
 cdef tuple _tensors(numbers, dtype):
     """step, eta and mu as tensors of torch's own, which may be resized."""
     step, eta, mu = numbers
