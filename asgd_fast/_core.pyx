@@ -182,12 +182,15 @@ cdef struct Region:
     int64_t taken[MOST_THREADS][8]  # of each share, in a cache line of its own
 
 
-def update(Rows rows, unsigned int n_threads=1):
+def update(Rows rows, unsigned int n_threads=1, begin=None):
     """Update every row, which has a grad, in place, once they are checked; advance the scalars.
 
     Cannot fail. Releases the GIL, and is one call so that no interrupt comes between the two.
-    Before `use_runtime` there is one thread.
+    Before `use_runtime` there is one thread. `begin` is called first, and no interrupt comes after
+    it; where it raises, nothing is updated.
     """
+    if begin is not None:
+        begin()
     with nogil:
         _run(rows, _update, n_threads)
         _advance(rows)

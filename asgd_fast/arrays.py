@@ -387,11 +387,13 @@ class ArrayASGD:
         rows = Rows(("params[{}]", "", ""))
         rows.extend([*self._params(), *params])
         rows.check_overlap()
-        self._averages += [None] * len(params)
-        self.param_groups.append({"params": params, **hyperparameters})
+        averages = [*self._averages, *[None] * len(params)]
         fresh = np.tile([0.0, hyperparameters["lr"], 1.0], (len(params), 1))
-        self._scalars = np.concatenate([self._scalars, fresh])
-        self._starts = np.concatenate([self._starts, np.full(len(params), np.nan)])
+        scalars = np.concatenate([self._scalars, fresh])
+        starts = np.concatenate([self._starts, np.full(len(params), np.nan)])
+        # Once the list has grown, nothing can fail.
+        self.param_groups += [{"params": params, **hyperparameters}]
+        self._averages, self._scalars, self._starts = averages, scalars, starts
 
     def step(self, grads: Array | Iterable[Array | None]) -> None:
         """Make one step: update every param that has a grad, and its average, in place.
@@ -569,10 +571,11 @@ class ArrayASGD:
         else:
             chosen = self._group_of_each() == check_place("group", group, len(self.param_groups))
         # The next one is number step + 1, and number t0 + 2 is the first.
-        self._starts[chosen] = self._scalars[chosen, 0] - 1
-        self._scalars[chosen, 2] = 1
-        for i in np.flatnonzero(chosen):
-            self._averages[i] = None
+        starts = np.where(chosen, self._scalars[:, 0] - 1, self._starts)
+        scalars = self._scalars.copy()
+        scalars[chosen, 2] = 1
+        averages = [None if anew else ax for anew, ax in zip(chosen, self._averages, strict=True)]
+        self._averages, self._scalars, self._starts = averages, scalars, starts
 
     def reset_averages(self, group: int | None = None) -> None:
         """Forget the averages, and begin them anew: `start_averaging` by another name.
@@ -704,12 +707,13 @@ class ArrayASGD:
             else:
                 rows.extend([average], [source], first=i)
         copy(rows)
-        self._averages = begun
-        self._scalars[:] = np.column_stack([state["step"], state["eta"], state["mu"]])
-        for group, own in zip(self.param_groups, hyperparameters, strict=True):
+        scalars = np.column_stack([state["step"], state["eta"], state["mu"]]).astype(np.float64)
+        t0s = np.array([own["t0"] for own in hyperparameters])[expected["group"]]
+        starts = np.where(state["start"] == t0s, np.nan, state["start"]).astype(np.float64)
+        groups = list(zip(self.param_groups, hyperparameters, strict=True))
+        self._averages, self._scalars, self._starts = begun, scalars, starts
+        for group, own in groups:
             group.update(own)
-        start = state["start"]
-        self._starts[:] = np.where(start == self._t0_of_each(), np.nan, start)
 
     def _params_of_groups(self) -> list[list[Array]]:
         groups = [list(group["params"]) for group in self.param_groups]

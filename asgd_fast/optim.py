@@ -7,8 +7,8 @@ nor how the pass over the memory is made; what no engine takes goes to torch's o
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, SupportsFloat, SupportsIndex, TypeVar
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from asgd_fast._torch.settings import KEYWORDS, Settings, checked_average_dtype,
 from asgd_fast._torch.state import put_unstepped
 from asgd_fast.schedule import AveragingKind, LrSchedule
 from asgd_fast.threads import threads_for
+
+if TYPE_CHECKING:
+    from asgd_fast.cuda.launch import Launches
 
 __all__ = ["ASGD"]
 
@@ -356,32 +359,40 @@ class ASGD(WithAverages, torch.optim.ASGD):
                     work.rows.device_rows.scale(work.rows.streams, found_inf, scale)
                 self._run(work)
                 return
+            work.end()
         if found_inf is None or not found_inf:
             unscale = 1.0 if scale is None else _inverse(scale)
             self._run(gather(self.state, self.param_groups, self._settings, unscale))
 
     def _run(self, work: Work) -> None:
         """Do what a step has to do, all of it checked before anything changes."""
-        launches = None
-        if work.remaining:
-            check_graph_capture(self)
-        if work.rows.has_gpu_rows:
-            capturable = all(group["capturable"] for group in self.param_groups)
-            launches = launches_for(work.rows, capturable=capturable)
-        if work.remaining:
-            fallback.prepare(work.remaining)
-        n_threads = threads_for(work.rows)
-        work.begin()
         try:
+            launches = None
             if work.remaining:
-                with torch.set_grad_enabled(self.defaults["differentiable"]):
-                    fallback.step(work.remaining, work.unscale)
+                check_graph_capture(self)
+            if work.rows.has_gpu_rows:
+                capturable = all(group["capturable"] for group in self.param_groups)
+                launches = launches_for(work.rows, capturable=capturable)
+            if work.remaining:
+                fallback.prepare(work.remaining)
+            n_threads = threads_for(work.rows)
             increment_versions(work.written)
-            if launches is not None:
-                launches.run()
-            _core.update(work.rows, n_threads)
+            # One call, as an interrupt may come wherever Python code runs.
+            if work.remaining or launches is not None:
+                _core.update(work.rows, n_threads, partial(self._begin, work, launches))
+            else:
+                _core.update(work.rows, n_threads, work.begin)
         finally:
             work.end()
+
+    def _begin(self, work: Work, launches: Launches | None) -> None:
+        """Begin a step with what torch's own function and GPUs do of it."""
+        work.begin()
+        if work.remaining:
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                fallback.step(work.remaining, work.unscale)
+        if launches is not None:
+            launches.run()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or another process needs."""
@@ -397,10 +408,15 @@ class ASGD(WithAverages, torch.optim.ASGD):
         state = dict(state)
         self._settings.take(state)
         own = checkpoints.unpack(state["state"], state["param_groups"], self._settings)
-        super().__setstate__({**state, "state": {}})  # type: ignore[no-untyped-call]
-        self.state = own
-        if is_copy:  # hooks are not copied
-            self.register_state_dict_post_hook(checkpoints.pack)
+        before = dict(self.__dict__)
+        try:
+            super().__setstate__({**state, "state": {}})  # type: ignore[no-untyped-call]
+            if is_copy:  # hooks are not copied
+                self.register_state_dict_post_hook(checkpoints.pack)
+            self.state = own
+        except BaseException:  # an interrupt, or no memory
+            self.__dict__.update(before)
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """Return a checkpoint, in torch's form.

@@ -4,7 +4,7 @@ This module knows groups and state as torch lays them out. It changes no value o
 of the step is known: see `Work.begin`. What no engine can take, it lists for torch's own function.
 """
 
-from cpython.dict cimport PyDict_Next
+from cpython.dict cimport PyDict_Next, PyDict_SetItem
 from cpython.object cimport PyObject, PyTypeObject, descrgetfunc
 from libc.math cimport INFINITY, NAN, fabs, isfinite, isnan
 
@@ -72,7 +72,7 @@ cdef class Work:
     cdef readonly list written
     cdef object _state
     cdef dict _adopted       # somebody else's entries: see `find`
-    cdef dict _new           # states that come into being with the step, by ids of params
+    cdef dict _new           # by ids of params: param, its state from this step on, what it had
     cdef list _stepped       # the states of the rows
     cdef list _averages      # averages that come into being with the step, each with its state
     cdef list _replaced      # states with tensors for what stands in the place of their scalars
@@ -105,27 +105,44 @@ cdef class Work:
         self._redistributed = {}
 
     def begin(self):
-        """Let the states and averages come into being that begin with this step."""
-        cdef Record stepped
-        for stepped in self._stepped:
-            stepped.is_in_step = True
+        """Let the states and averages come into being that begin with this step: all or none.
+
+        No Python code is run once anything has changed, so that there is no interrupt then.
+        """
+        cdef Record record
+        cdef int i
+        if self._new:
+            self._put_states()
         for record, scalars in self._replaced:
-            record.update(zip(SCALARS, scalars, strict=True))
+            for i in range(3):
+                PyDict_SetItem(record, SCALARS[i], scalars[i])
         for record, ax in self._averages:
-            if record.ax is None:
+            if record.average() is None:
                 record.ax = ax
             else:
-                record.ax.data = ax
-        for param, record in self._new.values():
-            self._state[param] = record
+                record.average().data = ax
         if self.rows.device_rows is not None:
             self.rows.device_rows.count()
 
+    cdef int _put_states(self) except -1:
+        # Tensors hash in Python; the update of a dict by another one then takes these hashes.
+        states = {param: record for param, record, _ in self._new.values()}
+        try:
+            self._state.update(states)
+        except BaseException:  # no memory to grow
+            for param, _, found in self._new.values():
+                if found is None:
+                    self._state.pop(param, None)
+                else:
+                    self._state[param] = found
+            raise
+        return 0
+
     def end(self):
-        """Let states that another thread has looked at meanwhile show the step, too."""
-        cdef Record stepped
-        for stepped in self._stepped:
-            stepped.leave_step()
+        """Let states that another thread has looked at since they were gathered show the step."""
+        cdef Record record
+        for record in self._stepped:
+            record.leave_step()
 
     def has_all_scalars_on_device(self):
         """Whether GPUs have the scalars of all rows."""
@@ -241,7 +258,7 @@ cdef class Work:
         if record.param is not param:
             self._shares_state = True
         if record is not found:
-            self._new[id(param)] = param, record
+            self._new[id(param)] = param, record, found
         return record
 
     cdef bint _add(self, param, grad, Record record, Common *common) except -1:
@@ -261,6 +278,7 @@ cdef class Work:
         self.written.append(param)
         rows.kept.append(grad)
         self._stepped.append(record)
+        record.is_in_step = True
         if record.is_open:
             self.written += self._scalars
             if row.step != NULL:
@@ -440,15 +458,19 @@ cdef class Work:
             outside = list(self._converted)
             for _, param, grad, record in self.remaining:
                 outside += [param, grad, record.ax]
-            if not self.rows.touches([extent(tensor) for tensor in outside]):
+            if not self.rows.touches(list(map(extent, outside))):
                 return 0
+        self.end()
         self.rows.clear()
         self.written.clear()
         self._stepped.clear()
         self._averages.clear()
-        self.remaining = [
-            (group, param, self._redistributed.get(id(param), param.grad), self._find(param, group))
-            for group in groups for param in group["params"] if param.grad is not None]
+        self.remaining = []
+        for group in groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    grad = self._redistributed.get(id(param), param.grad)
+                    self.remaining.append((group, param, grad, self._find(param, group)))
         return 0
 
 
@@ -470,9 +492,13 @@ def gather(state, groups, settings, double unscale=1.0):
     for group in groups:
         if not _needs_no_check(group):
             check_group(group)
-    for group in groups:
-        work._add_group(group, by_torch)
-    work._check_memory(groups)
+    try:
+        for group in groups:
+            work._add_group(group, by_torch)
+        work._check_memory(groups)
+    except BaseException:
+        work.end()
+        raise
     return work
 
 
