@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from averaging import InsideError, averages_of
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.testing import assert_close
 
 from asgd_fast import ASGD
@@ -166,7 +166,7 @@ def check_what_forwards_leave_behind():
 
 
 def check_fully_sharded_data_parallel():
-    """Refused, with nothing changed; the averages are in the gathered state."""
+    """Refused, with nothing changed; averages are in the gathered state, which may be loaded."""
     for use_orig_params in (True, False):
 
         def wrap(model, use_orig_params=use_orig_params):
@@ -194,3 +194,24 @@ def check_fully_sharded_data_parallel():
         if dist.get_rank() == 0:
             for name, ax in zip(plain.model.state_dict(), averages, strict=True):
                 assert_close(state[name]["ax"], ax)
+        with warnings.catch_warnings(action="ignore"):
+            again = Trained(wrap)
+            for each in (sharded, again):
+                FullyShardedDataParallel.set_state_dict_type(
+                    each.model, StateDictType.FULL_STATE_DICT
+                )
+            again.model.load_state_dict(model.state_dict())
+            saved = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+            loaded = FullyShardedDataParallel.optim_state_dict_to_load(
+                again.model, again.optimizer, saved
+            )
+            again.optimizer.load_state_dict(loaded)
+            for each in (sharded, again):
+                each.train(2)
+            assert torch.equal(again.output(), sharded.output())
+            states = [
+                FullyShardedDataParallel.optim_state_dict(each.model, each.optimizer)["state"]
+                for each in (sharded, again)
+            ]
+            for name, entry in states[0].items():
+                assert torch.equal(states[1][name]["ax"], entry["ax"])

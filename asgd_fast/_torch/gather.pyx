@@ -15,7 +15,7 @@ from asgd_fast._rows.dlpack cimport Borrowed, give_back, stream_of
 from asgd_fast._rows.rows cimport AX, CPU, FLOAT32, GRAD, PARAM, Mirror, Row, Rows
 from asgd_fast._schedule cimport Plan, Step, averages, mu_of, plan_of, rounded
 from asgd_fast._torch.memory cimport borrow_tensor, is_ordinary
-from asgd_fast._torch.parts cimport part_of
+from asgd_fast._torch.parts cimport are_alike, is_dtensor, part_of
 from asgd_fast._torch.record cimport Record
 from asgd_fast.cuda.scalars cimport DeviceRows, DeviceScalars
 
@@ -183,6 +183,8 @@ cdef class Work:
         All ranks communicate before anything is asked that they may answer differently, such as
         how the memory of their parts is laid out; torch's function gets the same gradient.
         """
+        if is_dtensor(grad) and is_dtensor(param) and are_alike(grad, param):
+            return grad
         # Where torch computes with the ranks' parts before it adds them, the bits are others.
         moved = redistributed(
             grad, param, sums=plan.weight_decay == 0 and fabs(plan.grad_scale) == 1)
