@@ -7,7 +7,6 @@ pass over the memory is made.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -29,6 +28,7 @@ from asgd_fast._engines import (
     update,
 )
 from asgd_fast._rows.rows import Rows, dtype_of, is_array
+from asgd_fast._warn import warn
 from asgd_fast.schedule import (
     AveragingKind,
     AveragingNotBegunWarning,
@@ -331,7 +331,7 @@ class ArrayASGD:
         AveragingNotBegunWarning
             Once, if steps were made and no average has begun or begins with the next one.
         """
-        self._warn_unless_begun(stacklevel=3)
+        self._warn_unless_begun()
         return self._averages_or_copies()
 
     def _averages_or_copies(self) -> list[Array]:
@@ -341,7 +341,7 @@ class ArrayASGD:
             for i, (param, ax) in enumerate(zip(self._params(), self._averages, strict=True))
         ]
 
-    def _warn_unless_begun(self, stacklevel: int) -> None:
+    def _warn_unless_begun(self) -> None:
         """Warn once if steps were made, and no average has begun or begins with the next one."""
         steps = self._scalars[:, 0]
         if self._has_warned or self.is_averaging or not steps.any():
@@ -351,12 +351,11 @@ class ArrayASGD:
             return
         self._has_warned = True
         nearest = np.argmin(t0 - steps)
-        warnings.warn(
+        warn(
             f"averages were asked for after step {steps[nearest]:g}, but none has begun: t0 is "
             f"{t0[nearest]:g}, so the params themselves stand for them; set t0, or call "
             "start_averaging() to begin with the next step",
             AveragingNotBegunWarning,
-            stacklevel=stacklevel,
         )
 
     def add_param_group(self, group: dict[str, Any]) -> None:
@@ -388,11 +387,13 @@ class ArrayASGD:
         rows = Rows(("params[{}]", "", ""))
         rows.extend([*self._params(), *params])
         rows.check_overlap()
-        self._averages += [None] * len(params)
-        self.param_groups.append({"params": params, **hyperparameters})
+        averages = [*self._averages, *[None] * len(params)]
         fresh = np.tile([0.0, hyperparameters["lr"], 1.0], (len(params), 1))
-        self._scalars = np.concatenate([self._scalars, fresh])
-        self._starts = np.concatenate([self._starts, np.full(len(params), np.nan)])
+        scalars = np.concatenate([self._scalars, fresh])
+        starts = np.concatenate([self._starts, np.full(len(params), np.nan)])
+        # Once the list has grown, nothing can fail.
+        self.param_groups += [{"params": params, **hyperparameters}]
+        self._averages, self._scalars, self._starts = averages, scalars, starts
 
     def step(self, grads: Array | Iterable[Array | None]) -> None:
         """Make one step: update every param that has a grad, and its average, in place.
@@ -493,7 +494,7 @@ class ArrayASGD:
             As `averages`.
         """
         self._refuse_exchanged("averaged_parameters")
-        self._warn_unless_begun(stacklevel=4)  # contextlib comes between
+        self._warn_unless_begun()
         arrays = []
         exchanged_ones = {}
         for i, param in self._begun():
@@ -534,7 +535,7 @@ class ArrayASGD:
             As `averages`.
         """
         refuse_recording("copy_averages_to")
-        self._warn_unless_begun(stacklevel=3)
+        self._warn_unless_begun()
         targets = _one_for_each("arrays", arrays, len(self._averages))
         sources = self._params()
         for i, param in self._begun():
@@ -570,23 +571,16 @@ class ArrayASGD:
         else:
             chosen = self._group_of_each() == check_place("group", group, len(self.param_groups))
         # The next one is number step + 1, and number t0 + 2 is the first.
-        self._starts[chosen] = self._scalars[chosen, 0] - 1
-        self._scalars[chosen, 2] = 1
-        for i in np.flatnonzero(chosen):
-            self._averages[i] = None
+        starts = np.where(chosen, self._scalars[:, 0] - 1, self._starts)
+        scalars = self._scalars.copy()
+        scalars[chosen, 2] = 1
+        averages = [None if anew else ax for anew, ax in zip(chosen, self._averages, strict=True)]
+        self._averages, self._scalars, self._starts = averages, scalars, starts
 
     def reset_averages(self, group: int | None = None) -> None:
-        """Forget the averages, and begin them anew: the same as `start_averaging`.
+        """Forget the averages, and begin them anew: `start_averaging` by another name.
 
-        Parameters
-        ----------
-        group : int, optional
-            The place of a group in `param_groups`. By default all of them.
-
-        Raises
-        ------
-        IndexError, TypeError, RuntimeError
-            As `start_averaging`.
+        `group` is that of `start_averaging`, and so is what is raised.
         """
         self.start_averaging(group)
 
@@ -713,12 +707,13 @@ class ArrayASGD:
             else:
                 rows.extend([average], [source], first=i)
         copy(rows)
-        self._averages = begun
-        self._scalars[:] = np.column_stack([state["step"], state["eta"], state["mu"]])
-        for group, own in zip(self.param_groups, hyperparameters, strict=True):
+        scalars = np.column_stack([state["step"], state["eta"], state["mu"]]).astype(np.float64)
+        t0s = np.array([own["t0"] for own in hyperparameters])[expected["group"]]
+        starts = np.where(state["start"] == t0s, np.nan, state["start"]).astype(np.float64)
+        groups = list(zip(self.param_groups, hyperparameters, strict=True))
+        self._averages, self._scalars, self._starts = begun, scalars, starts
+        for group, own in groups:
             group.update(own)
-        start = state["start"]
-        self._starts[:] = np.where(start == self._t0_of_each(), np.nan, start)
 
     def _params_of_groups(self) -> list[list[Array]]:
         groups = [list(group["params"]) for group in self.param_groups]

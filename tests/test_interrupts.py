@@ -1,4 +1,4 @@
-"""Interrupts around averaged_parameters(): no bit of params, averages and scalars is lost."""
+"""Interrupts of steps and around averaged_parameters(): no bit of params and state is lost."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from averaging import LAYOUTS, OPTIONS, STEPS, facts, raw, run, step, stepped
+from reliability.subjects import FACES, MOMENTS, prepared
 from torch import nn
 from twins import bits, parameters
 
@@ -24,8 +25,9 @@ from asgd_fast.integrations.train_eval import TrainEvalASGD
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
-# Of the code that is interrupted: the package, and what its context managers are made by.
-WHERE = (str(Path(asgd_fast.__file__).parent), contextlib.__file__)
+# Of the code that is interrupted: the package, what its context managers are made by, and what
+# hashes tensors.
+WHERE = (str(Path(asgd_fast.__file__).parent), contextlib.__file__, torch._tensor.__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +73,30 @@ def interrupted(function, at):
     finally:
         sys.settrace(None)
     return False
+
+
+@pytest.mark.filterwarnings("ignore::asgd_fast.AveragingNotBegunWarning")
+@pytest.mark.parametrize("options", [{}, {"looks": True}, {"grows": True}], ids=str)
+@pytest.mark.parametrize("steps", MOMENTS.values(), ids=MOMENTS)
+@pytest.mark.parametrize("face", FACES)
+def test_an_interrupted_step_is_whole_or_not_made(face, steps, options):
+    def subject():
+        return prepared(face, steps, shapes=[(3,), (4, 5)], **options)
+
+    calm = subject()
+    before = calm.facts()
+    calm.step()
+    after = calm.facts()
+    for at in count():
+        own = subject()
+        if not interrupted(own.step, at):
+            break
+        if own.facts() != after:
+            assert own.facts() == before, at
+            own.step()
+            assert own.facts() == after, at
+    assert own.facts() == after
+    assert at > 10
 
 
 @pytest.mark.heavy

@@ -15,18 +15,6 @@ from asgd_fast.threads import is_forked
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = [
-    "average_as_param",
-    "broadcasts",
-    "clone_as",
-    "copy_as",
-    "extent",
-    "grad_as_param",
-    "has_engine",
-    "is_shared",
-    "ordinary_tensors",
-]
-
 # The types of device that engines are for. AMD's GPUs too go by the name of "cuda".
 _DEVICES = ("cpu",) if torch.version.hip else ("cpu", "cuda")
 

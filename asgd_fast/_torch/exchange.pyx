@@ -8,7 +8,7 @@ from libc.stdint cimport int64_t
 from asgd_fast._rows.describe cimport n_elements
 from asgd_fast._rows.dlpack cimport Borrowed, give_back, stream_of
 from asgd_fast._rows.rows cimport AX, CPU, GRAD, PARAM, Row, Rows
-from asgd_fast._torch.memory cimport is_ordinary, lend
+from asgd_fast._torch.memory cimport borrow_tensor, is_ordinary
 from asgd_fast._torch.parts cimport part_of
 from asgd_fast._torch.record cimport Record
 
@@ -93,10 +93,7 @@ cdef class Pair:
     def put_back(self):
         """Put the param back, or let the state show that an engine has; may be repeated.
 
-        Returns
-        -------
-        bool
-            Whether the param has its iterate: False if its memory was taken away.
+        False if its memory was taken away, so that it does not have its iterate.
         """
         if not self.by_torch and self._record.source is self.memory:
             self._record.ax, self._record.source = self.ax, self._param
@@ -112,19 +109,7 @@ cdef class Pair:
 
 
 def rows_of(list pairs):
-    """List pairs for an engine, as far as it takes them.
-
-    Parameters
-    ----------
-    pairs : list of Pair
-
-    Returns
-    -------
-    rows : Rows
-        Not checked for overlaps.
-    refused : list of int
-        The places of the pairs that it does not take.
-    """
+    """Return the rows of pairs, not checked for overlaps, and the places of pairs without one."""
     cdef Rows rows = Rows(("params[{}]", "spare memory[{}]", "averages[{}]"))
     cdef Row *row
     cdef Pair pair
@@ -136,9 +121,9 @@ def rows_of(list pairs):
         if not (
             pair.is_whole
             and is_ordinary(pair.memory) == is_ordinary(pair.ax)
-            and _lend(rows, PARAM, pair.memory, None, False)
-            and _lend(rows, AX, pair.ax, pair.memory, not pair._record.is_shown)
-            and (pair.spare is None or _lend(rows, GRAD, pair.spare, pair.memory, True))
+            and _borrow(rows, PARAM, pair.memory, None, False)
+            and _borrow(rows, AX, pair.ax, pair.memory, not pair._record.is_shown)
+            and (pair.spare is None or _borrow(rows, GRAD, pair.spare, pair.memory, True))
         ):
             rows.abandon()
             refused.append(i)
@@ -150,16 +135,7 @@ def rows_of(list pairs):
 
 
 def written_of(list pairs):
-    """The tensors that an engine writes, as far as a graph of autograd may have them.
-
-    Parameters
-    ----------
-    pairs : list of Pair
-
-    Returns
-    -------
-    list of Tensor
-    """
+    """Return the tensors that an engine writes, as far as a graph of autograd may have them."""
     cdef Pair pair
     cdef list written = []
     for pair in pairs:
@@ -170,14 +146,15 @@ def written_of(list pairs):
     return written
 
 
-cdef bint _lend(Rows rows, int role, tensor, like, bint is_own) except -1:
-    """Put a tensor, or this rank's part of a DTensor, into the row, if it is fit for it."""
+cdef bint _borrow(Rows rows, int role, tensor, like, bint is_own) except -1:
+    """Put a tensor, or this rank's part of a DTensor, into the row. False if no engine can."""
     if not is_ordinary(tensor):
         tensor = part_of(tensor, like)
         if tensor is None:
             return False
     rows.kept.append(tensor)
-    return lend(tensor, True, &rows.arrays[role], is_own) and rows.settle(role) is None
+    return (
+        borrow_tensor(tensor, True, &rows.arrays[role], is_own) and rows.put(role) is None)
 
 
 cdef bint _has_memory(tensor) except -1:
@@ -191,7 +168,7 @@ cdef bint _has_memory(tensor) except -1:
     cdef int i
     if not is_ordinary(tensor):
         tensor = part_of(tensor)
-    if tensor is None or not lend(tensor, False, &borrowed, True):
+    if tensor is None or not borrow_tensor(tensor, False, &borrowed, True):
         return True
     cdef int64_t n = n_elements(&borrowed.tensor)
     if borrowed.tensor.strides == NULL:

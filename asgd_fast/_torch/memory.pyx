@@ -32,7 +32,9 @@ cpdef bint is_ordinary(object tensor):
     return type(tensor) is TENSOR or type(tensor) is PARAMETER
 
 
-cdef bint lend(object tensor, bint writing, Borrowed *out, bint is_own=False) except -1:
+cdef bint borrow_tensor(
+    object tensor, bint writing, Borrowed *out, bint is_own=False,
+) except -1:
     """Borrow an ordinary tensor. False if it has no memory, or holds values still to be negated.
 
     One that nobody else has is not asked for that, which takes 60 to 100 ns.

@@ -21,7 +21,7 @@ from asgd_fast._rows.dlpack cimport Borrowed, give_back, kDLCPU, kDLFloat
 from asgd_fast._rows.rows cimport Mirror
 from asgd_fast._torch.conversions import clone_as
 from asgd_fast._torch.internals import is_watched
-from asgd_fast._torch.memory cimport is_ordinary, lend, number_as_tensor
+from asgd_fast._torch.memory cimport borrow_tensor, is_ordinary, number_as_tensor
 from asgd_fast.cuda.scalars cimport DeviceScalars
 
 SCALARS = ("step", "eta", "mu")
@@ -39,20 +39,26 @@ def scalar_tensor(double value, dtype):
     return make(value, dtype=dtype, device="cpu")
 
 
-cdef list _as_tensors(Scalars *numbers, bint is_double):
+# No comprehensions: in Cython 3.3 they release an item twice where a list finds no memory to grow.
+cdef tuple _tensors(numbers, dtype):
+    """step, eta and mu as tensors of torch's own, which may be resized."""
+    step, eta, mu = numbers
+    return scalar_tensor(step, dtype), scalar_tensor(eta, dtype), scalar_tensor(mu, dtype)
+
+
+cdef tuple _quick_tensors(numbers, bint is_double):
     """step, eta and mu as tensors of no dimension of the host, each with memory of its own.
 
     A pickled view of a tensor has all the memory of that with it.
     """
-    dtype = torch.float64 if is_double else torch.float32
-    cdef double values[3]
-    cdef list tensors = []
-    cdef bint is_plain = not is_watched() and not torch.is_inference_mode_enabled()
-    values[0], values[1], values[2] = numbers.step, numbers.eta, numbers.mu
-    for value in values:
-        tensor = number_as_tensor(value, is_double) if is_plain else None
-        tensors.append(scalar_tensor(value, dtype) if tensor is None else tensor)
-    return tensors
+    step, eta, mu = numbers
+    if not is_watched() and not torch.is_inference_mode_enabled():
+        one = number_as_tensor(step, is_double)
+        two = number_as_tensor(eta, is_double)
+        three = number_as_tensor(mu, is_double)
+        if one is not None and two is not None and three is not None:
+            return one, two, three
+    return _tensors(numbers, torch.float64 if is_double else torch.float32)
 
 
 cdef class Record(dict):
@@ -111,8 +117,8 @@ cdef class Record(dict):
         if self.is_open:
             return
         scalars = self.scalars()
-        if self.device_scalars is None:  # torch's own, which may be resized
-            scalars = [scalar_tensor(number, self.dtype) for number in scalars]
+        if self.device_scalars is None:
+            scalars = _tensors(scalars, self.dtype)
         contents = self._with(scalars, None)
         self.is_open = self.is_shown = True
         dict.update(self, contents)
@@ -152,7 +158,7 @@ cdef class Record(dict):
             return {**contents, "ax": ax, **others}
         if self.device_scalars is not None:
             return self._with(self.device_scalars.views(), ax)
-        return self._with(_as_tensors(&self.now, self.is_double), ax)
+        return self._with(_quick_tensors(self.scalars(), self.is_double), ax)
 
     cdef dict _with(self, scalars, ax):
         """The entries of a sealed record, with tensors for step, eta and mu."""
@@ -191,7 +197,10 @@ cdef class Record(dict):
     def scalars(self):
         """step, eta and mu as they stand in the record: numbers, or tensors that have them."""
         if self.is_open:
-            return tuple([dict.__getitem__(self, name) for name in _NAMES])
+            return (
+                dict.__getitem__(self, "step"), dict.__getitem__(self, "eta"),
+                dict.__getitem__(self, "mu"),
+            )
         if self.device_scalars is not None:
             return tuple(self.device_scalars.views())
         return self.now.step, self.now.eta, self.now.mu
@@ -247,18 +256,15 @@ cdef class Record(dict):
 
     def begin_anew(self, double step):
         """Set mu to 1 after so many steps, so that the next step's iterate is copied."""
-        if self.device_scalars is not None:
-            self.device_scalars.steps = step
-        if self.is_open:
-            mu = dict.get(self, "mu")
-            if not isinstance(mu, torch.Tensor):
-                dict.__setitem__(self, "mu", 1.0)
-                return
-        elif self.device_scalars is None:
+        if self.has_numbers:
             self.now.mu = 1
             return
-        else:
-            mu = self.device_scalars.views()[2]
+        if self.device_scalars is not None:
+            self.device_scalars.steps = step
+        mu = self.mu
+        if not isinstance(mu, torch.Tensor):
+            dict.__setitem__(self, "mu", 1.0)
+            return
         with torch.no_grad(), torch.inference_mode(False):
             mu.fill_(1)
 
@@ -273,7 +279,7 @@ cdef class Record(dict):
         cdef int i
         for i in range(3):
             tensor = scalars[i]
-            if not is_ordinary(tensor) or not lend(tensor, True, &borrowed):
+            if not is_ordinary(tensor) or not borrow_tensor(tensor, True, &borrowed):
                 return False
             is_fit = (
                 borrowed.tensor.device.device_type == kDLCPU
@@ -302,7 +308,8 @@ cdef class Record(dict):
         own = self.device_scalars
         if own is None or own.device != device:
             return None
-        if self.is_open and not own.has([dict.get(self, name) for name in _NAMES]):
+        if self.is_open and not own.has(
+                [dict.get(self, "step"), dict.get(self, "eta"), dict.get(self, "mu")]):
             return None
         if self.is_open:
             t0 = dict.get(self, "t0")
@@ -322,7 +329,8 @@ cdef class Record(dict):
         if device_scalars is None:
             self.now.step, self.now.eta, self.now.mu = numbers
         if self.is_open:
-            tensors = device_scalars.views() if device_scalars is not None else [
-                scalar_tensor(value, self.dtype) for value in numbers]
+            tensors = (
+                device_scalars.views() if device_scalars is not None
+                else _tensors(numbers, self.dtype))
             for name, tensor in zip(_NAMES, tensors, strict=True):
                 dict.__setitem__(self, name, tensor)

@@ -24,24 +24,6 @@ if TYPE_CHECKING:
     from asgd_fast._torch.groups import Group
     from asgd_fast._torch.settings import Settings
 
-__all__ = [
-    "ParamState",
-    "State",
-    "adopt",
-    "complete",
-    "find",
-    "has_steps",
-    "most_steps",
-    "new",
-    "new_average",
-    "put_unstepped",
-    "start",
-    "start_before_first",
-    "states_of",
-    "take",
-    "wide",
-]
-
 State: TypeAlias = "MutableMapping[Tensor, Any]"
 
 # The dtypes that have a wider one.
@@ -90,10 +72,9 @@ class ParamState(Record):
 
 
 class Unstepped(ParamState):
-    """The state of a param that has made no step, for who asks for it; the step makes its own.
+    """The state that is shown of a param without a step, whose first step makes another one.
 
-    It has the entries of a record that the first step would begin with, whose group may get another
-    lr until then.
+    It has the entries with which that would begin now: its group may get another lr until then.
     """
 
     __slots__ = ("group", "settings")
@@ -133,11 +114,11 @@ for _name in (
     setattr(ParamState, _name, _opening(_name))
 
 
-def wide(param: Tensor, average_dtype: torch.dtype | None) -> torch.dtype:
+def dtype_of_average(param: Tensor, settings: Settings) -> torch.dtype:
     """Return the dtype of a param's average: its own, or a wider one that was asked for."""
-    if average_dtype is None or param.dtype not in _WIDENED:
+    if settings.average_dtype is None or param.dtype not in _WIDENED:
         return param.dtype
-    return torch.promote_types(param.dtype, average_dtype)
+    return torch.promote_types(param.dtype, settings.average_dtype)
 
 
 def has_steps(found: Any) -> bool:
@@ -155,10 +136,10 @@ def find(
     settings: Settings,
     adopted: dict[int, ParamState],
 ) -> ParamState:
-    """Return the state of a param for what was found in its place; it is not put there.
+    """Return the state of a param, made of what was found in its place; the caller puts it there.
 
-    It is another param's where both have the same entries: with one dict for two, torch steps it
-    twice. So `adopted` keeps what became of entries, by their ids, for the params that come later.
+    Two params in whose places the same entries stand get one state, which then makes two steps, as
+    in torch. So `adopted` keeps what became of entries, by their ids, for the params that follow.
     """
     if not has_steps(found):
         return new(param, found or {}, group, settings)
@@ -222,7 +203,7 @@ def take(param: Tensor, entry: Mapping[str, Any], group: Group, settings: Settin
 
 def _bound(param: Tensor, entry: Mapping[str, Any], settings: Settings) -> ParamState:
     is_lazy = settings.lazy_average and not is_shared(param)
-    dtype = wide(param, settings.average_dtype)
+    dtype = dtype_of_average(param, settings)
     return ParamState(entry).bind(param, is_lazy=is_lazy, average_dtype=dtype)
 
 
@@ -261,7 +242,7 @@ def states_of(state: State, groups: Iterable[Group], settings: Settings) -> list
             record = find(state, param, found, group, settings, adopted)
             state[param] = record
             if record.param is not param:  # another param's too
-                dtype = wide(param, settings.average_dtype)
+                dtype = dtype_of_average(param, settings)
                 record = ParamState(record).bind(param, is_lazy=False, average_dtype=dtype)
             records.append(record)
     return records

@@ -19,6 +19,7 @@ from reliability.common import BUILD, Campaign
 PARTS = {
     "memory_errors": 1.0,
     "pythons": 0.02,
+    "out_of_memory": 0.1,
     "races": 0.2,
     "arrays": 0.05,
     "array_lives": 0.1,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from reliability.common import BUILD, ROOT, copy_sources
 
 VERSIONS = ["3.10", "3.11", "3.12", "3.13", "3.13t", "3.14", "3.14t", "3.15", "3.15t"]
-PARTS = ["arrays", "array_lives", "capsules", "checkpoints", "interrupts"]
+PARTS = ["arrays", "array_lives", "capsules", "checkpoints", "interrupts", "out_of_memory"]
 
 TRIAL = """
 import json, sys
