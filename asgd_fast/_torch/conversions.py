@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,8 +72,10 @@ def _goes_with(tensor: Any, param: Tensor) -> bool:
 
 def copy_as(param: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a copy of a param in some dtype, in its layout."""
-    with ordinary_tensors():
-        return clone_as(param, dtype)
+    if torch.is_inference_mode_enabled() or is_forked():
+        with ordinary_tensors():  # as long as all the rest
+            return clone_as(param, dtype)
+    return clone_as(param.detach(), dtype)
 
 
 def clone_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,15 +83,12 @@ def clone_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.clone() if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def ordinary_tensors() -> AbstractContextManager[None]:
-    """Let tensors that outlive a mode or a graph be made, in a forked process too."""
-    if torch.is_inference_mode_enabled() or is_forked():
-        return _ordinary_everywhere()  # ten times as slow
-    return torch.no_grad()
-
-
 @contextmanager
-def _ordinary_everywhere() -> Iterator[None]:
+def ordinary_tensors() -> Iterator[None]:
+    """Let tensors that outlive a mode or a graph be made, in a forked process too.
+
+    A generator, which an interrupt finds inside of its contexts, so that it leaves them.
+    """
     with torch.inference_mode(False), torch.no_grad(), _one_thread_if_forked():
         yield
 
