@@ -389,7 +389,8 @@ class ASGD(WithAverages, torch.optim.ASGD):
         """Begin a step with what torch's own function and GPUs do of it."""
         work.begin()
         if work.remaining:
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
+            # Not set_grad_enabled, which sets before the context is entered: see test_interrupts.py.
+            with torch.enable_grad() if self.defaults["differentiable"] else torch.no_grad():
                 fallback.step(work.remaining, work.unscale)
         if launches is not None:
             launches.run()
