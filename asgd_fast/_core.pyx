@@ -106,37 +106,18 @@ cdef str _level = ""
 def simd_levels():
     """The SIMD levels that this build has and this processor supports, best first.
 
-    Returns
-    -------
-    list of str
-        Of "avx512", "avx2" and "baseline"; the last is always there.
+    They are of "avx512", "avx2" and "baseline"; the last is always there.
     """
     return [level for level in _supported() if _loops_of(level) is not None]
 
 
 def simd_level():
-    """The SIMD level in use.
-
-    Returns
-    -------
-    str
-    """
+    """The SIMD level in use."""
     return _level
 
 
 def use_simd_level(level):
-    """Use the loops of another SIMD level; the bits are the same at each.
-
-    Parameters
-    ----------
-    level : str
-        One of `simd_levels`.
-
-    Raises
-    ------
-    ValueError
-        This build or this processor does not have the level.
-    """
+    """Use the loops of another of the `simd_levels`; the bits are the same at each."""
     global _loops, _level
     cdef Loops *found
     loops = _loops_of(level) if level in _supported() else None
@@ -175,26 +156,20 @@ def _loops_of(level):
 
 
 def use_runtime(uintptr_t fork, uintptr_t thread_number):
-    """Make parallel regions by an OpenMP runtime.
-
-    Parameters
-    ----------
-    fork, thread_number : int
-        The addresses of its functions ``GOMP_parallel`` and ``omp_get_thread_num``.
-    """
+    """Make parallel regions by the two functions of an OpenMP runtime that stand above."""
     global _fork, _thread_number
     _fork = <Fork>fork
     _thread_number = <ThreadNumber>thread_number
 
 
-cdef struct Work
+cdef struct Region
 
 # Does what is to be done to elements [start, stop) of a row.
 ctypedef void (*Job)(
-    const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil
+    const Region *region, const Row *row, int64_t start, int64_t stop) noexcept nogil
 
-# What all threads of a step share.
-cdef struct Work:
+# What all threads of a parallel region share.
+cdef struct Region:
     Job job
     const Row *rows
     Py_ssize_t n_rows
@@ -208,18 +183,11 @@ cdef struct Work:
 
 
 def update(Rows rows, unsigned int n_threads=1, begin=None):
-    """Update every row in place, once they are checked, and advance the scalars.
+    """Update every row, which has a grad, in place, once they are checked; advance the scalars.
 
     Cannot fail. Releases the GIL, and is one call so that no interrupt comes between the two.
-
-    Parameters
-    ----------
-    rows : Rows
-        With a grad in every row.
-    n_threads : int
-        At least 1; effective after `use_runtime`.
-    begin : callable, optional
-        Called first, and no interrupt comes after it. Where it raises, nothing is updated.
+    Before `use_runtime` there is one thread. `begin` is called first, and no interrupt comes after
+    it; where it raises, nothing is updated.
     """
     if begin is not None:
         begin()
@@ -243,12 +211,8 @@ def exchange(Rows rows, bytearray is_done, unsigned int n_threads=1, others=None
         Whether the averages are in the params; changed.
     n_threads : int
     others : callable, optional
-        Does the same to rows of other engines; called first. It does not run Python code.
-
-    Returns
-    -------
-    object
-        What that returned.
+        Does the same to rows of other engines; called first. It does not run Python code. What it
+        returns is returned.
     """
     cdef Job job = _put_back if is_done[0] else _put_average
     result = others() if others is not None else None
@@ -259,72 +223,67 @@ def exchange(Rows rows, bytearray is_done, unsigned int n_threads=1, others=None
 
 
 def assign(Rows rows, unsigned int n_threads=1):
-    """Make each param its average, rounded. Cannot fail; releases the GIL.
-
-    Parameters
-    ----------
-    rows : Rows
-        With an average in every row.
-    n_threads : int
-    """
+    """Make each row's param its average, which it has, rounded. Cannot fail; releases the GIL."""
     with nogil:
         _run(rows, _assign, n_threads)
 
 
 cdef void _run(Rows rows, Job job, unsigned int n_threads) noexcept nogil:
-    cdef Work work
-    work.job = job
-    work.rows = rows.rows
-    work.n_rows = rows.n_rows
-    work.size = rows.cpu_bytes
-    work.loops = _loops
+    cdef Region region
+    region.job = job
+    region.rows = rows.rows
+    region.n_rows = rows.n_rows
+    region.size = rows.cpu_bytes
+    region.loops = _loops
     if n_threads > 1 and _fork != NULL:
-        _share_out(&work, min(n_threads, <unsigned int>MOST_THREADS))
-        fegetenv(&work.environment)
-        _fork(_take_chunks, &work, n_threads, 0)
+        _share_out(&region, min(n_threads, <unsigned int>MOST_THREADS))
+        fegetenv(&region.environment)
+        _fork(_take_chunks, &region, n_threads, 0)
     else:
-        _do_part(&work, 0, work.size)
+        _do_part(&region, 0, region.size)
 
 
-cdef void _update(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
-    work.loops.update[row.kind][row.ax_size](row, start, stop)
+cdef void _update(const Region *region, const Row *row, int64_t start, int64_t stop) noexcept nogil:
+    region.loops.update[row.kind][row.ax_size](row, start, stop)
 
 
-cdef void _assign(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
+cdef void _assign(const Region *region, const Row *row, int64_t start, int64_t stop) noexcept nogil:
     cdef int64_t size = size_of(row.kind)
     if row.ax_size != size:
-        work.loops.narrow[row.kind][row.ax_size](row, start, stop)
+        region.loops.narrow[row.kind][row.ax_size](row, start, stop)
     else:
         memcpy(
             <char *>row.param + start * size, <char *>row.ax + start * size, (stop - start) * size)
 
 
 cdef void _put_average(
-    const Work *work, const Row *row, int64_t start, int64_t stop,
+    const Region *region, const Row *row, int64_t start, int64_t stop,
 ) noexcept nogil:
     cdef int64_t size = size_of(row.kind)
     if row.ax_size != size:
         memcpy(
             <char *>row.grad + start * size, <char *>row.param + start * size,
             (stop - start) * size)
-        _assign(work, row, start, stop)
+        _assign(region, row, start, stop)
     else:
-        _swap(work, row, start, stop)
+        _swap(region, row, start, stop)
 
 
-cdef void _put_back(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
+cdef void _put_back(
+    const Region *region, const Row *row, int64_t start, int64_t stop,
+) noexcept nogil:
     cdef int64_t size = size_of(row.kind)
     if row.ax_size != size:
         memcpy(
             <char *>row.param + start * size, <char *>row.grad + start * size,
             (stop - start) * size)
     else:
-        _swap(work, row, start, stop)
+        _swap(region, row, start, stop)
 
 
-cdef void _swap(const Work *work, const Row *row, int64_t start, int64_t stop) noexcept nogil:
+cdef void _swap(const Region *region, const Row *row, int64_t start, int64_t stop) noexcept nogil:
     cdef int64_t size = size_of(row.kind)
-    work.loops.swap(
+    region.loops.swap(
         <uint16_t *>(<char *>row.param + start * size),
         <uint16_t *>(<char *>row.ax + start * size), (stop - start) * size // 2)
 
@@ -335,32 +294,32 @@ cdef void _take_chunks(void *data) noexcept nogil:
     The share is the same in each step, and so may still be in the thread's own cache; a thread that
     comes late, or never, finds its own done by the others.
     """
-    cdef Work *work = <Work *>data
+    cdef Region *region = <Region *>data
     cdef int64_t *taken
     cdef fenv_t own
     cdef int64_t start, first, stop
     cdef int number = _thread_number(), i
     fegetenv(&own)
-    fesetenv(&work.environment)
-    for i in range(work.n_shares):
-        first = (number + i) % work.n_shares * work.share
-        taken = work.taken[(number + i) % work.n_shares]
-        stop = min(first + work.share, work.size)
-        start = first + _add(taken, work.chunk)
+    fesetenv(&region.environment)
+    for i in range(region.n_shares):
+        first = (number + i) % region.n_shares * region.share
+        taken = region.taken[(number + i) % region.n_shares]
+        stop = min(first + region.share, region.size)
+        start = first + _add(taken, region.chunk)
         while start < stop:
-            _do_part(work, start, min(start + work.chunk, stop))
-            start = first + _add(taken, work.chunk)
+            _do_part(region, start, min(start + region.chunk, stop))
+            start = first + _add(taken, region.chunk)
     fesetenv(&own)
 
 
-cdef void _share_out(Work *work, int n_shares) noexcept nogil:
+cdef void _share_out(Region *region, int n_shares) noexcept nogil:
     """Cut the work into equal shares of equal chunks."""
     cdef int i
-    work.n_shares = n_shares
-    work.share = _lines(work.size, n_shares)
-    work.chunk = _lines(work.share, work.share // LARGEST_CHUNK + 1)
+    region.n_shares = n_shares
+    region.share = _lines(region.size, n_shares)
+    region.chunk = _lines(region.share, region.share // LARGEST_CHUNK + 1)
     for i in range(n_shares):
-        work.taken[i][0] = 0
+        region.taken[i][0] = 0
 
 
 cdef inline int64_t _lines(int64_t size, int64_t n) noexcept nogil:
@@ -368,27 +327,27 @@ cdef inline int64_t _lines(int64_t size, int64_t n) noexcept nogil:
     return max(<int64_t>1, (size + n * CACHE_LINE - 1) // (n * CACHE_LINE)) * CACHE_LINE
 
 
-cdef void _do_part(const Work *work, int64_t start, int64_t stop) noexcept nogil:
+cdef void _do_part(const Region *region, int64_t start, int64_t stop) noexcept nogil:
     """Do the job to the bytes [start, stop) of the work, both multiples of a cache line."""
-    cdef Py_ssize_t i = _row_at(work, start)
+    cdef Py_ssize_t i = _row_at(region, start)
     cdef const Row *row
     cdef int64_t size
-    while i < work.n_rows and work.rows[i].offset < stop:
-        row = &work.rows[i]
+    while i < region.n_rows and region.rows[i].offset < stop:
+        row = &region.rows[i]
         size = size_of(row.kind)
         if row.device == CPU:
-            work.job(
-                work, row, max(start - row.offset, <int64_t>0) // size,
+            region.job(
+                region, row, max(start - row.offset, <int64_t>0) // size,
                 min((stop - row.offset) // size, row.n))
         i += 1
 
 
-cdef Py_ssize_t _row_at(const Work *work, int64_t offset) noexcept nogil:
+cdef Py_ssize_t _row_at(const Region *region, int64_t offset) noexcept nogil:
     """The last row that begins at `offset` or before."""
-    cdef Py_ssize_t low = 0, high = work.n_rows, middle
+    cdef Py_ssize_t low = 0, high = region.n_rows, middle
     while high - low > 1:
         middle = (low + high) // 2
-        if work.rows[middle].offset <= offset:
+        if region.rows[middle].offset <= offset:
             low = middle
         else:
             high = middle
@@ -417,13 +376,7 @@ cdef void _advance(Rows rows) noexcept nogil:
 
 
 def copy(Rows rows):
-    """Copy each row's grad over its param. Cannot fail; releases the GIL.
-
-    Parameters
-    ----------
-    rows : Rows
-        With a grad, the source, in every row.
-    """
+    """Copy each row's grad, which it has, over its param. Cannot fail; releases the GIL."""
     cdef Py_ssize_t i
     cdef Row *row
     with nogil:

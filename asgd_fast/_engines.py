@@ -1,4 +1,4 @@
-"""One in-place update of many arrays: from the caller's arguments to an engine.
+"""From arrays to the engine that has their memory: updates, exchanges and copies.
 
 This module knows sequences of arrays and which engine takes them; it does not know groups,
 schedules or how the pass is made.
@@ -28,46 +28,15 @@ if TYPE_CHECKING:
 
     from asgd_fast.cuda.launch import Launches
 
-__all__ = [
-    "Exchange",
-    "as_arrays",
-    "assign",
-    "copy",
-    "exchanged",
-    "from_host",
-    "is_on_gpu",
-    "launches_for",
-    "refuse_recording",
-    "rows_to_exchange",
-    "run_on_gpus",
-    "template",
-    "to_host",
-    "update",
-]
-
 # A param, what keeps it meanwhile unless the average can, and the average.
 Exchange: TypeAlias = tuple[Any, Any, Any]
 
 
 def as_arrays(name: str, arrays: Any) -> list[Any]:
-    """Return one array or an iterable of arrays as a new list.
+    """Return one array, or an iterable of arrays, as a new list; `name` is for messages.
 
-    Parameters
-    ----------
-    name : str
-        What messages call the argument.
-    arrays : array, iterable of array, or scalar of NumPy
-        The elements are not looked at.
-
-    Returns
-    -------
-    list of array
-
-    Raises
-    ------
-    TypeError
-        `arrays` is neither; or a set or mapping, which have no order to rely on; or an array that
-        does not lend its memory, for its elements may be copies.
+    A set or mapping is refused, as it has no order to rely on; and an array that does not lend its
+    memory, for its elements may be copies. The elements are not looked at.
     """
     if is_array(arrays) or isinstance(arrays, np.generic):
         return [arrays]
@@ -133,14 +102,8 @@ def launches_for(rows: Rows, job: int = UPDATE, *, capturable: bool = False) -> 
     """Prepare what is to be done to checked rows in the memory of CUDA devices, if there are any.
 
     `job` is one of `asgd_fast.cuda.launches`. With `capturable`, steps with scalars on the device
-    may be captured into a graph.
-
-    Raises
-    ------
-    ImportError
-        A package is missing that such rows need.
-    RuntimeError
-        There is no driver, or the stream is being captured into a graph.
+    may be captured into a graph. It raises ImportError if a package is missing that such rows need,
+    and RuntimeError if there is no driver, or the stream is being captured into a graph.
     """
     if not rows.has_gpu_rows:
         return None
@@ -186,12 +149,8 @@ def assign(rows: Rows) -> None:
 def to_host(array: Any) -> npt.NDArray[Any]:
     """Return a copy of a dense array as a NumPy array of the same layout.
 
-    Raises
-    ------
-    TypeError
-        NumPy does not have its dtype (bfloat16).
-    RuntimeError
-        It is on a CUDA device that does not work.
+    It raises TypeError if NumPy does not have the dtype (bfloat16), and RuntimeError if the array
+    is on a CUDA device that does not work.
     """
     address, device, stream, shape, strides = whereabouts_of(array)
     if device is None:

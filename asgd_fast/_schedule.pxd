@@ -30,7 +30,9 @@ cdef struct Step:
     Scalars next         # the scalars after the step
 
 cdef double rounded(double x) noexcept nogil
-cdef int set_averaging(Plan *plan, averaging) except -1
+cdef Plan plan_of(
+    double lr, double lambd, double alpha, double t0, double average_every, averaging, bint current,
+) except *
 cdef void fill(Step *step, const Scalars *now, const Plan *plan) noexcept nogil
 cdef bint averages(const Step *step) noexcept nogil
 cdef double eta_of(double step, const Plan *plan) noexcept nogil

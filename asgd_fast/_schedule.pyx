@@ -1,6 +1,6 @@
 """The recurrence of eta and mu, for every face and engine. This module knows only numbers."""
 
-from libc.math cimport floor, fmax, fmod, pow
+from libc.math cimport expm1, floor, fmax, fmod, log, pow
 
 cdef extern from *:
     """
@@ -18,17 +18,21 @@ cdef double rounded(double x) noexcept nogil:
     return _rounded(x)
 
 
-cdef int set_averaging(Plan *plan, averaging) except -1:
-    """Put the weights of the iterates into a plan, as `schedule.check_averaging` has let them."""
-    plan.ema_decay, plan.power = 1, 0
-    if isinstance(averaging, str):
-        return 0
-    kind, number = averaging
-    if kind == "ema":
-        plan.ema_decay = number
-    else:
-        plan.power = number
-    return 0
+cdef Plan plan_of(
+    double lr, double lambd, double alpha, double t0, double average_every, averaging, bint current,
+) except *:
+    """A plan of checked hyperparameters; it has no weight decay, no grad_scale and no rounding."""
+    cdef Plan plan = Plan(
+        lr=lr, lr_size=0, lambd=lambd, alpha=alpha, t0=t0, average_every=average_every,
+        ema_decay=1.0, power=0.0, current=current, weight_decay=0.0, grad_scale=1.0,
+        float_step=False, float_next=False)
+    if not isinstance(averaging, str):
+        kind, number = averaging
+        if kind == "ema":
+            plan.ema_decay = number
+        else:
+            plan.power = number
+    return plan
 
 
 cdef void fill(Step *step, const Scalars *now, const Plan *plan) noexcept nogil:
@@ -94,14 +98,16 @@ cdef double mu_of(double step, const Plan *plan) noexcept nogil:
     """mu after `step` steps: the weight of the next iterate, 0 where it is not averaged."""
     cdef double every = plan.average_every, m
     step -= plan.t0
-    if step <= 1 or every == 1 and plan.ema_decay == 1 and plan.power == 0:
+    if every == 1 and plan.ema_decay == 1 and plan.power == 0:
         return 1.0 / fmax(1.0, step)
     step = floor(step - 1)  # how many iterates came after the first of the average
+    if step <= 0:
+        return 1.0
     if fmod(step, every) != 0:
         return 0.0
     m = step / every + 1
-    if plan.ema_decay != 1:
-        return (1.0 - plan.ema_decay) / (1.0 - pow(plan.ema_decay, m))
+    if plan.ema_decay != 1:  # 1 - decay ** m, without the digits that the power shares with 1
+        return (1.0 - plan.ema_decay) / -expm1(m * log(plan.ema_decay))
     return (1.0 + plan.power) / (m + plan.power)
 
 
@@ -109,27 +115,9 @@ def next_scalars(
     double step, double lr, double lambd, double alpha, double t0,
     double average_every=1, bint current=False, averaging="mean",
 ):
-    """eta and mu for the step that follows `step` steps.
+    """eta and mu for the step that follows `step` steps: at least 1, or at least 0 if `current`.
 
-    Parameters
-    ----------
-    step : float
-        The number of steps made, at least 1, or at least 0 if `current`.
-    lr, lambd, alpha, t0 : float
-    average_every : float
-        A whole number of steps, at least 1.
-    current : bool
-        As ``lr_schedule="current"`` has it.
-    averaging : str or (str, float)
-        As `schedule.check_averaging` has let it.
-
-    Returns
-    -------
-    eta, mu : float
+    The hyperparameters are those of the faces, checked; `current` is ``lr_schedule="current"``.
     """
-    cdef Plan plan = Plan(
-        lr=lr, lr_size=0, lambd=lambd, alpha=alpha, t0=t0, average_every=average_every,
-        ema_decay=1.0, power=0.0, current=current, weight_decay=0.0, grad_scale=1.0,
-        float_step=False, float_next=False)
-    set_averaging(&plan, averaging)
+    cdef Plan plan = plan_of(lr, lambd, alpha, t0, average_every, averaging, current)
     return eta_of(step, &plan), mu_of(step, &plan)

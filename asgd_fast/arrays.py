@@ -7,7 +7,6 @@ pass over the memory is made.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -29,6 +28,7 @@ from asgd_fast._engines import (
     update,
 )
 from asgd_fast._rows.rows import Rows, dtype_of, is_array
+from asgd_fast._warn import warn
 from asgd_fast.schedule import (
     AveragingKind,
     AveragingNotBegunWarning,
@@ -331,7 +331,7 @@ class ArrayASGD:
         AveragingNotBegunWarning
             Once, if steps were made and no average has begun or begins with the next one.
         """
-        self._warn_unless_begun(stacklevel=3)
+        self._warn_unless_begun()
         return self._averages_or_copies()
 
     def _averages_or_copies(self) -> list[Array]:
@@ -341,7 +341,7 @@ class ArrayASGD:
             for i, (param, ax) in enumerate(zip(self._params(), self._averages, strict=True))
         ]
 
-    def _warn_unless_begun(self, stacklevel: int) -> None:
+    def _warn_unless_begun(self) -> None:
         """Warn once if steps were made, and no average has begun or begins with the next one."""
         steps = self._scalars[:, 0]
         if self._has_warned or self.is_averaging or not steps.any():
@@ -351,12 +351,11 @@ class ArrayASGD:
             return
         self._has_warned = True
         nearest = np.argmin(t0 - steps)
-        warnings.warn(
+        warn(
             f"averages were asked for after step {steps[nearest]:g}, but none has begun: t0 is "
             f"{t0[nearest]:g}, so the params themselves stand for them; set t0, or call "
             "start_averaging() to begin with the next step",
             AveragingNotBegunWarning,
-            stacklevel=stacklevel,
         )
 
     def add_param_group(self, group: dict[str, Any]) -> None:
@@ -495,7 +494,7 @@ class ArrayASGD:
             As `averages`.
         """
         self._refuse_exchanged("averaged_parameters")
-        self._warn_unless_begun(stacklevel=4)  # contextlib comes between
+        self._warn_unless_begun()
         arrays = []
         exchanged_ones = {}
         for i, param in self._begun():
@@ -536,7 +535,7 @@ class ArrayASGD:
             As `averages`.
         """
         refuse_recording("copy_averages_to")
-        self._warn_unless_begun(stacklevel=3)
+        self._warn_unless_begun()
         targets = _one_for_each("arrays", arrays, len(self._averages))
         sources = self._params()
         for i, param in self._begun():
@@ -579,17 +578,9 @@ class ArrayASGD:
         self._averages, self._scalars, self._starts = averages, scalars, starts
 
     def reset_averages(self, group: int | None = None) -> None:
-        """Forget the averages, and begin them anew: the same as `start_averaging`.
+        """Forget the averages, and begin them anew: `start_averaging` by another name.
 
-        Parameters
-        ----------
-        group : int, optional
-            The place of a group in `param_groups`. By default all of them.
-
-        Raises
-        ------
-        IndexError, TypeError, RuntimeError
-            As `start_averaging`.
+        `group` is that of `start_averaging`, and so is what is raised.
         """
         self.start_averaging(group)
 

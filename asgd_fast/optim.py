@@ -21,14 +21,13 @@ from asgd_fast._torch.averaging import WithAverages
 from asgd_fast._torch.gather import Work, gather
 from asgd_fast._torch.groups import Group, check_group, drop_usual, make_plain
 from asgd_fast._torch.internals import (
-    call_post_hooks,
     check_graph_capture,
     has_observers,
     increment_versions,
     is_asked_for_state,
 )
 from asgd_fast._torch.redundancy import has_parameters
-from asgd_fast._torch.settings import KEYWORDS, Settings, Shared, checked_average_dtype
+from asgd_fast._torch.settings import KEYWORDS, Settings, checked_average_dtype, shared
 from asgd_fast._torch.state import put_unstepped
 from asgd_fast.schedule import AveragingKind, LrSchedule
 from asgd_fast.threads import threads_for
@@ -48,7 +47,7 @@ def _uncompiled(function: F) -> F:
 
 
 def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a step as torch does, with hooks and a profiler range, when there are any.
+    """Wrap a step as torch does, with hooks and a profiler range, when there may be any.
 
     Torch's own wrapper takes 7 us, more than a step of few small params. Observers other than the
     profiler, such as ``ExecutionTraceObserver``, miss the range.
@@ -57,12 +56,9 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(step)
     def wrapper(self: ASGD, *args: Any, **kwargs: Any) -> Any:
-        if has_observers(self):
+        if has_observers(self) or any(args) or kwargs:  # a closure may register hooks
             return in_full(self, *args, **kwargs)
-        result = step(self, *args, **kwargs)
-        if args or kwargs:  # a closure may have registered hooks
-            call_post_hooks(self, (self, *args), kwargs)
-        return result
+        return step(self, *args)
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it again
     return wrapper
@@ -220,12 +216,14 @@ class ASGD(WithAverages, torch.optim.ASGD):
     True
     """
 
-    lazy_average: Shared[bool] = Shared("lazy_average")
-    average_dtype: Shared[torch.dtype | None] = Shared("average_dtype")
-    fused_amp: Shared[bool] = Shared("fused_amp")
+    lazy_average: bool = shared("lazy_average")
+    average_dtype: torch.dtype | None = shared("average_dtype", checked_average_dtype)
+    fused_amp: bool = shared("fused_amp")
 
     # A GradScaler that finds it set leaves the unscaling and skipping to the step.
-    _step_supports_amp_scaling = Shared[bool]("fused_amp")
+    _step_supports_amp_scaling: bool = shared("fused_amp")
+
+    _settings_class: type[Settings] = Settings
 
     @_uncompiled
     def __init__(
@@ -248,26 +246,20 @@ class ASGD(WithAverages, torch.optim.ASGD):
         averaging: AveragingKind = "mean",
         fused_amp: bool = False,
     ) -> None:
-        self._settings = Settings()
-        self._settings.lazy_average = lazy_average
-        self._settings.average_dtype = checked_average_dtype(average_dtype)
-        self._settings.fused_amp = fused_amp
-        self._settings.own_defaults = {
-            "lr_schedule": lr_schedule,
-            "average_every": average_every,
-            "averaging": averaging,
-        }
+        self._settings = self._settings_class(
+            lazy_average=lazy_average,
+            average_dtype=checked_average_dtype(average_dtype),
+            fused_amp=fused_amp,
+            own_defaults={
+                "lr_schedule": lr_schedule,
+                "average_every": average_every,
+                "averaging": averaging,
+            },
+        )
         # Torch takes more kinds of numbers than its hints say.
         scalars: tuple[Any, Any, Any, Any, Any] = (lr, lambd, alpha, t0, weight_decay)
-        super().__init__(
-            params,
-            *scalars,
-            foreach,
-            maximize,
-            differentiable,
-            capturable,
-        )
-        self._make_checkpoints_plain()
+        super().__init__(params, *scalars, foreach, maximize, differentiable, capturable)
+        self.register_state_dict_post_hook(checkpoints.pack)
 
     def __repr__(self) -> str:
         """Name the settings that are not the usual ones, and the hyperparameters of each group."""
@@ -291,7 +283,12 @@ class ASGD(WithAverages, torch.optim.ASGD):
         self.defaults: dict[str, Any] = {**self.defaults, **self._settings.own_defaults}
         if isinstance(param_group, dict):
             for name in param_group.keys() & set(KEYWORDS):
-                raise TypeError(f"{name}: is set for the optimizer as a whole, not for a group")
+                hint = ""
+                if self._settings.redundancy.wrapper() is not None:  # which writes it into groups
+                    hint = f"; give ZeroRedundancyOptimizer functools.partial(ASGD, {name}=...)"
+                raise TypeError(
+                    f"{name}: is set for the optimizer as a whole, not for a group{hint}"
+                )
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._settings.had_parameters |= has_parameters(self.param_groups[-1]["params"])
@@ -342,6 +339,7 @@ class ASGD(WithAverages, torch.optim.ASGD):
 
     def _update(self) -> None:
         """Make the step with the gradients that there are, unless a GradScaler skips it."""
+        checkpoints.take_loaded(self)
         if not self.state and is_asked_for_state():
             put_unstepped(self.state, self.param_groups, self._settings)
         elif self._settings.fused_amp:
@@ -357,8 +355,8 @@ class ASGD(WithAverages, torch.optim.ASGD):
             self._settings.scalars_on_device = True
             work = gather(self.state, self.param_groups, self._settings)
             if work.has_all_scalars_on_device() and not work.remaining:
-                if work.rows.on_device is not None:
-                    work.rows.on_device.scale(work.rows.streams, found_inf, scale)
+                if work.rows.device_rows is not None:
+                    work.rows.device_rows.scale(work.rows.streams, found_inf, scale)
                 self._run(work)
                 return
             work.end()
@@ -404,15 +402,17 @@ class ASGD(WithAverages, torch.optim.ASGD):
     @_uncompiled
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of a checkpoint, a copy or another process."""
-        if not hasattr(self, "_settings"):  # a copy
-            self._settings = Settings()
+        is_copy = not hasattr(self, "_settings")
+        if is_copy:
+            self._settings = self._settings_class()
         state = dict(state)
         self._settings.take(state)
         own = checkpoints.unpack(state["state"], state["param_groups"], self._settings)
         before = dict(self.__dict__)
         try:
             super().__setstate__({**state, "state": {}})  # type: ignore[no-untyped-call]
-            self._make_checkpoints_plain()
+            if is_copy:  # hooks are not copied
+                self.register_state_dict_post_hook(checkpoints.pack)
             self.state = own
         except BaseException:  # an interrupt, or no memory
             self.__dict__.update(before)
@@ -444,7 +444,6 @@ class ASGD(WithAverages, torch.optim.ASGD):
                 "are the averages; a checkpoint with both has lost the iterate, from which "
                 "training goes on. To resume, save outside of it; to ship the averages, save "
                 "averaged_state_dict(model)",
-                stacklevel=3,
             )
         return super().state_dict()
 
@@ -454,7 +453,7 @@ class ASGD(WithAverages, torch.optim.ASGD):
         As in torch; but the state is copied, step, eta and mu keep their precision, and averages
         get the dtype that they have in this optimizer. Where `lr_schedule`, `average_every` and
         `averaging` are not in the checkpoint, as in torch's and where they were the defaults, they
-        stay.
+        stay. A warning tells of averages that were made with others than then hold.
 
         Parameters
         ----------
@@ -476,12 +475,8 @@ class ASGD(WithAverages, torch.optim.ASGD):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-
-    def _make_checkpoints_plain(self) -> None:
-        """Let checkpoints have torch's form, before the user's own hooks see them."""
-        if not self._settings.has_plain_checkpoints:  # of a copy: hooks are not copied
-            self.register_state_dict_post_hook(checkpoints.pack, prepend=True)
-            self._settings.has_plain_checkpoints = True
+        for group in self.param_groups:
+            checkpoints.warn_of_lost_settings(group, self._records(group))
 
 
 @_uncompiled

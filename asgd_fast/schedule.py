@@ -1,7 +1,7 @@
 """eta and mu over the steps: the scalars that go with one param, and their ranges.
 
-This module knows no arrays. The recurrence itself is `next_scalars`, which also advances the packed
-scalars of many params.
+This module knows no arrays. The recurrence itself stands in _schedule.pyx, by which every step
+advances the scalars of its params.
 """
 
 from __future__ import annotations
@@ -62,31 +62,10 @@ def check_scalar(
     low: float = 0.0,
     high: float = math.inf,
 ) -> float:
-    """Check that a hyperparameter is a finite number of its range.
-
-    Parameters
-    ----------
-    name : str
-        What the message calls it.
-    value : float
-        Any real number, or a 0-dimensional array.
-    low, high : float
-        The range, ends included where finite.
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    TypeError
-        `value` is no real number.
-    ValueError
-        `value` is not finite or out of range.
-    """
+    """Return a hyperparameter as a float; refuse what is no finite number from low to high."""
     try:
         finite = math.isfinite(value)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last by torch
         raise TypeError(
             f"{name}: expected a real number, got {value!r} of type {type(value).__name__}"
         ) from error
@@ -98,29 +77,7 @@ def check_scalar(
 
 
 def check_place(name: str, value: Any, n: int) -> int:
-    """Check that a number is the place of one of several things in a row.
-
-    Parameters
-    ----------
-    name : str
-        What the message calls it.
-    value : int
-        Counted from the end where negative.
-    n : int
-        How many things there are.
-
-    Returns
-    -------
-    int
-        From 0 on.
-
-    Raises
-    ------
-    TypeError
-        `value` is no integer.
-    IndexError
-        There is no such thing.
-    """
+    """Return the place, from 0 on, of one of n things in a row; it may be counted from the end."""
     try:
         place = index(value)
     except TypeError:
@@ -133,26 +90,7 @@ def check_place(name: str, value: Any, n: int) -> int:
 
 
 def check_step(name: str, value: Any) -> int:
-    """Check that a step count is a whole number >= 0.
-
-    Parameters
-    ----------
-    name : str
-        What the message calls it.
-    value : int or float
-        Any real number, or a 0-dimensional array.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    TypeError
-        `value` is no real number.
-    ValueError
-        `value` is negative or not whole.
-    """
+    """Return a step count as an int; refuse what is no whole number >= 0."""
     step = check_scalar(name, value)
     if not step.is_integer():
         raise ValueError(f"Invalid {name}: {value} (expected a whole number)")
@@ -160,44 +98,14 @@ def check_step(name: str, value: Any) -> int:
 
 
 def check_lr_schedule(value: Any) -> str:
-    """Check that an lr_schedule is one of those that there are.
-
-    Parameters
-    ----------
-    value : str
-
-    Returns
-    -------
-    str
-
-    Raises
-    ------
-    ValueError
-        It is neither "torch" nor "current".
-    """
+    """Return an lr_schedule; refuse what there is not."""
     if value is not LR_SCHEDULES[0] and value not in LR_SCHEDULES:
         raise ValueError(f"Invalid lr_schedule: {value!r} (expected 'torch' or 'current')")
     return str(value)
 
 
 def check_average_every(value: Any) -> int:
-    """Check that a distance between averaged iterates is a whole number >= 1.
-
-    Parameters
-    ----------
-    value : int
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    TypeError
-        `value` is no integer.
-    ValueError
-        `value` is below 1.
-    """
+    """Return a distance between averaged iterates; refuse what is no whole number >= 1."""
     if type(value) is not int:
         try:
             if isinstance(value, bool):
@@ -213,24 +121,9 @@ def check_average_every(value: Any) -> int:
 
 
 def check_averaging(value: Any) -> str | tuple[str, float]:
-    """Check that the weights which iterates have in an average are of a kind that there is.
+    """Return the weights of iterates in an average; refuse a kind or number that there is not.
 
-    Parameters
-    ----------
-    value : str or (str, float)
-        "mean", ("ema", decay) or ("polynomial", power); a pair may be a list.
-
-    Returns
-    -------
-    str or (str, float)
-        "mean" for a decay of 1 and a power of 0, too.
-
-    Raises
-    ------
-    TypeError
-        `value` is neither a str nor a pair, or its number is no real number.
-    ValueError
-        There is no such kind; or not 1e-6 <= decay <= 1, or not 0 <= power <= 1e6.
+    "mean" is returned for the numbers that make it, too: a decay of 1, and a power of 0.
     """
     if value is _MEAN or (isinstance(value, str) and value == _MEAN):  # the first is quick
         return "mean"

@@ -43,6 +43,7 @@ from asgd_fast import ASGD, NonMonotonicTrigger
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from matplotlib.axes import Axes
     from torch.optim import Optimizer
 
 Floats = npt.NDArray[np.float64]
@@ -398,39 +399,49 @@ def table(runs: Runs, names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def draw_rates(axes: Axes, runs: Runs, name: str) -> None:
+    """Draw the errors of some contenders against lr."""
+    task = TASKS[name]
+    bests = []
+    for contender in CONTENDERS:
+        if contender.label in COLORS and contender.schedule in task.schedules:
+            errors = [runs.mean(name, contender, lr, task.choosing)[1] for lr in task.rates]
+            color = COLORS[contender.label]
+            axes.plot(task.rates, errors, marker="o", color=color, label=contender.label)
+            bests.append(min(errors))
+    axes.set(xscale="log", xlabel="lr", title=task.title)
+    axes.set(ylim=(0.9 * min(bests), 1.6 * max(bests)))
+    axes.set_xticks(task.rates, [f"{lr:g}" for lr in task.rates])
+    axes.minorticks_off()
+
+
+def draw_starts(axes: Axes, runs: Runs, name: str) -> None:
+    """Draw the errors of averages against the epoch in which they begin."""
+    task = TASKS[name]
+    for schedule, color in (("constant", "tab:blue"), ("steps", "tab:green")):
+        lr = runs.choose(name, Contender("", schedule, "half"))
+        keys = [*range(task.epochs), "last"]
+        contenders = [Contender("", schedule, key) for key in keys]
+        *errors, last = [runs.mean(name, x, lr, task.seeds)[1] for x in contenders]
+        label = f"{schedule}, lr {lr:g}"
+        axes.plot(range(task.epochs), errors, color=color, label=f"average: {label}")
+        axes.axhline(last, color=color, linestyle=":", label=f"last iterate: {label}")
+    axes.set(xlabel="averaging begins after epoch")
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top + 0.4 * (top - bottom))  # room for the legend
+    axes.legend(fontsize="x-small", loc="upper right")
+
+
 def plot(runs: Runs, names: Sequence[str], path: Path) -> None:
     """Draw the errors against lr, and against the epoch in which averaging begins."""
     figure, rows = plt.subplots(
         2, len(names), figsize=(4.2 * len(names), 7), layout="constrained", squeeze=False
     )
-    chosen = {x.label: x for x in CONTENDERS}
     for name, upper, lower in zip(names, *rows, strict=True):
-        task = TASKS[name]
-        bests = []
-        for label, color in COLORS.items():
-            if chosen[label].schedule not in task.schedules:
-                continue
-            errors = [runs.mean(name, chosen[label], lr, task.choosing)[1] for lr in task.rates]
-            upper.plot(task.rates, errors, marker="o", color=color, label=label)
-            bests.append(min(errors))
-        upper.set(xscale="log", xlabel="lr", ylabel=task.error, title=task.title)
-        upper.set(ylim=(0.9 * min(bests), 1.6 * max(bests)))
-        upper.set_xticks(task.rates, [f"{lr:g}" for lr in task.rates])
-        upper.minorticks_off()
-        for schedule, color in (("constant", "tab:blue"), ("steps", "tab:green")):
-            half = Contender("", schedule, "half")
-            lr = runs.choose(name, half)
-            starts = [Contender("", schedule, k) for k in range(task.epochs)]
-            errors = [runs.mean(name, x, lr, task.seeds)[1] for x in starts]
-            label = f"{schedule}, lr {lr:g}"
-            lower.plot(range(task.epochs), errors, color=color, label=f"average: {label}")
-            last = runs.mean(name, Contender("", schedule, "last"), lr, task.seeds)[1]
-            lower.axhline(last, color=color, linestyle=":", label=f"last iterate: {label}")
-        lower.set(xlabel="averaging begins after epoch", ylabel=task.error)
-        bottom, top = lower.get_ylim()
-        lower.set_ylim(bottom, top + 0.4 * (top - bottom))  # room for the legend
-        lower.legend(fontsize="x-small", loc="upper right")
+        draw_rates(upper, runs, name)
+        draw_starts(lower, runs, name)
         for axes in (upper, lower):
+            axes.set(ylabel=TASKS[name].error)
             axes.grid(alpha=0.3)
     lines = {x.get_label(): x for upper in rows[0] for x in upper.get_lines()}
     figure.legend(handles=[*lines.values()], loc="outside upper center", ncols=3)

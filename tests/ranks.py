@@ -12,18 +12,31 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from averaging import InsideError, averages_of
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.testing import assert_close
 
 from asgd_fast import ASGD
 
 SECONDS = 150  # within which all ranks must have ended
 
+# Imported once, by the process from which all ranks are forked: it takes longer than most tests.
+PRELOADED = [
+    "asgd_fast",
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "torch.distributed.tensor.parallel",
+]
+
 
 def on_ranks(n, folder, *functions):
     """Run functions on n ranks; what one of them raises is raised here."""
     deadline = time.monotonic() + SECONDS
-    ranks = mp.spawn(_rank, (n, f"file://{folder / 'store'}", functions), nprocs=n, join=False)
+    mp.set_forkserver_preload(PRELOADED)
+    arguments = n, f"file://{folder / 'store'}", functions
+    ranks = mp.start_processes(*(_rank, arguments), nprocs=n, join=False, start_method="forkserver")
     try:
         while not ranks.join(max(0.0, deadline - time.monotonic())):
             assert time.monotonic() < deadline, "the ranks do not end"
@@ -110,8 +123,50 @@ def check_fully_shard():
             assert_close(sharded.output(), average)
 
 
+def leave_unfinished(model, x):
+    """A forward that raises in the first layer, which has gathered its params."""
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(x[:, 1:])
+
+
+def leave_pending(model, _x):
+    """Gathers that were begun for a forward to come."""
+    for module in (model, model[0], model[2]):
+        module.unshard(async_op=True)
+
+
+def leave_prefetched(model, x):
+    """The gather of a layer that follows, which is left out."""
+    with torch.no_grad():
+        model[0](x)
+
+
+def check_what_forwards_leave_behind():
+    """Is read by no forward after the averages have come or gone."""
+
+    def wrap(model):
+        for module in (model[0], model[2], model):
+            fully_shard(module, reshard_after_forward=False)
+        model[0].set_modules_to_forward_prefetch([model[2]])
+        return model
+
+    for leave in (leave_unfinished, leave_pending, leave_prefetched):
+        plain, sharded = Trained(), Trained(wrap)
+        leave(sharded.model, sharded.x)
+        assert_close(sharded.averaged_output(), plain.averaged_output())
+        with sharded.optimizer.averaged_parameters():
+            leave(sharded.model, sharded.x)
+        for each in (plain, sharded):
+            each.train()
+        assert_close(sharded.output(), plain.output())
+        leave(sharded.model, sharded.x)
+        for each in (plain, sharded):
+            each.optimizer.copy_averages_to(each.model)
+        assert_close(sharded.output(), plain.output())
+
+
 def check_fully_sharded_data_parallel():
-    """Refused, with nothing changed; the averages are in the gathered state."""
+    """Refused, with nothing changed; averages are in the gathered state, which may be loaded."""
     for use_orig_params in (True, False):
 
         def wrap(model, use_orig_params=use_orig_params):
@@ -139,3 +194,24 @@ def check_fully_sharded_data_parallel():
         if dist.get_rank() == 0:
             for name, ax in zip(plain.model.state_dict(), averages, strict=True):
                 assert_close(state[name]["ax"], ax)
+        with warnings.catch_warnings(action="ignore"):
+            again = Trained(wrap)
+            for each in (sharded, again):
+                FullyShardedDataParallel.set_state_dict_type(
+                    each.model, StateDictType.FULL_STATE_DICT
+                )
+            again.model.load_state_dict(model.state_dict())
+            saved = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+            loaded = FullyShardedDataParallel.optim_state_dict_to_load(
+                again.model, again.optimizer, saved
+            )
+            again.optimizer.load_state_dict(loaded)
+            for each in (sharded, again):
+                each.train(2)
+            assert torch.equal(again.output(), sharded.output())
+            states = [
+                FullyShardedDataParallel.optim_state_dict(each.model, each.optimizer)["state"]
+                for each in (sharded, again)
+            ]
+            for name, entry in states[0].items():
+                assert torch.equal(states[1][name]["ax"], entry["ax"])

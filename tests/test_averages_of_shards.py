@@ -10,6 +10,7 @@ from ranks import (
     check_distributed_data_parallel,
     check_fully_shard,
     check_fully_sharded_data_parallel,
+    check_what_forwards_leave_behind,
     on_ranks,
 )
 from torch import nn
@@ -67,6 +68,7 @@ def test_averages_are_right_or_refused(n, tmp_path):
         tmp_path,
         check_distributed_data_parallel,
         check_fully_shard,
+        check_what_forwards_leave_behind,
         check_fully_sharded_data_parallel,
         check_batch_norm,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -271,6 +273,45 @@ def check_versions():
         loss.backward()
 
 
+def check_parts_that_are_replaced():
+    """As `fully_shard` does it, and of averages: each step asks for them anew."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    params, others = placed(mesh, [Shard(0)]), placed(mesh, [Shard(0)])
+    ours = ASGD(params, lr=0.1, t0=1)
+    theirs = torch.optim.ASGD(others, lr=0.1, t0=1, foreach=False)
+    for step in range(7):
+        for tensor in (*params, *(ours.averages if step > 4 else ())):
+            tensor._local_tensor = tensor._local_tensor.clone()
+        for each, optimizer in ((params, ours), (others, theirs)):
+            give_grads(each, step)
+            optimizer.step()
+        assert_same(ours, theirs, params, others, f"replaced, step {step}")
+
+
+def calls_of_python(mesh, n, placements, t0):
+    """How many functions written in Python a step of n params calls."""
+    params = placed(mesh, placements, shapes=[(6, 4)] * n)
+    optimizer = ASGD(params, lr=0.1, t0=t0)
+    calls = []
+    for step in range(4):
+        give_grads(params, step)
+        calls.clear()
+        sys.setprofile(lambda frame, event, _: event == "call" and calls.append(frame.f_code))
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+    return [code.co_name for code in calls]
+
+
+def check_no_python_is_called_for_each_param():
+    """One call takes about as long as all else that a step does with a small param."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for placements, t0 in product(([Shard(0)], [Replicate()]), (0, 100)):
+        few, many = (calls_of_python(mesh, n, placements, t0) for n in (2, 9))
+        assert few == many
+
+
 def check_state_asked_for():
     """What torch's tools do before training makes no step, and has all ranks decide alike."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -410,6 +451,8 @@ def test_steps_have_the_bits_of_torch(n, tmp_path):
         check_half_types,
         check_averages,
         check_averages_copied,
+        check_parts_that_are_replaced,
+        check_no_python_is_called_for_each_param,
         check_state_asked_for,
         check_versions,
         check_where_steps_run,

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from oracle import weights_of
 from runs import OPTIONS
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -294,6 +295,49 @@ def test_hyperparameters_that_torch_does_not_have_come_back(way, own, tmp_path):
         found = group[name]
         assert (tuple(found) if type(found) is list else found) == value  # what torch makes of it
     assert target.optimizer.param_groups[0]["lr"] == OPTIONS["lr"]
+
+
+OWN = {
+    "every": {"average_every": 3},
+    "ema": {"averaging": ("ema", 0.5)},
+    "polynomial": {"averaging": ("polynomial", 2)},
+}
+own_settings = pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+through_files = pytest.mark.parametrize("way", FILES.values(), ids=FILES)
+
+
+@own_settings
+@through_files
+@pytest.mark.parametrize("steps", [T0 + 3, T0 + 4, T0 + 9])
+def test_who_loses_settings_in_a_file_of_shards_is_told(way, own, steps, tmp_path):
+    """torch loads from there what the target has."""
+    source, target = Side(ASGD, (3,), t0=T0, **own), Side(ASGD, (3,), t0=T0)
+    source.run(steps)
+    target.follow(source)
+    with pytest.warns(UserWarning, match=f"load_state_dict: mu is [0-9.]+ after step {steps}, "):
+        way(source, target, tmp_path / "file")
+
+
+@own_settings
+@through_files
+def test_a_file_of_shards_without_settings_loads_before_they_are_set(way, own, tmp_path):
+    """Into an optimizer at the defaults, which then goes on as after load_state_dict."""
+    source = Side(torch.optim.ASGD, (3,), t0=T0)
+    source.run(T0 + 3)
+    asked, target = Side(ASGD, (3,), **own), Side(ASGD, (3,), lr=9.0)
+    if way is not WAYS["the optimizer"]:
+        with pytest.raises(CheckpointException, match=f"Missing key .*{next(iter(own))}"):
+            way(source, asked, tmp_path / "missing")
+    for side in (asked, target):
+        side.follow(source)
+    asked.optimizer.load_state_dict(source.optimizer.state_dict())
+    way(source, target, tmp_path / "file")
+    target.optimizer.param_groups[0].update(own)
+    for side in (asked, target):
+        side.run(5, seed=1)
+    same(asked.params[0], target.params[0])
+    for name in NAMES:
+        same(asked.entries()[0][name], target.entries()[0][name])
 
 
 def asked_of_copy(side):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -178,6 +179,66 @@ def check_checkpoints():
             assert_bits(again.values(), oracle.averages())
 
 
+def check_checkpoints_of_one_process():
+    """On all ranks: averages started at other step counts, some of them 0, and those of torch."""
+    always, later = ((1, 3), ()), ((), (1, 3))  # who has no gradient in two steps, and in two more
+    for (first, second), kind in ((later, ASGD), (always, ASGD), (((), ()), torch.optim.ASGD)):
+        is_ours = kind is ASGD
+        wide = {"average_dtype": torch.float64} if is_ours else {}
+        for after in (0, 3):
+            oracle = Run(plain(kind, **(wide or {"t0": 2})))
+            oracle.train(2, *first)
+            oracle.train(2, *first, *second)
+            if is_ours:
+                oracle.optimizer.start_averaging()
+            oracle.train(after, *first)
+            saved = copy.deepcopy(oracle.optimizer.state_dict())
+            run = Run(zero(partial(ASGD, **wide), lr=9.0))
+            run.optimizer.load_state_dict(copy.copy(saved) | {"state": dict(saved["state"])})
+            run.model.load_state_dict(oracle.model.state_dict())
+            run.made = oracle.made
+            loaded = copy.deepcopy(saved)
+            for each in (run, oracle):
+                each.train(2, 0)
+                each.train(2)
+            assert everywhere(run.optimizer.param_groups[0]["t0"]) == (3 if is_ours else 2)
+            assert_bits(run.values(), oracle.values())
+            with run.optimizer.optim.averaged_parameters():
+                assert_bits(run.values(), [ax.float() for ax in oracle.averages()])
+            for i, entry in loaded["state"].items():
+                assert_bits([saved["state"][i]["ax"]], [entry["ax"]])
+
+
+def check_what_cannot_be_loaded():
+    """Is refused by name in the next step; on all ranks here, so that none waits."""
+    oracle = Run(plain(t0=1))
+    oracle.train(4)
+    saved = oracle.optimizer.state_dict()
+    for entry in saved["state"].values():
+        del entry["eta"]
+    run = Run(zero(t0=1))
+    run.optimizer.load_state_dict(saved)
+    before = run.values()
+    with pytest.raises(KeyError, match=r"state\[\d\]: missing \['eta'\]"):
+        run.train(1)
+    assert_bits(run.values(), before)
+
+
+def check_keywords_of_the_whole():
+    """Are refused, as the wrapper puts them into groups, with what to write instead."""
+    for keywords in ({"average_dtype": torch.float64}, {"lazy_average": False}):
+        (name,) = keywords
+        with pytest.raises(TypeError, match=rf"^{name}: .*partial\(ASGD, {name}=\.\.\.\)"):
+            Run(zero(**keywords))
+        run, oracle = Run(zero(partial(ASGD, **keywords), t0=1)), Run(plain(t0=1, **keywords))
+        for each in (run, oracle):
+            each.train(6)
+        run.optimizer.consolidate_state_dict(0)
+        if dist.get_rank() == 0:
+            state = run.optimizer.state_dict()["state"]
+            assert_bits([state[i]["ax"] for i in range(len(SHAPES))], oracle.averages())
+
+
 def check_batch_norm():
     """Of a model of one param, which one rank steps: all make the forwards, which communicate."""
     torch.manual_seed(0)
@@ -262,6 +323,9 @@ def test_each_rank_steps_some_of_the_params(tmp_path):
         check_modes_are_refused,
         check_started_averages,
         check_checkpoints,
+        check_checkpoints_of_one_process,
+        check_what_cannot_be_loaded,
+        check_keywords_of_the_whole,
         check_batch_norm,
         check_post_local_sgd,
     )

@@ -74,11 +74,14 @@ CASES = [
 ]
 
 
+FLATTENED = StateDictOptions(flatten_optimizer_state_dict=True)
+
 # How each of them is saved, and how loaded.
 WAYS = {
     "Stateful": ("save_stateful", "load_stateful"),
     "meanwhile": ("save_meanwhile", "load_stateful"),
     "full": ("save_full", "load_full"),
+    "flattened": ("save_flattened", "load_flattened"),
 }
 
 
@@ -191,6 +194,22 @@ class Run:
             state = torch.load(path, weights_only=True)
         set_model_state_dict(self.model, state["model"], options=options)
         set_optimizer_state_dict(*(self.model, self.optimizer, state["optimizer"]), options=options)
+
+    def save_flattened(self, path):
+        """Without nested dicts and lists, as stages of a pipeline save theirs."""
+        dcp.save(self.flattened(), checkpoint_id=path)
+
+    def load_flattened(self, path):
+        state = self.flattened()
+        dcp.load(state, checkpoint_id=path)
+        set_model_state_dict(self.model, state["model"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=FLATTENED)
+
+    def flattened(self):
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=FLATTENED),
+        }
 
     def tensors(self):
         """All params, averages and scalars in full."""

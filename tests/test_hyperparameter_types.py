@@ -153,6 +153,9 @@ def test_eta_of_a_tensor(dtype, lr, lambd, alpha, step):
 def test_average_dtype_by_its_name(name):
     optimizer = ASGD(parameters((3,)), average_dtype=name)
     assert optimizer.average_dtype is getattr(torch, name.removeprefix("torch."))
+    optimizer.average_dtype = None
+    optimizer.average_dtype = name
+    assert optimizer.average_dtype is getattr(torch, name.removeprefix("torch."))
 
 
 @pytest.mark.parametrize("name", ["float16", "double", "", "torch.torch.float32", "bfloat16"])
@@ -160,6 +163,10 @@ def test_names_of_other_dtypes(name):
     message = "expected None, torch.float32 or torch.float64"
     with pytest.raises(ValueError, match=f"Invalid average_dtype: {name} .{message}"):
         ASGD(parameters((3,)), average_dtype=name)
+    optimizer = ASGD(parameters((3,)))
+    with pytest.raises(ValueError, match=f"Invalid average_dtype: {name} .{message}"):
+        optimizer.average_dtype = name
+    assert optimizer.average_dtype is None
 
 
 KEYWORDS = {"average_dtype": torch.float64, "lazy_average": False, "fused_amp": True}

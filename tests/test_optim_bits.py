@@ -10,12 +10,14 @@ from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim import optimizer as torch_optimizer
 from torch.testing._internal.common_optimizers import optim_db
-from twins import NAMES, Twins, parameters, same, sealed_or_open
+from twins import NAMES, Twins, entries_of, parameters, same, sealed_or_open
 
 from asgd_fast import ASGD
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 HALVES = [torch.float16, torch.bfloat16]
+# In which random numbers can be made.
+WIDER = {dtype: dtype for dtype in DTYPES} | {torch.complex32: torch.complex64}
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0, 3), (1000,)]
 
 INFO = next(info for info in optim_db if info.optim_cls is torch.optim.ASGD)
@@ -33,12 +35,48 @@ LRS = [0.3, torch.tensor(0.3), torch.tensor([0.3]).double()][
 ]
 
 
+own_inputs = pytest.mark.parametrize(
+    "options", [i.kwargs for i in INPUTS], ids=[i.desc for i in INPUTS]
+)
+# None of torch's inputs gets as far as averaging in so few steps.
+begins = pytest.mark.parametrize("own", [{}, {"t0": 3}], ids=["as it is", "averaging"])
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @sealed_or_open
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [i.kwargs for i in INPUTS], ids=[i.desc for i in INPUTS])
-def test_torchs_own_inputs(options, dtype, looks):
-    twins = Twins(parameters(*SHAPES, dtype=dtype), looks=looks, **options)
-    twins.run(40)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex32], ids=str)
+@own_inputs
+@begins
+def test_torchs_own_inputs(own, options, dtype, looks):
+    params = [nn.Parameter(p.detach().to(dtype)) for p in parameters(*SHAPES, dtype=WIDER[dtype])]
+    twins = Twins(params, looks=looks, **{**options, **own})
+    twins.run(20)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@own_inputs
+@begins
+def test_torchs_own_inputs_in_half_types(own, options, dtype):
+    """Each step is torch's of float32 over the same numbers, its results rounded once."""
+    halves = [nn.Parameter(p.detach().to(dtype)) for p in parameters(*SHAPES)]
+    ours = ASGD(halves, **{**options, **own})
+    precise = [nn.Parameter(p.detach().float()) for p in halves]
+    theirs = torch.optim.ASGD(precise, foreach=False, **{**options, **own})
+    for _ in range(20):
+        for p, q in zip(halves, precise, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.float()
+        ours.step()
+        theirs.step()
+        entries = entries_of(ours)
+        for p, q in zip(halves, precise, strict=True):
+            entry, wanted = entries[p], theirs.state[q]
+            for name in ("step", "eta", "mu"):
+                same(entry[name], wanted[name])
+            same(p.detach(), q.detach().to(dtype))
+            same(entry["ax"], wanted["ax"].to(dtype))
+            q.data = p.detach().float()
+            wanted["ax"].copy_(entry["ax"])
 
 
 @sealed_or_open

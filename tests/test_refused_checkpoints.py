@@ -34,6 +34,8 @@ BAD_STARTS = {
     "str": ("late", TypeError, "expected a real number, got 'late'"),
     "inf": (float("inf"), ValueError, "inf"),
     "two numbers": (torch.tensor([1.0, 2.0]), TypeError, "expected a real number"),
+    "complex": (torch.tensor(1j), TypeError, "expected a real number"),
+    "elsewhere": (torch.tensor(1.0, device="meta"), TypeError, "expected a real number"),
 }
 BAD_AVERAGES = {
     "shape": (torch.zeros(5), ValueError, r"shape \(5,\) does not match its param of shape \(3,\)"),
@@ -53,6 +55,10 @@ BAD_HYPERPARAMETERS = {
     "lr_schedule": ("cosine", ValueError, "Invalid lr_schedule: 'cosine'"),
     "average_every": (0, ValueError, "Invalid average_every: 0"),
     "averaging": (["ema", 2], ValueError, "Invalid averaging decay: 2"),
+    **{
+        name: (torch.tensor([0.0, 1.0]), TypeError, f"{name}: expected a bool, got tensor")
+        for name in ("foreach", "maximize", "differentiable", "capturable")
+    },
 }
 
 
@@ -372,6 +378,7 @@ def test_where_averages_begin_is_kept_when_the_t0_of_the_group_cannot_show_it(t0
     torch.testing.assert_close(other.state[params[1]]["ax"], mean, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:load_state_dict. mu is 0.3")  # as of other settings
 @pytest.mark.parametrize("mu", [0.3, 1.5, -1.0, float("nan")])
 def test_a_mu_that_was_put_in_survives_a_started_average(mu):
     p, q = params = parameters((3,), (3,))

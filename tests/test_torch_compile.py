@@ -135,6 +135,58 @@ def hooks(optimizer):
     return len(calls)
 
 
+def asked(optimizer):
+    return optimizer.is_averaging, [average.clone() for average in optimizer.averages]
+
+
+def zero_grad(optimizer):
+    step(optimizer)
+    optimizer.zero_grad(set_to_none=False)
+    grads = [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
+    optimizer.zero_grad()
+    return grads, [p.grad for p in optimizer.param_groups[0]["params"]]
+
+
+def other_hooks(optimizer):
+    calls = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: calls.append("step")),
+        optimizer.register_state_dict_pre_hook(lambda *_: calls.append("save")),
+        optimizer.register_state_dict_post_hook(lambda *_: calls.append("saved")),
+        optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append("load")),
+        optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("loaded")),
+    ]
+    step(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def own_weights(optimizer):
+    options = {"average_every": 2, "averaging": ("ema", 0.9), "lr_schedule": "current"}
+    other = ASGD(optimizer.param_groups[0]["params"], **OPTIONS, **options)
+    for _ in range(6):
+        step(other)
+    return str(other), [[*entry.values()] for entry in entries_of(other).values()]
+
+
+def batch_norm(optimizer):
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    model.p = optimizer.param_groups[0]["params"][0]
+    batch = torch.arange(12.0).reshape(4, 3)
+    with optimizer.averaged_parameters(model=model, update_bn=[batch]):
+        return [buffer.clone() for buffer in model.buffers()]
+
+
+def copied_to_model(optimizer):
+    model = torch.nn.ParameterList(
+        [torch.zeros_like(p) for p in optimizer.param_groups[0]["params"]]
+    )
+    optimizer.copy_averages_to(model)
+    return [p.detach() for p in model]
+
+
 def settings(optimizer):
     optimizer.lazy_average = False
     optimizer.fused_amp = True
@@ -145,6 +197,7 @@ def settings(optimizer):
 METHODS = [
     *(step, with_closure, change_lr, construct, deep_copy, pickled, save_and_load, averaged),
     *(copied_averages, averaged_model, start, reset, trigger, add_group, schedule, hooks, settings),
+    *(asked, zero_grad, other_hooks, own_weights, batch_norm, copied_to_model),
 ]
 
 

@@ -345,6 +345,16 @@ def test_the_warning_before_averaging_begins_is_of_the_callers_line():
     assert warned[0].filename == __file__
 
 
+def test_the_warning_of_a_checkpoint_with_averages_is_of_the_callers_line():
+    sides = Sides(*parameters((3,)))
+    with (
+        sides.ours.averaged_parameters(),
+        pytest.warns(UserWarning, match="^state_dict: called inside") as warned,
+    ):
+        sides.ours.state_dict()
+    assert [warning.filename for warning in warned] == [__file__]
+
+
 @pytest.mark.parametrize("name", ["eval", "train", "averaged_parameters", "load_state_dict"])
 def test_type_hints_can_be_resolved(name):
     assert "return" in typing.get_type_hints(getattr(TrainEvalASGD, name))

@@ -69,7 +69,8 @@ cdef struct DLPackExchangeAPI:
     void *managed_tensor_allocator
     int (*managed_tensor_from_py_object_no_sync)(
         void *py_object, DLManagedTensorVersioned **out) noexcept
-    void *managed_tensor_to_py_object_no_sync
+    int (*managed_tensor_to_py_object_no_sync)(
+        DLManagedTensorVersioned *tensor, void **out_py_object) noexcept
     int (*dltensor_from_py_object_no_sync)(void *py_object, DLTensor *out) noexcept
     int (*current_work_stream)(
         int32_t device_type, int32_t device_id, void **out_stream) noexcept

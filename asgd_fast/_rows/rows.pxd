@@ -36,7 +36,7 @@ cdef struct Row:
     short device           # CPU, or which GPU has the memory
     unsigned char kind     # of the numbers of param and grad
     unsigned char ax_size  # of those of ax in bytes: the same kind, or float32 or float64, wider
-    int on_device          # the place in `DeviceRows`, from 1, if a GPU has the scalars; else 0
+    int device_row         # the place in `DeviceRows`, from 1, if a GPU has the scalars; else 0
 
 
 cdef inline int size_of(int kind) noexcept nogil:
@@ -76,12 +76,12 @@ cdef class Rows:
     cdef readonly dict others
     cdef int device                 # whose stream was noted last; CPU: none was
     cdef uintptr_t _stream
-    cdef public object on_device    # a `DeviceRows`, where a GPU has scalars
-    cdef Borrowed arrays[3]         # param, grad and ax of the row being made, before `settle`
-    cdef Borrowed *_lent            # what must be given back, of all rows
-    cdef Py_ssize_t _n_lent
-    cdef Py_ssize_t _lent_capacity
-    cdef Py_ssize_t _n_lent_before  # the row that is being made
+    cdef public object device_rows  # a `DeviceRows`, where a GPU has scalars
+    cdef Borrowed arrays[3]         # param, grad and ax of the row being made, before `put`
+    cdef Borrowed *_borrowed            # what must be given back, of all rows
+    cdef Py_ssize_t _n_borrowed
+    cdef Py_ssize_t _borrowed_capacity
+    cdef Py_ssize_t _n_borrowed_before  # the row that is being made
     cdef list _indices              # the places of params among the caller's, as far as known
     cdef readonly tuple names
     cdef list kept                  # what keeps the memory alive for as long as it is used
@@ -89,7 +89,7 @@ cdef class Rows:
     cdef int begin_group(self, Py_ssize_t n) except -1
     cdef int reserve(self, Py_ssize_t more) except -1
     cdef Row *begin(self) noexcept
-    cdef str settle(self, int role)
+    cdef str put(self, int role)
     cdef bint _goes_with_param(self, int role) noexcept
     cdef Step *step_for(self, const Scalars *now, const Plan *plan) noexcept
     cdef int commit(self) except -1
@@ -97,7 +97,7 @@ cdef class Rows:
     cdef int note_stream(self, uintptr_t stream) except -1
     cdef void abandon(self) noexcept
     cdef void _give_back(self, Py_ssize_t keep) noexcept
-    cdef int _keep_lent(self, Borrowed *borrowed) except -1
+    cdef int _keep_borrowed(self, Borrowed *borrowed) except -1
     cdef int _take(self, int role, object array, bint copies=*) except -1
     cdef bint _copy_grad(self) except -1
     cdef str _fault(self, int role)

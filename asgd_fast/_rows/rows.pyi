@@ -16,7 +16,7 @@ def whereabouts_of(
 
 @final
 class Rows:
-    on_device: DeviceRows | None
+    device_rows: DeviceRows | None
     def __new__(cls, names: tuple[str, str, str]) -> Self: ...
     def extend(
         self,

@@ -1,7 +1,7 @@
 """The rows of one step: arrays come in, and each is checked before the first byte is written.
 
-This module knows what makes arrays fit for one in-place pass. It does not know how the pass is made
-(the engines), nor what a group is (the faces).
+This module knows which arrays can be updated in one in-place pass. It does not know how the pass is
+made (the engines), nor what a group is (the faces).
 """
 
 from libc.math cimport isnan
@@ -44,41 +44,16 @@ from asgd_fast._rows.dlpack cimport (
     lendable,
 )
 from asgd_fast._rows.overlap cimport any_touches, find_overlap
-from asgd_fast._schedule cimport Plan, Scalars, Step, averages, fill, set_averaging
+from asgd_fast._schedule cimport Plan, Scalars, Step, averages, fill, plan_of
 
 
 def is_array(candidate):
-    """Whether `candidate` is an array: an object whose type speaks DLPack.
-
-    Parameters
-    ----------
-    candidate : object
-
-    Returns
-    -------
-    bool
-    """
+    """Whether `candidate` is an array: an object whose type speaks DLPack."""
     return _is_array(candidate)
 
 
 def dtype_of(array):
-    """The dtype of an array, by its name.
-
-    Parameters
-    ----------
-    array : array
-        Of any library that speaks DLPack.
-
-    Returns
-    -------
-    str
-        "float32", for instance.
-
-    Raises
-    ------
-    TypeError, ValueError, BufferError
-        `array` lends no memory.
-    """
+    """The name of the dtype of an array, such as "float32". Raises as `borrow`."""
     cdef Borrowed borrowed
     borrow(array, False, &borrowed, None)
     try:
@@ -88,26 +63,10 @@ def dtype_of(array):
 
 
 def whereabouts_of(array):
-    """Where an array is, and how it is laid out.
+    """The address, device, stream, shape and strides of an array. Raises as `borrow`.
 
-    Parameters
-    ----------
-    array : array
-
-    Returns
-    -------
-    address : int
-    device : int or None
-        The number of its CUDA device; None for memory of the CPU.
-    stream : int
-        On which its library works there at the moment.
-    shape, strides : tuple of int
-        In elements.
-
-    Raises
-    ------
-    TypeError, ValueError, BufferError
-        `array` lends no memory.
+    The device is the number of a CUDA device, None for the CPU; the stream is that on which the
+    array's library works there at the moment; strides are in elements.
     """
     cdef Borrowed borrowed
     borrow(array, False, &borrowed, None)
@@ -153,7 +112,7 @@ cdef class Rows:
 
     def __dealloc__(self):
         self._give_back(0)
-        free(self._lent)
+        free(self._borrowed)
         free(self.mirrors)
         free(self.rows)
 
@@ -165,7 +124,7 @@ cdef class Rows:
         self.n_rows = self._n_steps = self.n_mirrors = 0
         self.cpu_bytes = 0
         self.has_gpu_rows = False
-        self.on_device = None
+        self.device_rows = None
         self.device = CPU
         self.streams.clear()
         self.others.clear()
@@ -246,11 +205,8 @@ cdef class Rows:
         cdef bint partial = new_average is not None
         cdef Row *row
         cdef Scalars now = Scalars(0, eta, mu)
-        cdef Plan plan = Plan(
-            lr=lr, lr_size=0, lambd=lambd, alpha=alpha, t0=t0, average_every=average_every,
-            ema_decay=1.0, power=0.0, current=current, weight_decay=weight_decay,
-            grad_scale=grad_scale, float_step=False, float_next=False)
-        set_averaging(&plan, averaging)
+        cdef Plan plan = plan_of(lr, lambd, alpha, t0, average_every, averaging, current)
+        plan.weight_decay, plan.grad_scale = weight_decay, grad_scale
         for each in (grads, axs, scalars, starts):
             if each is not None and len(each) != n:
                 raise ValueError(f"got {len(each)} for {n} params; expected one for each")
@@ -306,17 +262,7 @@ cdef class Rows:
         return not find_overlap(self.rows, self.n_rows, self._spans, &late, &early)
 
     def touches(self, list others):
-        """Whether an array of the rows shares memory with others.
-
-        Parameters
-        ----------
-        others : list of (int, int)
-            The addresses where each begins and ends.
-
-        Returns
-        -------
-        bool
-        """
+        """Whether the rows share memory with others, given by where each begins and ends."""
         cdef Py_ssize_t n = len(others), i
         if n == 0:
             return False
@@ -365,18 +311,18 @@ cdef class Rows:
         row.grad = NULL
         row.ax = NULL
         row.scalars = NULL
-        row.on_device = 0
-        self._n_lent_before = self._n_lent
+        row.device_row = 0
+        self._n_borrowed_before = self._n_borrowed
         return row
 
-    cdef str settle(self, int role):
-        """Put a borrowed array into the row, or return why it is not fit for it."""
+    cdef str put(self, int role):
+        """Put a borrowed array into the row, or return why no engine can take it."""
         cdef Borrowed *borrowed = &self.arrays[role]
         cdef DLTensor *tensor = &borrowed.tensor
         cdef Row *row = &self.rows[self.n_rows]
         cdef void *data = data_of(tensor)
         if borrowed.versioned != NULL or borrowed.legacy != NULL:
-            self._keep_lent(borrowed)
+            self._keep_borrowed(borrowed)
         if role == PARAM:
             fault = self._fault(role)
         elif (
@@ -472,21 +418,22 @@ cdef class Rows:
 
     cdef void abandon(self) noexcept:
         """Give back what was lent for the row."""
-        self._give_back(self._n_lent_before)
+        self._give_back(self._n_borrowed_before)
 
     cdef void _give_back(self, Py_ssize_t keep) noexcept:
-        while self._n_lent > keep:
-            self._n_lent -= 1
-            give_back(&self._lent[self._n_lent])
+        while self._n_borrowed > keep:
+            self._n_borrowed -= 1
+            give_back(&self._borrowed[self._n_borrowed])
 
-    cdef int _keep_lent(self, Borrowed *borrowed) except -1:
+    cdef int _keep_borrowed(self, Borrowed *borrowed) except -1:
         try:
-            self._lent = <Borrowed *>with_room(self._lent, self._n_lent, sizeof(Borrowed))
+            self._borrowed = <Borrowed *>with_room(
+                self._borrowed, self._n_borrowed, sizeof(Borrowed))
         except MemoryError:
             give_back(borrowed)
             raise
-        self._lent[self._n_lent] = borrowed[0]
-        self._n_lent += 1
+        self._borrowed[self._n_borrowed] = borrowed[0]
+        self._n_borrowed += 1
         return 0
 
     cdef int _take(self, int role, object array, bint copies=False) except -1:
@@ -496,7 +443,7 @@ cdef class Rows:
                 array = lendable(array)
                 self.kept.append(array)
             borrow(array, role != GRAD, &self.arrays[role], self.streams)
-            fault = self.settle(role)
+            fault = self.put(role)
             if fault is not None and not (copies and self._copy_grad()):
                 raise ValueError(fault)
             if self.rows[self.n_rows].device != CPU:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from asgd_fast._rows.rows import Rows
     from asgd_fast._torch.state import ParamState
 
-__all__ = ["average_of", "begun", "copy_to", "exchanged", "params_named", "shipped"]
-
 # What wrappers put into the names of the params of the models in them: the last one of these may
 # be the name of a user's module, too.
 _WRAPPERS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
@@ -38,14 +36,9 @@ _PREFIXES = [re.compile(rf"(?<![^.])({names})\.") for names in (_WRAPPERS, _WRAP
 def exchanged(records: Sequence[ParamState]) -> Iterator[None]:
     """Hold the averages in the params for as long as the context lasts.
 
-    An average in its param's dtype trades places with it, and the state then answers with what the
-    param's memory holds; a wider one stays where it is, rounded into the param, which is kept in
-    spare memory.
-
-    Parameters
-    ----------
-    records : sequence of ParamState
-        Of params whose averages have begun.
+    The records are those of params whose averages have begun. An average in its param's dtype
+    trades places with it, and the state then answers with what the param's memory holds; a wider
+    one stays where it is, rounded into the param, which is kept in spare memory.
 
     Raises
     ------
@@ -184,6 +177,8 @@ def _pairs(records: Sequence[ParamState]) -> tuple[list[Pair], Rows]:
 
 def _rows_again(pairs: list[Pair], lost: list[Pair]) -> Rows:
     """Return the rows of what an engine can exchange once more; list what it cannot."""
+    for pair in pairs:
+        pair.look()
     rows, refused = rows_of(pairs)
     lost[:] = [pairs[i] for i in refused]
     return rows

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from asgd_fast._torch import averages, batch_norm, state
+from asgd_fast._torch import averages, batch_norm, checkpoints, state
 from asgd_fast._torch.conversions import copy_as
 from asgd_fast._torch.internals import are_flattened, forget_copies
 from asgd_fast._torch.redundancy import has_parameters
@@ -27,15 +27,14 @@ if TYPE_CHECKING:
     from asgd_fast._torch.settings import Settings
     from asgd_fast._torch.state import ParamState
 
-__all__ = ["WithAverages", "refuse_flattened"]
-
 
 class WithAverages:
     """The methods of an optimizer that have to do with its averages."""
 
-    param_groups: list[Group]
-    state: defaultdict[Tensor, Any]
-    _settings: Settings
+    if TYPE_CHECKING:  # else who resolves the hints of the class would look for these names
+        param_groups: list[Group]
+        state: defaultdict[Tensor, Any]
+        _settings: Settings
 
     @contextmanager
     def averaged_parameters(
@@ -104,7 +103,17 @@ class WithAverages:
         self._settings.refuse_exchanged("averaged_parameters")
         refuse_flattened("averaged_parameters", self._params())
         self._refuse_replaced("averaged_parameters")
-        begun = self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
+        with self._exchanged(self._begun("averaged_parameters"), model, update_bn):
+            yield
+
+    @contextmanager
+    def _exchanged(
+        self,
+        begun: list[ParamState],
+        model: torch.nn.Module | None = None,
+        update_bn: Iterable[Any] | None = None,
+    ) -> Iterator[None]:
+        """Hold the averages that have begun in the params, on all ranks."""
         redundancy = self._settings.redundancy
         try:
             self._settings.is_exchanged = True
@@ -184,8 +193,7 @@ class WithAverages:
                     f"target: tensor {i} of shape {tuple(other.shape)} does not match its param of "
                     f"shape {tuple(param.shape)}"
                 )
-        begun = self._begun("copy_averages_to", stacklevel=4)
-        averages.copy_to(begun, zip(params, targets, strict=True))
+        averages.copy_to(self._begun("copy_averages_to"), zip(params, targets, strict=True))
         self._settings.redundancy.share()
 
     def averaged_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
@@ -231,8 +239,8 @@ class WithAverages:
         if {id(param) for param in params}.isdisjoint(map(id, model.parameters())):
             raise ValueError("model: has none of the optimizer's params")
         refuse_flattened("averaged_state_dict", params)
-        self._begun("averaged_state_dict", stacklevel=4)
-        with nullcontext() if self._settings.is_exchanged else self.averaged_parameters():
+        begun = self._begun("averaged_state_dict")
+        with nullcontext() if self._settings.is_exchanged else self._exchanged(begun):
             # Compiled, the copy would be empty.
             shipped: dict[str, Any] = torch.compiler.disable(averages.shipped)(model)
             return shipped
@@ -250,7 +258,7 @@ class WithAverages:
         return [
             averages.average_of(records[param])
             if param in records
-            else copy_as(param, state.wide(param, self._settings.average_dtype))
+            else copy_as(param, state.dtype_of_average(param, self._settings))
             for param in self._params()
         ]
 
@@ -294,17 +302,9 @@ class WithAverages:
         redundancy.set_t0(self.param_groups)
 
     def reset_averages(self, group: int | None = None) -> None:
-        """Forget the averages, and begin them anew: the same as `start_averaging`.
+        """Forget the averages, and begin them anew: `start_averaging` by another name.
 
-        Parameters
-        ----------
-        group : int, optional
-            The place of a group in `param_groups`. By default all of them.
-
-        Raises
-        ------
-        IndexError, TypeError, RuntimeError
-            As `start_averaging`.
+        `group` is that of `start_averaging`, and so is what is raised.
         """
         self.start_averaging(group)
 
@@ -313,6 +313,7 @@ class WithAverages:
 
     def _records(self, *groups: Group) -> list[ParamState]:
         """Return the states that there are of the params of some groups, by default of all."""
+        checkpoints.take_loaded(self)
         return state.states_of(self.state, groups or self.param_groups, self._settings)
 
     def _refuse_replaced(self, call: str) -> None:
@@ -323,7 +324,7 @@ class WithAverages:
                 "torch.distributed.fsdp.fully_shard instead, or see docs/distributed.md"
             )
 
-    def _begun(self, call: str, *, stacklevel: int) -> list[ParamState]:
+    def _begun(self, call: str) -> list[ParamState]:
         """Return the states whose averages have begun, for a call that asks for averages."""
         begun = averages.begun(self._records())
         if begun:
@@ -342,7 +343,6 @@ class WithAverages:
                 f"{call}: no average has begun, as t0 is {t0:g} and the number of steps is "
                 f"{step:g}; these are the params as they are. start_averaging() begins with the "
                 "next step; or choose a smaller t0",
-                stacklevel,
             )
         return begun
 

@@ -19,17 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-__all__ = ["check_model", "kept_buffers", "update_statistics"]
-
 
 def check_model(model: Any, update_bn: Any) -> None:
-    """Refuse what is no model, or data for the batch normalization of none.
-
-    Raises
-    ------
-    TypeError
-        `model` is neither a Module nor None, or None where there are data.
-    """
+    """Refuse a model that is neither a Module nor None, or None where there are data for it."""
     if not isinstance(model, torch.nn.Module) and (model is not None or update_bn is not None):
         expected = "a torch.nn.Module" + (", or None" if update_bn is None else " with update_bn")
         raise TypeError(f"model: expected {expected}, got {type(model).__name__}")
@@ -37,17 +29,10 @@ def check_model(model: Any, update_bn: Any) -> None:
 
 @contextmanager
 def kept_buffers(model: Module | None) -> Iterator[None]:
-    """Give the buffers of a model their bits back on the way out, and their places to them.
+    """Give the buffers of a model, if there is one, their bits and their places back at the end.
 
-    Parameters
-    ----------
-    model : Module or None
-        Without one nothing is done.
-
-    Raises
-    ------
-    RuntimeError
-        A buffer cannot be put back, as a parameter stands in its place. All others are.
+    It raises RuntimeError if a buffer cannot be put back, as where a parameter stands in its place.
+    All others are.
     """
     kept = [] if model is None else _copied_buffers(model)
     failures: list[RuntimeError] = []
@@ -68,12 +53,6 @@ def update_statistics(model: Module, batches: Iterable[Any]) -> None:
     Unlike that, it leaves every module in the mode, and with the momentum, in which it was, after
     an exception too, and takes the batches to the device of the model if that is on one device. As
     that, it runs the model in training mode, so that dropout draws torch's global random numbers.
-
-    Parameters
-    ----------
-    model : Module
-    batches : iterable of Tensor, or of list or tuple
-        As for ``torch.optim.swa_utils.update_bn``.
     """
     devices = {param.device for param in model.parameters()}
     modes = [(module, module.training) for module in model.modules()]

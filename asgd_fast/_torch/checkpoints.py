@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from itertools import chain
-from math import inf, isfinite, ulp
+from math import inf, isclose, isfinite, ulp
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +18,19 @@ from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.conversions import broadcasts
-from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, check_group, drop_usual, number
+from asgd_fast._torch.groups import (
+    NUMBERS,
+    OWN_HYPERPARAMETERS,
+    SWITCHES,
+    check_group,
+    drop_usual,
+    has_own_options,
+    number,
+)
 from asgd_fast._torch.record import SCALARS, scalar_tensor
 from asgd_fast._torch.scalars import floats, scalar_dtype
-from asgd_fast._torch.state import complete, has_steps, start_before_first, take, wide
+from asgd_fast._torch.state import complete, dtype_of_average, has_steps, start_before_first, take
+from asgd_fast._warn import warn
 from asgd_fast.schedule import check_averaging, check_scalar
 
 if TYPE_CHECKING:
@@ -29,12 +38,7 @@ if TYPE_CHECKING:
 
     from asgd_fast._torch.groups import Group
     from asgd_fast._torch.settings import Settings
-    from asgd_fast._torch.state import State
-
-__all__ = ["check", "check_memory", "pack", "unpack"]
-
-# Those that torch's groups have had in all versions.
-_HYPERPARAMETERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
+    from asgd_fast._torch.state import ParamState, State
 
 # How many units in its last place a marked t0 is above the whole number that it stands for. A t0
 # that somebody has computed, such as 0.07 * 100, is off by one or a few.
@@ -44,6 +48,9 @@ _MARK = 165
 # mu itself follows from step - t0. With average_every it is 0 in most steps, and with a decayed
 # average it soon changes no more.
 _LITTLE = 2.0**-100
+
+# As far as torch may have rounded a mu: to bfloat16, that of its param.
+_ROUNDING = 2.0**-8
 
 
 def pack(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[
     kept = [{name: own[name] for name in OWN_HYPERPARAMETERS if name in own} for own in own_groups]
     groups = [{**own, **group} for own, group in zip(kept, groups, strict=True)]
     for i, (own, group) in enumerate(zip(own_groups, groups, strict=True)):
-        if missing := [name for name in _HYPERPARAMETERS if name not in group]:
+        if missing := [name for name in NUMBERS if name not in group]:
             raise KeyError(f"param_groups[{i}]: missing {missing}")
         _check_group(f"param_groups[{i}]", {**own, **group})
     return {**state_dict, "state": state, "param_groups": groups}
@@ -121,9 +128,57 @@ def unpack(state: State, groups: Iterable[Group], settings: Settings) -> default
         for param, entry in entries.items():
             ax = entry.get("ax")
             if isinstance(ax, Tensor) and (param.is_floating_point() or ax.dtype == param.dtype):
-                entry["ax"] = ax.to(wide(param, settings.average_dtype))
+                entry["ax"] = ax.to(dtype_of_average(param, settings))
             result[param] = take(param, entry, group, settings)
     return result
+
+
+def warn_of_lost_settings(group: Group, records: Iterable[ParamState]) -> None:
+    """Warn if averages that were loaded have been made with settings that their group lacks.
+
+    ``torch.distributed.checkpoint`` loads what the optimizer that loads has. Before averages begin,
+    and of `lr_schedule` at all times, nothing shows that settings were lost.
+    """
+    if has_own_options(group):
+        return
+    for record in records:
+        if record.param.is_meta:
+            continue
+        step, mu = floats([record.scalars()[0], record.scalars()[2]])
+        t0 = float(group["t0"] if record.own_t0 is None else record.own_t0)
+        usual = 1 / max(1, step - t0)
+        # Before averages begin mu is 1 with all settings, unless somebody has set it.
+        if usual < 1 and 0 <= mu < 1 and not isclose(mu, usual, rel_tol=_ROUNDING):
+            warn(
+                f"load_state_dict: mu is {mu:g} after step {step:g}, where t0={t0:g} and the "
+                f"defaults of average_every and averaging make it {usual:g}; if other ones were "
+                "lost, as by torch.distributed.checkpoint, make the optimizer with them, then load"
+            )
+            return
+
+
+def take_loaded(optimizer: Any) -> None:
+    """Take over what a ZeroRedundancyOptimizer has loaded: it puts entries into the state itself.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        As `check`.
+    """
+    redundancy, groups = optimizer._settings.redundancy, optimizer.param_groups
+    if redundancy.wrapper() is None:
+        return
+    state: State = optimizer.state
+    loaded = {p: entry for p, entry in state.items() if type(entry) is dict and has_steps(entry)}
+    if not loaded and not any(_is_marked(group) for group in groups):
+        return
+    places = {id(param): i for i, param in enumerate(redundancy.params(groups))}
+    for param, entry in loaded.items():
+        loaded[param] = _checked_copy(f"state[{places[id(param)]}]", entry, param)
+    before = [group["t0"] for group in groups]
+    optimizer.state = unpack({**state, **loaded}, groups, optimizer._settings)
+    if [group["t0"] for group in groups] != before:
+        redundancy.set_t0(groups)
 
 
 def _pack_starts(state: dict[Any, Any], group: Group, entries: dict[Any, dict[str, Any]]) -> None:
@@ -167,6 +222,10 @@ def _unmarked(t0: float) -> float | None:
     """Return the whole number that a marked t0 stands for; None if it is not marked."""
     whole = float(round(t0)) if isfinite(t0) else t0
     return whole if whole != t0 == whole + _MARK * ulp(whole) else None
+
+
+def _is_marked(group: Group) -> bool:
+    return type(group["t0"]) is float and _unmarked(group["t0"]) is not None
 
 
 def _start_of(entry: dict[str, Any], group: Group) -> float:
@@ -255,6 +314,14 @@ def _check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a real number, got a tensor of {value.dtype}")
 
 
+def _check_switch(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false, such as a tensor of two elements."""
+    try:
+        bool(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected a bool, got {value!r}") from error
+
+
 def check_memory(name: str, tensor: Tensor, param: Tensor) -> None:
     """Refuse a tensor that has no memory, where its param has, or that leaves out zeros.
 
@@ -273,6 +340,8 @@ def check_memory(name: str, tensor: Tensor, param: Tensor) -> None:
 def _check_group(name: str, group: Group) -> None:
     """Refuse the hyperparameters that a step would refuse, by the name of their group."""
     try:
+        for key in SWITCHES:
+            _check_switch(key, group[key])
         check_group(group)
         for key in ("lr", "weight_decay"):
             _check_number(key, group[key])

@@ -9,25 +9,11 @@ import torch
 from torch import Tensor
 
 from asgd_fast._torch.distributed import has_memory
-from asgd_fast._torch.memory import is_ordinary
 from asgd_fast._torch.parts import part_of
 from asgd_fast.threads import is_forked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-__all__ = [
-    "average_as_param",
-    "broadcasts",
-    "clone_as",
-    "copy_as",
-    "extent",
-    "grad_as_param",
-    "has_engine",
-    "has_whole_memory",
-    "is_shared",
-    "ordinary_tensors",
-]
 
 # The types of device that engines are for. AMD's GPUs too go by the name of "cuda".
 _DEVICES = ("cpu",) if torch.version.hip else ("cpu", "cuda")
@@ -99,7 +85,10 @@ def clone_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Let tensors that outlive a mode or a graph be made, in a forked process too."""
+    """Let tensors that outlive a mode or a graph be made, in a forked process too.
+
+    A generator, which an interrupt finds inside of its contexts, so that it leaves them.
+    """
     with torch.inference_mode(False), torch.no_grad(), _one_thread_if_forked():
         yield
 
@@ -119,29 +108,8 @@ def extent(tensor: Tensor | None) -> tuple[int, int]:
         start = tensor.data_ptr()
     except RuntimeError:  # a subclass that only wraps others
         return 0, 0
-    return start, start + _reach(tensor) * tensor.itemsize
-
-
-def has_whole_memory(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor, or of a DTensor's part, has room for its elements.
-
-    Somebody may have made the storage smaller, which torch's operations do not notice. Tensors of
-    other kinds are taken to have it.
-    """
-    part = part_of(tensor)
-    tensor = tensor if part is None else part
-    if not is_ordinary(tensor) or tensor.layout != torch.strided or tensor.numel() == 0:
-        return True
-    try:
-        n_bytes = tensor.untyped_storage().nbytes()
-    except RuntimeError:  # of a transform
-        return True
-    return (tensor.storage_offset() + _reach(tensor)) * tensor.itemsize <= n_bytes
-
-
-def _reach(tensor: Tensor) -> int:
-    """How many elements there are from the first one to the last one in memory."""
-    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.itemsize
 
 
 def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:

@@ -23,12 +23,11 @@ def has_memory(tensor: Any) -> bool:
     return is_ordinary(tensor) or (is_dtensor(tensor) and not has_sums(tensor))
 
 
-@torch.no_grad()
 def redistributed(grad: Any, param: Any, *, sums: bool) -> Tensor | None:
     """Return a gradient laid out as its param, of which all ranks have to send their parts.
 
-    None if it is laid out so already, or if torch's operations have to do it: it is no DTensor of
-    the same mesh, or one of sums, or the param is one of sums.
+    None if torch's operations have to do it: it is no DTensor of the same mesh, or one of sums, or
+    the param is one of sums.
 
     Parameters
     ----------
@@ -37,11 +36,12 @@ def redistributed(grad: Any, param: Any, *, sums: bool) -> Tensor | None:
     sums : bool
         Whether it may be one whose elements are sums over the ranks.
     """
-    if not (is_dtensor(grad) and is_dtensor(param)) or are_alike(grad, param):
+    if not (is_dtensor(grad) and is_dtensor(param)):
         return None
     if grad.device_mesh != param.device_mesh or has_sums(param) or (has_sums(grad) and not sums):
         return None
-    result: Tensor = grad.redistribute(placements=param.placements)
+    with torch.no_grad():
+        result: Tensor = grad.redistribute(placements=param.placements)
     return result
 
 

@@ -14,7 +14,14 @@ from torch.optim.asgd import asgd as torch_asgd
 
 from asgd_fast._schedule import next_scalars
 from asgd_fast._torch.conversions import broadcasts
-from asgd_fast._torch.groups import has_own_options, is_of_floats, number, scalars_in_types
+from asgd_fast._torch.groups import (
+    NUMBERS,
+    SWITCHES,
+    has_own_options,
+    is_of_floats,
+    number,
+    scalars_in_types,
+)
 from asgd_fast._torch.internals import FOREACH_TAKES_HOST_SCALARS
 from asgd_fast._torch.record import SCALARS, scalar_tensor
 from asgd_fast._torch.scalars import to_device
@@ -25,24 +32,15 @@ if TYPE_CHECKING:
 
     from asgd_fast._torch.groups import Group
 
-__all__ = ["Remaining", "prepare", "step"]
-
 # A param that no engine takes, with its group, its gradient and its state.
 Remaining: TypeAlias = "tuple[Group, Tensor, Tensor, ParamState]"
 
 # What torch's function takes of a group.
-_HYPERPARAMETERS = (
-    *("lr", "lambd", "alpha", "t0", "weight_decay"),
-    *("foreach", "maximize", "differentiable", "capturable"),
-)
+_OPTIONS = (*NUMBERS, *SWITCHES)
 
 
 def prepare(remaining: Sequence[Remaining]) -> None:
     """Refuse what torch's function would refuse half-way, and let averages begin.
-
-    Parameters
-    ----------
-    remaining : sequence of (dict, Tensor, Tensor, ParamState)
 
     Raises
     ------
@@ -78,15 +76,7 @@ def prepare(remaining: Sequence[Remaining]) -> None:
 
 
 def step(remaining: Sequence[Remaining], unscale: float) -> None:
-    """Update params by torch's own function.
-
-    Parameters
-    ----------
-    remaining : sequence of (dict, Tensor, Tensor, ParamState)
-        Prepared.
-    unscale : float
-        What the gradients are multiplied by first.
-    """
+    """Update params, once they are prepared, by torch's function; multiply gradients first."""
     for _, together in groupby(remaining, key=_what_torch_takes_together):
         groups, params, found, records = zip(*together, strict=True)
         grads = [grad if unscale == 1 else grad * unscale for grad in found]
@@ -94,7 +84,7 @@ def step(remaining: Sequence[Remaining], unscale: float) -> None:
             for param, record, grad in zip(params, records, grads, strict=True):
                 _step_one(groups[0], param, record, grad)
             continue
-        options = {name: groups[0][name] for name in _HYPERPARAMETERS}
+        options = {name: groups[0][name] for name in _OPTIONS}
         options["t0"] = records[0].get("t0", options["t0"])
         if records[0]["ax"].dtype != params[0].dtype or not all(
             map(_goes_foreach, params, records)
@@ -128,7 +118,7 @@ def _goes_foreach(param: Tensor, record: ParamState) -> bool:
 
 def _step_one(group: Group, param: Tensor, record: ParamState, grad: Tensor) -> None:
     """Update a param by torch's own function, with scalars that torch would not compute."""
-    options = {name: group[name] for name in _HYPERPARAMETERS}
+    options = {name: group[name] for name in _OPTIONS}
     lr, lambd, alpha = (number(name, group[name]) for name in ("lr", "lambd", "alpha"))
     step, eta, mu = (float(record[name]) for name in SCALARS)
     t0 = float(record["t0"] if "t0" in record else group["t0"])

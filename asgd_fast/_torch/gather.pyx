@@ -13,15 +13,15 @@ import torch
 from asgd_fast._rows.describe cimport data_of
 from asgd_fast._rows.dlpack cimport Borrowed, give_back, stream_of
 from asgd_fast._rows.rows cimport AX, CPU, FLOAT32, GRAD, PARAM, Mirror, Row, Rows
-from asgd_fast._schedule cimport Plan, Step, averages, mu_of, rounded, set_averaging
-from asgd_fast._torch.memory cimport is_ordinary, lend
-from asgd_fast._torch.parts cimport part_of
+from asgd_fast._schedule cimport Plan, Step, averages, mu_of, plan_of, rounded
+from asgd_fast._torch.memory cimport borrow_tensor, is_ordinary
+from asgd_fast._torch.parts cimport are_alike, is_dtensor, part_of
 from asgd_fast._torch.record cimport Record
 from asgd_fast.cuda.scalars cimport DeviceRows, DeviceScalars
 
 from asgd_fast._torch.conversions import average_as_param, extent, grad_as_param
 from asgd_fast._torch.distributed import redistributed
-from asgd_fast._torch.groups import check_group, number, scalars_in_types
+from asgd_fast._torch.groups import OWN_HYPERPARAMETERS, check_group, number, scalars_in_types
 from asgd_fast._torch.internals import is_watched
 from asgd_fast._torch.record import SCALARS
 from asgd_fast._torch.scalars import on_host, to_device, to_host
@@ -29,8 +29,10 @@ from asgd_fast._torch.state import ParamState, find, new_average
 
 cdef object TENSOR = torch.Tensor
 
-# Of a tensor as lr: those in which eta is computed here, with torch's bits.
+# The dtypes of a tensor as lr of which eta is computed here, with torch's bits.
 cdef tuple _COMPUTED_DTYPES = (torch.float32, torch.float64)
+
+cdef tuple _OWN = tuple(OWN_HYPERPARAMETERS)
 
 # p.grad by its descriptor takes half the time.
 cdef object _grad = TENSOR.grad
@@ -42,8 +44,8 @@ cdef descrgetfunc _get_grad = (<PyTypeObject *>_kind_of_grad).tp_descr_get
 cdef struct Common:
     Plan plan
     bint capturable
-    bint in_types        # whether scalars are computed in types of other arithmetic than float's
-    Step *computed       # the last one that was
+    bint in_types        # whether scalars are computed in types with another arithmetic than floats
+    Step *computed       # the last step whose scalars were
     const void *lr_on_device  # where a GPU has lr; NULL: with the host
     int lr_device
     bint double_lr
@@ -59,7 +61,7 @@ cdef class Work:
     remaining : list of (dict, Tensor, Tensor, ParamState)
         For torch's own function: params with their groups, gradients and states.
     written : list of Tensor
-        What the engines write, as far as autograd is concerned.
+        What engines write and a graph of autograd may have.
     unscale : float
         What the gradients are multiplied by first.
     """
@@ -72,13 +74,12 @@ cdef class Work:
     cdef dict _adopted       # somebody else's entries: see `find`
     cdef dict _new           # by ids of params: param, its state from this step on, what it had
     cdef list _stepped       # the states of the rows
-    cdef list _averages      # the same of averages, each with its state
+    cdef list _averages      # averages that come into being with the step, each with its state
     cdef list _replaced      # states with tensors for what stands in the place of their scalars
     cdef list _converted     # gradients of which a copy is used
     cdef dict _redistributed  # gradients laid out as their params, by ids of these
     cdef object _group       # whose params are being added
     cdef object _lr          # of the group, as it stands there
-    cdef object _placed      # the param of the row, if it is a DTensor
     cdef object _scalars     # of the row, if its record is open: the tensors that an engine writes
     cdef object _settings
     cdef bint _scalars_on_device
@@ -120,8 +121,8 @@ cdef class Work:
                 record.ax = ax
             else:
                 record.average().data = ax
-        if self.rows.on_device is not None:
-            self.rows.on_device.count()
+        if self.rows.device_rows is not None:
+            self.rows.device_rows.count()
 
     cdef int _put_states(self) except -1:
         # Tensors hash in Python; the update of a dict by another one then takes these hashes.
@@ -147,7 +148,7 @@ cdef class Work:
         """Whether GPUs have the scalars of all rows."""
         cdef Py_ssize_t i
         for i in range(self.rows.n_rows):
-            if self.rows.rows[i].on_device == 0:
+            if self.rows.rows[i].device_row == 0:
                 return False
         return True
 
@@ -171,17 +172,19 @@ cdef class Work:
             if record is None:
                 record = self._find(param, group)
             if not by_torch and not is_ordinary(param):
-                grad = self._as_placed(grad, param, &common.plan)
+                grad = self._laid_out(grad, param, &common.plan)
             if by_torch or not self._add(param, grad, record, &common):
                 self.remaining.append((group, param, grad, record))
         return 0
 
-    cdef object _as_placed(self, grad, param, const Plan *plan):
-        """The gradient of a DTensor, laid out as that.
+    cdef object _laid_out(self, grad, param, const Plan *plan):
+        """The gradient of a param, laid out as that if both are DTensors.
 
         All ranks communicate before anything is asked that they may answer differently, such as
         how the memory of their parts is laid out; torch's function gets the same gradient.
         """
+        if is_dtensor(grad) and is_dtensor(param) and are_alike(grad, param):
+            return grad
         # Where torch computes with the ranks' parts before it adds them, the bits are others.
         moved = redistributed(
             grad, param, sums=plan.weight_decay == 0 and fabs(plan.grad_scale) == 1)
@@ -191,14 +194,17 @@ cdef class Work:
         return moved
 
     cdef int _read_group(self, group, Common *common) except -1:
+        """Read the hyperparameters of a group, which are checked, as far as the host has them."""
         cdef Borrowed borrowed
         lr, lambd, alpha, t0 = group["lr"], group["lambd"], group["alpha"], group["t0"]
-        cdef bint is_tensor = not _is_plain(lr) and isinstance(lr, TENSOR)  # 80 ns
+        # To ask a number whether it is a tensor takes 80 ns.
+        cdef bint is_tensor = not _is_plain(lr) and isinstance(lr, TENSOR)
         self._group = group
         self._lr = lr.detach() if is_tensor else lr
         common.lr_on_device = NULL
-        common.plan.current = group.get("lr_schedule", "torch") != "torch"
-        common.plan.lr_size = 0
+        common.plan = plan_of(
+            NAN, lambd, alpha, t0, group.get("average_every", 1), group.get("averaging", "mean"),
+            group.get("lr_schedule", "torch") != "torch")
         if is_tensor and not common.plan.current and lr.is_cpu and lr.dtype in _COMPUTED_DTYPES:
             if alpha != 0.5:  # a root, which torch leaves to a library of its own
                 common.plan.lr_size = lr.itemsize
@@ -208,17 +214,14 @@ cdef class Work:
         common.computed = NULL
         if is_tensor and lr.is_cuda:
             # The host reads it only where it has scalars: it would wait for the device.
-            common.plan.lr = NAN
-            if lr.is_floating_point() and lr.itemsize >= 4 and lend(self._lr, False, &borrowed):
+            if lr.is_floating_point() and lr.itemsize >= 4 and borrow_tensor(
+                    self._lr, False, &borrowed):
                 give_back(&borrowed)  # the group keeps it
                 common.lr_on_device = data_of(&borrowed.tensor)
                 common.lr_device = borrowed.tensor.device.device_id
                 common.double_lr = borrowed.tensor.dtype.bits == 64
         else:
             common.plan.lr = number("lr", self._lr)
-        common.plan.lambd, common.plan.alpha, common.plan.t0 = lambd, alpha, t0
-        common.plan.average_every = group.get("average_every", 1)
-        set_averaging(&common.plan, group.get("averaging", "mean"))
         common.plan.weight_decay = number("weight_decay", group["weight_decay"])
         common.plan.grad_scale = -self.unscale if group["maximize"] else self.unscale
         common.capturable = group["capturable"]
@@ -239,16 +242,16 @@ cdef class Work:
             and key == <PyObject *>param
         ):
             self._position = position
-            return _fit_for(param, <object>value)
+            return _usable(<object>value, param)
         return None
 
     cdef Record _find(self, param, group):
-        """The state of a param: what the optimizer has, made fit for it, or a new one."""
+        """The state of a param: what the optimizer has, adopted if need be, or a new one."""
         cdef Record record
         if id(param) in self._new:
             return self._new[id(param)][1]
         found = self._state.get(param)
-        record = _fit_for(param, found)
+        record = _usable(found, param)
         if record is not None:
             return record
         record = find(self._state, param, found, group, self._settings, self._adopted)
@@ -264,11 +267,11 @@ cdef class Work:
         cdef Row *row = rows.begin()
         cdef Mirror mirror
         if not (
-            self._lend_param(row, param, grad)
+            self._borrow_param(row, param, grad)
             and (row.device != CPU or not common.capturable)
             and not (record.is_open and record.missing())
             and self._plan(row, param, record, common, &mirror)
-            and self._lend_average(row, param, record, common)
+            and self._borrow_average(row, param, record, common)
         ):
             rows.abandon()
             return False
@@ -283,17 +286,17 @@ cdef class Work:
         rows.commit()
         return True
 
-    cdef bint _lend_param(self, Row *row, param, grad) except -1:
-        """Put a param and its gradient into the row. False if they are not fit for it."""
-        if not self._lend(PARAM, param) or not (
-                self._lend(GRAD, grad) or self._lend_copy(grad, param)):
+    cdef bint _borrow_param(self, Row *row, param, grad) except -1:
+        """Put a param and its gradient into the row. False if no engine can take them."""
+        if not self._borrow(PARAM, param, param) or not (
+                self._borrow(GRAD, grad, param) or self._borrow_copy(grad, param)):
             return False
         if row.device != CPU and row.device != self.rows.device:
             self.rows.note_stream(stream_of(param, row.device))  # of all of torch's work there
         return True
 
-    cdef bint _lend_average(self, Row *row, param, Record record, Common *common) except -1:
-        """Put the average into the row, a new one where it begins. False if it is not fit."""
+    cdef bint _borrow_average(self, Row *row, param, Record record, Common *common) except -1:
+        """Put the average into the row, a new one where it begins. False if no engine can."""
         found = record.average()
         ax = found
         if ax is None and (
@@ -301,9 +304,9 @@ cdef class Work:
             # The step copies the param into it, or has to find there what it was before.
             ax = new_average(record, copies=row.step == NULL or row.step.mu != 1)
         if ax is not None and (row.step == NULL or row.step.mu != 0):
-            if not self._lend(AX, ax, not record.is_shown):
+            if not self._borrow(AX, ax, param, not record.is_shown):
                 ax = average_as_param(ax, param)
-                if ax is None or not self._lend(AX, ax):
+                if ax is None or not self._borrow(AX, ax, param):
                     return False
             if record.is_shown and found is not None:  # else no graph of autograd has it
                 self.written.append(found)
@@ -312,35 +315,36 @@ cdef class Work:
             self._averages.append((record, ax))
         return True
 
-    cdef bint _lend(self, int role, tensor, bint is_own=False) except -1:
-        """Put a tensor into the row, if it is fit for it."""
-        cdef bint is_placed = not is_ordinary(tensor)
-        if role == PARAM:
-            self._placed = tensor if is_placed else None
-        elif is_placed != (self._placed is not None):
+    cdef bint _borrow(self, int role, tensor, param, bint is_own=False) except -1:
+        """Put a tensor into the row; if it and the param are DTensors, its part on this rank.
+
+        False if they are not alike in that, or no engine can take it.
+        """
+        cdef bint is_placed = not is_ordinary(param)
+        if is_placed == is_ordinary(tensor):
             return False
         if is_placed:
-            tensor = part_of(tensor, None if role == PARAM else self._placed)
+            tensor = part_of(tensor, None if role == PARAM else param)
             if tensor is None:
                 return False
             self.rows.kept.append(tensor)
-        return self._settle(role, tensor, is_own)
+        return self._put(role, tensor, is_own)
 
-    cdef bint _settle(self, int role, tensor, bint is_own) except -1:
+    cdef bint _put(self, int role, tensor, bint is_own) except -1:
         return (
-            lend(tensor, role != GRAD, &self.rows.arrays[role], is_own)
-            and self.rows.settle(role) is None
+            borrow_tensor(tensor, role != GRAD, &self.rows.arrays[role], is_own)
+            and self.rows.put(role) is None
         )
 
-    cdef bint _lend_copy(self, grad, param) except -1:
+    cdef bint _borrow_copy(self, grad, param) except -1:
         """Put a gradient of another dtype or layout into the row, converted to the param's."""
         part = grad
-        if self._placed is not None:
+        if not is_ordinary(param):
             part, param = part_of(grad, param), part_of(param)
             if part is None:
                 return False
         copy = grad_as_param(part, param)
-        if copy is None or not self._settle(GRAD, copy, True):
+        if copy is None or not self._put(GRAD, copy, True):
             return False
         self._converted.append(grad)
         self.rows.kept.append(copy)
@@ -349,7 +353,7 @@ cdef class Work:
     cdef bint _plan(
         self, Row *row, param, Record record, Common *common, Mirror *mirror,
     ) except -1:
-        """Find the row's step, or the scalars from which a GPU will. False if they are not fit."""
+        """Find the row's step, or the scalars from which a GPU will. False if no engine can."""
         if row.device != CPU and (self._scalars_on_device or common.capturable):
             return self._plan_on_device(row, param, record, common)
         return self._plan_on_host(row, record, common, mirror)
@@ -408,9 +412,9 @@ cdef class Work:
         return 0
 
     cdef double _stored(self, value, Record record) except? NAN:
-        """A scalar as a state has it, where torch puts it in the dtype that it finds.
+        """A scalar in the precision in which torch stores it.
 
-        Of a float it makes a tensor of its default dtype first.
+        That is the one of the state; a float becomes a tensor of torch's default dtype first.
         """
         cdef double stored = number("eta, mu", value)
         if not record.is_double or self._round_scalars and _is_plain(value):
@@ -431,11 +435,11 @@ cdef class Work:
             plan.lr = number("lr", self._lr)
         if not isnan(record.t0):
             plan.t0 = record.t0
-        if self.rows.on_device is None:
-            self.rows.on_device = DeviceRows()
+        if self.rows.device_rows is None:
+            self.rows.device_rows = DeviceRows()
         row.step = NULL
-        row.on_device = scalars.fill(
-            self.rows.on_device, &plan, common.lr_on_device, common.double_lr)
+        row.device_row = scalars.fill(
+            self.rows.device_rows, &plan, common.lr_on_device, common.double_lr)
         return True
 
     cdef bint _may_average(self, const Row *row, Record record) except -1:
@@ -444,7 +448,7 @@ cdef class Work:
         cdef double steps
         if row.step != NULL:
             return averages(row.step)
-        plan = &(<DeviceRows>self.rows.on_device).rows[row.on_device - 1].plan
+        plan = &(<DeviceRows>self.rows.device_rows).rows[row.device_row - 1].plan
         steps = record.device_scalars.steps
         return mu_of(steps, plan) != 1 or mu_of(steps + 1, plan) != 1
 
@@ -473,20 +477,7 @@ cdef class Work:
 def gather(state, groups, settings, double unscale=1.0):
     """Find out what a step has to do; nothing is changed but where scalars are.
 
-    Parameters
-    ----------
-    state : dict of Tensor to dict
-        The optimizer's.
-    groups : list of dict
-        The optimizer's param_groups.
-    settings : Settings
-        The optimizer's.
-    unscale : float
-        What the gradients are multiplied by first.
-
-    Returns
-    -------
-    Work
+    The gradients are multiplied by `unscale` first.
 
     Raises
     ------
@@ -516,11 +507,12 @@ cdef bint _needs_no_check(group) except -1:
 
     `check_group` says what is wrong with others. It takes 2 us, a fourth of a step of one tensor.
     """
+    for name in _OWN:
+        if name in group:
+            return False
     return (
         _is_from(group["lambd"], 0) and _is_from(group["alpha"], 0)
         and _is_from(group["t0"], -INFINITY)
-        and "lr_schedule" not in group and "average_every" not in group
-        and "averaging" not in group
     )
 
 
@@ -541,8 +533,8 @@ cdef inline bint _is_plain(value) noexcept:
     return type(value) is float or type(value) is int
 
 
-cdef inline Record _fit_for(param, found):
-    """What was found in the state, if a step can use it as it is; else None."""
+cdef inline Record _usable(found, param):
+    """What was found in the place of a param's state, if a step can use it as it is; else None."""
     cdef Record record
     if type(found) is not ParamState:
         return None

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf, isfinite
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from asgd_fast.schedule import (
-    check_average_every,
-    check_averaging,
-    check_lr_schedule,
-    check_scalar,
-)
-
-__all__ = [
-    "OWN_HYPERPARAMETERS",
-    "Group",
-    "check_group",
-    "drop_usual",
-    "has_own_options",
-    "is_of_floats",
-    "make_plain",
-    "number",
-    "scalars_in_types",
-]
+from asgd_fast.schedule import check_average_every, check_averaging, check_lr_schedule, check_scalar
 
 Group: TypeAlias = dict[str, Any]
+
+# The hyperparameters that torch's groups have: numbers in all versions, switches in newer ones.
+NUMBERS = ("lr", "lambd", "alpha", "t0", "weight_decay")
+SWITCHES = ("foreach", "maximize", "differentiable", "capturable")
 
 # The hyperparameters that torch does not have, with the values by which steps are torch's. A group
 # that lacks one has that value, so that the groups of a checkpoint can be torch's.
 OWN_HYPERPARAMETERS = {"lr_schedule": "torch", "average_every": 1, "averaging": "mean"}
+
+# What checks each of these, and returns it as Python's own.
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "lr_schedule": check_lr_schedule,
+    "average_every": check_average_every,
+    "averaging": check_averaging,
+}
 
 
 def has_own_options(group: Group) -> bool:
@@ -50,32 +45,17 @@ def make_plain(group: Group) -> None:
 
     ``torch.load(weights_only=True)`` refuses NumPy's in a checkpoint.
     """
-    group["lr_schedule"] = check_lr_schedule(group["lr_schedule"])
-    group["average_every"] = check_average_every(group["average_every"])
-    group["averaging"] = check_averaging(group["averaging"])
+    group.update({name: check(group[name]) for name, check in _CHECKS.items()})
 
 
 def check_group(group: Group) -> None:
-    """Refuse hyperparameters that torch lets through or does not know.
-
-    Parameters
-    ----------
-    group : dict
-
-    Raises
-    ------
-    TypeError, ValueError
-        lambd, alpha or t0 is no finite number, or one of the first two is negative; a
-        hyperparameter that torch does not have is not what it may be, or goes with
-        differentiable=True.
-    """
+    """Refuse values of hyperparameters that torch lets through, or of which it does not know."""
     for name, low in (("lambd", 0.0), ("alpha", 0.0), ("t0", -inf)):
         value = group[name]
         if type(value) is not float or not isfinite(value) or value < low:
             check_scalar(name, value, low=low)
-    check_lr_schedule(group.get("lr_schedule", "torch"))
-    check_average_every(group.get("average_every", 1))
-    check_averaging(group.get("averaging", "mean"))
+    for name, usual in OWN_HYPERPARAMETERS.items():
+        _CHECKS[name](group.get(name, usual))
     if group["differentiable"] and has_own_options(group):
         raise ValueError(
             "differentiable: goes only with lr_schedule='torch', average_every=1 and "

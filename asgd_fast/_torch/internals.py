@@ -1,4 +1,4 @@
-"""Every private name of torch that is used, the versions that have it, and what goes without."""
+"""Every private name of torch that is used, its versions, and what happens without it."""
 
 from __future__ import annotations
 
@@ -24,28 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from types import FrameType
 
-__all__ = [
-    "FOREACH_TAKES_HOST_SCALARS",
-    "are_flattened",
-    "call_post_hooks",
-    "check_graph_capture",
-    "forget_copies",
-    "has_observers",
-    "increment_versions",
-    "is_asked_by_checkpoint",
-    "is_asked_for_state",
-    "is_persistent",
-    "is_watched",
-    "local_tensor",
-    "recorder",
-    "redundancy_around",
-    "share_params",
-    "spec_of",
-    "versions_of",
-]
+_VERSION = torch.torch_version.TorchVersion(torch.__version__)
 
 # As factors of tensors on a GPU; before 2.7 torch's loop over params takes them instead.
-FOREACH_TAKES_HOST_SCALARS = torch.torch_version.TorchVersion(torch.__version__) >= "2.7"
+FOREACH_TAKES_HOST_SCALARS = _VERSION >= "2.7"
+
+_COUNTS_LISTS = _VERSION >= "2.5"  # whether `increment_version` takes a list
 
 # Where the elements of a DTensor stand, and the tensor that it wraps, in all versions: `to_local`
 # is part of autograd's graph. Several are asked for in the step of each param.
@@ -62,15 +46,6 @@ def has_observers(optimizer: torch.optim.Optimizer) -> bool:
         or _global_optimizer_post_hooks
         or _profiler_enabled()
     )
-
-
-def call_post_hooks(
-    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Call what is to be called after the step of an optimizer."""
-    for hooks in (optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks):
-        for hook in hooks.values():
-            hook(optimizer, args, kwargs)
 
 
 def is_watched() -> bool:
@@ -120,7 +95,7 @@ def check_graph_capture(optimizer: Any) -> None:
 
 def increment_versions(tensors: list[torch.Tensor]) -> None:
     """Tell autograd that tensors have changed, so that it refuses a backward through old values."""
-    if _TAKES_LISTS:
+    if _COUNTS_LISTS:
         increment_version(tensors)
     else:
         for tensor in tensors:
@@ -145,8 +120,22 @@ def forget_copies() -> None:
     parametrize._cache.clear()
     composable = sys.modules.get("torch.distributed._composable_state")  # where fully_shard is used
     for module in [] if composable is None else list(composable._module_state_mapping):
-        if hasattr(module, "reshard"):
-            module.reshard()
+        if hasattr(module, "_get_fsdp_state"):  # of all versions that have fully_shard
+            _reshard(module._get_fsdp_state())
+
+
+def _reshard(state: Any) -> None:
+    """Let a module of `fully_shard` forget its gathered params, as its `reshard` may not do.
+
+    That leaves alone what is still being gathered, for a forward to come, and what a forward has
+    that raised an exception. All ranks are alike in both.
+    """
+    groups = getattr(state, "_fsdp_param_groups", None)  # some versions have one
+    for group in [state._fsdp_param_group] if groups is None else groups:
+        if group is not None:
+            with group.use_training_state(type(group._training_state).IDLE):
+                group.wait_for_unshard()
+                group.reshard()
 
 
 def are_flattened(params: Iterable[torch.Tensor]) -> bool:
@@ -189,15 +178,3 @@ def _frame_of(function: Any) -> FrameType | None:
 
 
 _version = attrgetter("_version")
-
-
-def _takes_lists() -> bool:
-    try:
-        increment_version([])
-    except Exception:
-        return False
-    return True
-
-
-# 2.5 and later.
-_TAKES_LISTS = _takes_lists()

@@ -3,4 +3,5 @@
 from asgd_fast._rows.dlpack cimport Borrowed
 
 cpdef bint is_ordinary(object tensor)
-cdef bint lend(object tensor, bint writing, Borrowed *out, bint is_own=*) except -1
+cdef object number_as_tensor(double value, bint is_double)
+cdef bint borrow_tensor(object tensor, bint writing, Borrowed *out, bint is_own=*) except -1

@@ -2,15 +2,23 @@
 
 from cpython.exc cimport PyErr_Clear
 from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF
+from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
 import torch
 
 from asgd_fast._rows.dlpack cimport (
+    DLPACK_MAJOR_VERSION,
+    DLPACK_MINOR_VERSION,
     Borrowed,
+    DLManagedTensorVersioned,
     DLPackExchangeAPI,
     borrow,
     exchange_api_of,
     kDLComplex,
+    kDLCPU,
+    kDLFloat,
 )
 
 cdef object TENSOR = torch.Tensor
@@ -24,7 +32,9 @@ cpdef bint is_ordinary(object tensor):
     return type(tensor) is TENSOR or type(tensor) is PARAMETER
 
 
-cdef bint lend(object tensor, bint writing, Borrowed *out, bint is_own=False) except -1:
+cdef bint borrow_tensor(
+    object tensor, bint writing, Borrowed *out, bint is_own=False,
+) except -1:
     """Borrow an ordinary tensor. False if it has no memory, or holds values still to be negated.
 
     One that nobody else has is not asked for that, which takes 60 to 100 ns.
@@ -43,3 +53,39 @@ cdef bint lend(object tensor, bint writing, Borrowed *out, bint is_own=False) ex
     except (BufferError, TypeError, ValueError):
         return False
     return True
+
+
+cdef void _free(DLManagedTensorVersioned *described) noexcept nogil:
+    free(described)
+
+
+cdef object number_as_tensor(double value, bint is_double):
+    """A number as a tensor of no dimension of the host, in memory of its own; None if torch cannot.
+
+    No mode of torch sees it, and it takes a quarter of the time of a ``scalar_tensor``.
+    """
+    if _api == NULL or _api.managed_tensor_to_py_object_no_sync == NULL:
+        return None
+    cdef DLManagedTensorVersioned *described = <DLManagedTensorVersioned *>malloc(
+        sizeof(DLManagedTensorVersioned) + sizeof(double))  # the number comes after it
+    if described == NULL:
+        raise MemoryError
+    memset(described, 0, sizeof(DLManagedTensorVersioned))
+    described.version.major, described.version.minor = DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION
+    described.deleter = _free
+    described.dl_tensor.data = described + 1
+    described.dl_tensor.device.device_type = kDLCPU
+    described.dl_tensor.dtype.code = kDLFloat
+    described.dl_tensor.dtype.bits = 64 if is_double else 32
+    described.dl_tensor.dtype.lanes = 1
+    if is_double:
+        (<double *>described.dl_tensor.data)[0] = value
+    else:
+        (<float *>described.dl_tensor.data)[0] = <float>value
+    cdef PyObject *made
+    if _api.managed_tensor_to_py_object_no_sync(described, <void **>&made) != 0:
+        PyErr_Clear()
+        return None
+    tensor = <object>made
+    Py_DECREF(tensor)
+    return tensor

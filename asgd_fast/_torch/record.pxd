@@ -23,5 +23,6 @@ cdef class Record(dict):
     cdef int leave_step(self) except -1
     cdef bint is_empty(self) noexcept
     cdef object average(self)
+    cdef dict _with(self, scalars, ax)
     cdef int read(self, tuple scalars, Mirror *mirror) except -1
     cdef DeviceScalars scalars_on(self, int device)

@@ -19,8 +19,9 @@ import torch
 from asgd_fast._rows.describe cimport data_of, n_elements
 from asgd_fast._rows.dlpack cimport Borrowed, give_back, kDLCPU, kDLFloat
 from asgd_fast._rows.rows cimport Mirror
+from asgd_fast._torch.conversions import clone_as
 from asgd_fast._torch.internals import is_watched
-from asgd_fast._torch.memory cimport is_ordinary, lend
+from asgd_fast._torch.memory cimport borrow_tensor, is_ordinary, number_as_tensor
 from asgd_fast.cuda.scalars cimport DeviceScalars
 
 SCALARS = ("step", "eta", "mu")
@@ -38,10 +39,26 @@ def scalar_tensor(double value, dtype):
     return make(value, dtype=dtype, device="cpu")
 
 
+# No comprehensions: in Cython 3.3 they release an item twice where a list finds no memory to grow.
 cdef tuple _tensors(numbers, dtype):
-    # No comprehension: Cython 3.3's releases an item twice where the list finds no memory to grow.
+    """step, eta and mu as tensors of torch's own, which may be resized."""
     step, eta, mu = numbers
     return scalar_tensor(step, dtype), scalar_tensor(eta, dtype), scalar_tensor(mu, dtype)
+
+
+cdef tuple _quick_tensors(numbers, bint is_double):
+    """step, eta and mu as tensors of no dimension of the host, each with memory of its own.
+
+    A pickled view of a tensor has all the memory of that with it.
+    """
+    step, eta, mu = numbers
+    if not is_watched() and not torch.is_inference_mode_enabled():
+        one = number_as_tensor(step, is_double)
+        two = number_as_tensor(eta, is_double)
+        three = number_as_tensor(mu, is_double)
+        if one is not None and two is not None and three is not None:
+            return one, two, three
+    return _tensors(numbers, torch.float64 if is_double else torch.float32)
 
 
 cdef class Record(dict):
@@ -99,7 +116,10 @@ cdef class Record(dict):
         """Put the tensors into the dict, for somebody to look at."""
         if self.is_open:
             return
-        contents = self.contents()
+        scalars = self.scalars()
+        if self.device_scalars is None:
+            scalars = _tensors(scalars, self.dtype)
+        contents = self._with(scalars, None)
         self.is_open = self.is_shown = True
         dict.update(self, contents)
         self._ax = None
@@ -116,13 +136,11 @@ cdef class Record(dict):
                     dict.__getitem__(self, name).fill_(value)
         return 0
 
-    def contents(self, scalars=None, ax=None):
+    def contents(self, ax=None):
         """The entries as a plain dict, of tensors of its own where the record is sealed.
 
         Parameters
         ----------
-        scalars : sequence of Tensor, optional
-            step, eta and mu, if they were made already where the record `has_numbers`.
         ax : Tensor, optional
             What stands for an average that there is not.
 
@@ -139,10 +157,12 @@ cdef class Record(dict):
             others = {name: contents.pop(name) for name in list(contents) if name not in _NAMES}
             return {**contents, "ax": ax, **others}
         if self.device_scalars is not None:
-            scalars = self.device_scalars.views()
-        elif scalars is None:
-            scalars = _tensors(self.scalars(), self.dtype)
-        contents = {"step": scalars[0], "eta": scalars[1], "mu": scalars[2]}
+            return self._with(self.device_scalars.views(), ax)
+        return self._with(_quick_tensors(self.scalars(), self.is_double), ax)
+
+    cdef dict _with(self, scalars, ax):
+        """The entries of a sealed record, with tensors for step, eta and mu."""
+        cdef dict contents = {"step": scalars[0], "eta": scalars[1], "mu": scalars[2]}
         if self._ax is not None:
             contents["ax"] = self._ax
             self.is_shown = True
@@ -151,6 +171,18 @@ cdef class Record(dict):
         if not isnan(self.t0):
             contents["t0"] = self.t0
         return contents
+
+    def complete(self):
+        """The entries as torch has them, an average among them, as a plain dict.
+
+        To be called within `ordinary_tensors`.
+        """
+        if (
+            self.param is None or self.has_average
+            or self.is_open and (self.is_empty() or dict.__contains__(self, "ax"))
+        ):
+            return self.contents()
+        return self.contents(clone_as(self.source, self.average_dtype))
 
     @property
     def has_numbers(self):
@@ -224,18 +256,15 @@ cdef class Record(dict):
 
     def begin_anew(self, double step):
         """Set mu to 1 after so many steps, so that the next step's iterate is copied."""
-        if self.device_scalars is not None:
-            self.device_scalars.steps = step
-        if self.is_open:
-            mu = dict.get(self, "mu")
-            if not isinstance(mu, torch.Tensor):
-                dict.__setitem__(self, "mu", 1.0)
-                return
-        elif self.device_scalars is None:
+        if self.has_numbers:
             self.now.mu = 1
             return
-        else:
-            mu = self.device_scalars.views()[2]
+        if self.device_scalars is not None:
+            self.device_scalars.steps = step
+        mu = self.mu
+        if not isinstance(mu, torch.Tensor):
+            dict.__setitem__(self, "mu", 1.0)
+            return
         with torch.no_grad(), torch.inference_mode(False):
             mu.fill_(1)
 
@@ -250,7 +279,7 @@ cdef class Record(dict):
         cdef int i
         for i in range(3):
             tensor = scalars[i]
-            if not is_ordinary(tensor) or not lend(tensor, True, &borrowed):
+            if not is_ordinary(tensor) or not borrow_tensor(tensor, True, &borrowed):
                 return False
             is_fit = (
                 borrowed.tensor.device.device_type == kDLCPU

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from asgd_fast._torch.record import Record
 
-__all__ = ["floats", "on_host", "refuse_capture", "scalar_dtype", "to_device", "to_host"]
-
 
 def scalar_dtype() -> torch.dtype:
     """Return float64 if that is torch's default dtype, else float32, of half types too."""

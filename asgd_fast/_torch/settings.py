@@ -1,32 +1,33 @@
 """What an optimizer has besides torch's attributes, where the wrappers of frameworks find it.
 
 A wrapper that imitates the optimizer's class takes what it lacks from the optimizer, or has a copy
-of its ``__dict__``. So defaults may not stand in the class, and what changes stands in one object
-that both have. This module knows no params and no steps.
+of its ``__dict__``. So an optimizer's defaults may not stand in its class, and what changes stands
+in one object that both have. This module knows no params and no steps.
 """
 
 from __future__ import annotations
 
-import warnings
-from typing import Any, Generic, Protocol, TypeVar, overload
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
 
 import torch
 
 from asgd_fast._torch.groups import OWN_HYPERPARAMETERS
 from asgd_fast._torch.redundancy import Redundancy
+from asgd_fast._warn import warn
 
-__all__ = ["KEYWORDS", "Settings", "Shared", "checked_average_dtype"]
-
-T = TypeVar("T")
 # The keywords that hold for all groups.
 KEYWORDS = ("average_dtype", "fused_amp", "lazy_average")
 
-# What copies and pickles have, by the names that it has there.
+# What copies and pickles of an optimizer have of these, by its names there.
 _COPIED = (*KEYWORDS, "_own_defaults", "_scalars_on_device")
 
 _AVERAGE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
+@dataclass(eq=False)
 class Settings:
     """What an optimizer has besides torch's attributes.
 
@@ -38,47 +39,33 @@ class Settings:
         The defaults of the hyperparameters that torch does not have.
     scalars_on_device : bool
         Whether the scalars of a GPU's params are in its memory, because a scaler makes steps there.
-    has_plain_checkpoints : bool
-        Whether the hook is there that gives checkpoints torch's form.
     is_exchanged : bool
         Whether the averages stand in the params.
-    warned : set of type
-        The categories of the warnings that were given, each once.
     is_stepping : bool
         Whether a step is being made, by whatever thread.
+    warned : set of type
+        The categories of the warnings that were given, each once.
     had_parameters : bool
         Whether the optimizer was given parameters of a model.
     redundancy : Redundancy
         The ZeroRedundancyOptimizer that made the optimizer, if one did.
-    iterates : dict of Tensor to Tensor
-        What is to be put back into params where averages stand, by an optimizer with modes.
-    versions : list of int
-        Those of the params that there were in its last step, after it; empty where not known.
     """
 
-    def __init__(self) -> None:
-        self.lazy_average = True
-        self.average_dtype: torch.dtype | None = None
-        self.fused_amp = False
-        self.own_defaults = dict(OWN_HYPERPARAMETERS)
-        self.scalars_on_device = False
-        self.has_plain_checkpoints = False
-        self.is_exchanged = False
-        self.is_stepping = False
-        self.warned: set[type[Warning]] = set()
-        self.had_parameters = False
-        self.redundancy = Redundancy()
-        self.iterates: dict[torch.Tensor, torch.Tensor] = {}
-        self.versions: list[int] = []
+    lazy_average: bool = True
+    average_dtype: torch.dtype | None = None
+    fused_amp: bool = False
+    own_defaults: dict[str, Any] = field(default_factory=OWN_HYPERPARAMETERS.copy)
+    scalars_on_device: bool = False
+    is_exchanged: bool = False
+    is_stepping: bool = False
+    warned: set[type[Warning]] = field(default_factory=set)
+    had_parameters: bool = False
+    redundancy: Redundancy = field(default_factory=Redundancy)
 
     def unusual(self) -> dict[str, Any]:
         """Return the keywords that are not the defaults."""
-        usual = Settings()
-        return {
-            name: getattr(self, name)
-            for name in KEYWORDS
-            if getattr(self, name) != getattr(usual, name)
-        }
+        own = {name: getattr(self, name) for name in KEYWORDS}
+        return {name: value for name, value in own.items() if value != getattr(Settings, name)}
 
     def refuse_exchanged(self, call: str) -> None:
         """Refuse a call, by its name, while the averages stand in the params."""
@@ -88,10 +75,10 @@ class Settings:
                 "in the params"
             )
 
-    def warn_once(self, category: type[Warning], message: str, stacklevel: int) -> None:
+    def warn_once(self, category: type[Warning], message: str) -> None:
         """Warn of something unless there was a warning of its category."""
         if category not in self.warned:
-            warnings.warn(message, category, stacklevel)
+            warn(message, category)
             self.warned.add(category)
 
     def copied(self) -> dict[str, Any]:
@@ -106,46 +93,17 @@ class Settings:
         self.own_defaults = {**OWN_HYPERPARAMETERS, **self.own_defaults}
 
 
-class Shared(Generic[T]):
-    """An attribute of an optimizer and of its wrappers, kept in their settings."""
+def shared(name: str, checked: Callable[[Any], Any] = lambda value: value) -> Any:
+    """Return an attribute of an optimizer and of its wrappers, kept in their settings."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def put(optimizer: Any, value: Any) -> None:
+        setattr(optimizer._settings, name, checked(value))
 
-    @overload
-    def __get__(self, optimizer: None, owner: Any) -> Shared[T]: ...
-    @overload
-    def __get__(self, optimizer: HasSettings, owner: Any) -> T: ...
-    def __get__(self, optimizer: HasSettings | None, owner: Any) -> Shared[T] | T:
-        if optimizer is None:
-            return self
-        value: T = getattr(optimizer._settings, self.name)
-        return value
-
-    def __set__(self, optimizer: HasSettings, value: T) -> None:
-        setattr(optimizer._settings, self.name, value)
-
-
-class HasSettings(Protocol):
-    """An optimizer, or a wrapper of one."""
-
-    _settings: Settings
+    return property(attrgetter(f"_settings.{name}"), put)
 
 
 def checked_average_dtype(value: Any) -> torch.dtype | None:
-    """Return an average_dtype that may have been given by its name.
-
-    Parameters
-    ----------
-    value : torch.dtype, str or None
-
-    Raises
-    ------
-    TypeError
-        `value` is neither.
-    ValueError
-        It is no such dtype as averages may have.
-    """
+    """Return an average_dtype, which may have been given by its name; refuse others."""
     if value is None:
         return None
     if not isinstance(value, (torch.dtype, str)):

@@ -9,14 +9,12 @@ from collections import OrderedDict
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from asgd_fast._schedule import next_scalars
-from asgd_fast._torch.conversions import clone_as, copy_as, has_engine, is_shared, ordinary_tensors
+from asgd_fast._torch.conversions import copy_as, has_engine, is_shared, ordinary_tensors
 from asgd_fast._torch.groups import number
-from asgd_fast._torch.internals import is_watched
 from asgd_fast._torch.record import SCALARS, Record, scalar_tensor
 from asgd_fast._torch.scalars import floats, refuse_capture, scalar_dtype, to_device
 
@@ -25,24 +23,6 @@ if TYPE_CHECKING:
 
     from asgd_fast._torch.groups import Group
     from asgd_fast._torch.settings import Settings
-
-__all__ = [
-    "ParamState",
-    "State",
-    "adopt",
-    "complete",
-    "find",
-    "has_steps",
-    "most_steps",
-    "new",
-    "new_average",
-    "put_unstepped",
-    "start",
-    "start_before_first",
-    "states_of",
-    "take",
-    "wide",
-]
 
 State: TypeAlias = "MutableMapping[Tensor, Any]"
 
@@ -73,21 +53,6 @@ class ParamState(Record):
         """Return a copy of the param in the dtype of its average."""
         return copy_as(self.source, self.average_dtype)
 
-    def complete(self, scalars: Sequence[Tensor] | None = None) -> dict[str, Any]:
-        """Return the entries as torch has them, an average among them, as a plain dict.
-
-        To be called within `ordinary_tensors`.
-
-        Parameters
-        ----------
-        scalars : sequence of Tensor, optional
-            As for `contents`.
-        """
-        lacks_average = self.param is not None and not self.has_average
-        if not lacks_average or (self.is_open and (not self or "ax" in self)):
-            return self.contents(scalars)
-        return self.contents(scalars, clone_as(self.source, self.average_dtype))
-
     def __iter__(self) -> Iterator[str]:
         """Go through the names that a checkpoint has: torch's tools load what is named here."""
         names = list(self.keys())
@@ -107,10 +72,9 @@ class ParamState(Record):
 
 
 class Unstepped(ParamState):
-    """The state of a param that has made no step, for who asks for it; the step makes its own.
+    """The state that is shown of a param without a step, whose first step makes another one.
 
-    It has the entries of a record that the first step would begin with, whose group may get another
-    lr until then.
+    It has the entries with which that would begin now: its group may get another lr until then.
     """
 
     __slots__ = ("group", "settings")
@@ -121,7 +85,7 @@ class Unstepped(ParamState):
         self.settings = settings
         self.bind(record.param, is_lazy=record.is_lazy, average_dtype=record.average_dtype)
 
-    def complete(self, scalars: Sequence[Tensor] | None = None) -> dict[str, Any]:
+    def complete(self) -> dict[str, Any]:
         """Return the entries with which a step would begin now."""
         return new(self.param, {}, self.group, self.settings).complete()
 
@@ -150,11 +114,11 @@ for _name in (
     setattr(ParamState, _name, _opening(_name))
 
 
-def wide(param: Tensor, average_dtype: torch.dtype | None) -> torch.dtype:
+def dtype_of_average(param: Tensor, settings: Settings) -> torch.dtype:
     """Return the dtype of a param's average: its own, or a wider one that was asked for."""
-    if average_dtype is None or param.dtype not in _WIDENED:
+    if settings.average_dtype is None or param.dtype not in _WIDENED:
         return param.dtype
-    return torch.promote_types(param.dtype, average_dtype)
+    return torch.promote_types(param.dtype, settings.average_dtype)
 
 
 def has_steps(found: Any) -> bool:
@@ -172,10 +136,10 @@ def find(
     settings: Settings,
     adopted: dict[int, ParamState],
 ) -> ParamState:
-    """Return the state of a param for what was found in its place; it is not put there.
+    """Return the state of a param, made of what was found in its place; the caller puts it there.
 
-    It is another param's where both have the same entries: with one dict for two, torch steps it
-    twice. So `adopted` keeps what became of entries, by their ids, for the params that come later.
+    Two params in whose places the same entries stand get one state, which then makes two steps, as
+    in torch. So `adopted` keeps what became of entries, by their ids, for the params that follow.
     """
     if not has_steps(found):
         return new(param, found or {}, group, settings)
@@ -242,7 +206,7 @@ def take(param: Tensor, entry: Mapping[str, Any], group: Group, settings: Settin
 
 def _bound(param: Tensor, entry: Mapping[str, Any], settings: Settings) -> ParamState:
     is_lazy = settings.lazy_average and not is_shared(param)
-    dtype = wide(param, settings.average_dtype)
+    dtype = dtype_of_average(param, settings)
     return ParamState(entry).bind(param, is_lazy=is_lazy, average_dtype=dtype)
 
 
@@ -281,7 +245,7 @@ def states_of(state: State, groups: Iterable[Group], settings: Settings) -> list
             record = find(state, param, found, group, settings, adopted)
             state[param] = record
             if record.param is not param:  # another param's too
-                dtype = wide(param, settings.average_dtype)
+                dtype = dtype_of_average(param, settings)
                 record = ParamState(record).bind(param, is_lazy=False, average_dtype=dtype)
             records.append(record)
     return records
@@ -301,31 +265,10 @@ def complete(state: Mapping[Any, Any]) -> dict[Any, Any]:
     Scalars and averages that nobody has seen yet are made as tensors for it.
     """
     with ordinary_tensors():
-        scalars = _scalars_of(
-            [x for x in state.values() if type(x) is ParamState and x.has_numbers]
-        )
         return {
-            key: entry.complete(scalars.get(id(entry))) if isinstance(entry, ParamState) else entry
+            key: entry.complete() if isinstance(entry, ParamState) else entry
             for key, entry in state.items()
         }
-
-
-def _scalars_of(records: Sequence[ParamState]) -> dict[int, list[Tensor]]:
-    """Return step, eta and mu of states that have numbers as tensors, by the ids of the states.
-
-    Each looks to torch as if it had memory of its own, since a pickled view of a tensor has all the
-    memory of that with it. Views of an array take half the time of tensors made one by one, which
-    remain to be made where each operation is watched.
-    """
-    if is_watched():
-        return {}
-    scalars = {}
-    for dtype, numpy_dtype in ((torch.float32, np.float32), (torch.float64, np.float64)):
-        alike = [record for record in records if record.dtype is dtype]
-        block = np.array([record.scalars() for record in alike], numpy_dtype)
-        for i, record in enumerate(alike):
-            scalars[id(record)] = [torch.from_numpy(block[i, k, ...]) for k in range(len(SCALARS))]
-    return scalars
 
 
 def most_steps(records: Sequence[ParamState]) -> float:

@@ -87,18 +87,7 @@ class Jobs(NamedTuple):
 
 
 def jobs_of(kind: Kind, ops: SimpleNamespace) -> Jobs:
-    """Return what a kernel does, made of the operations of a target.
-
-    Parameters
-    ----------
-    kind : Kind
-    ops : SimpleNamespace
-        Of `intrinsics.make`.
-
-    Returns
-    -------
-    Jobs
-    """
+    """Return what a kernel does, made of the operations of a target, as of `intrinsics.make`."""
     if kind.job == "exchange":
         return Jobs(_exchange(kind, ops), None)
     if kind.job == "assign":
@@ -109,18 +98,7 @@ def jobs_of(kind: Kind, ops: SimpleNamespace) -> Jobs:
 
 
 def kernel(kind: Kind, ops: SimpleNamespace) -> Callable[[Any], None]:
-    """Return a kernel, a function of its words, for Numba to compile.
-
-    Parameters
-    ----------
-    kind : Kind
-    ops : SimpleNamespace
-        Of `intrinsics.make`.
-
-    Returns
-    -------
-    callable
-    """
+    """Return a kernel, a function of its words, for Numba to compile."""
     do_chunk, finish = jobs_of(kind, ops)
 
     if finish is None:
@@ -148,18 +126,7 @@ def kernel(kind: Kind, ops: SimpleNamespace) -> Callable[[Any], None]:
 
 
 def twin(kind: Kind, ops: SimpleNamespace) -> Callable[[int, int], None]:
-    """Return what a launch does, on the CPU: a function of the address of words, and a number.
-
-    Parameters
-    ----------
-    kind : Kind
-    ops : SimpleNamespace
-        Of ``intrinsics.make("cpu")``.
-
-    Returns
-    -------
-    callable
-    """
+    """Return what a launch does, for the CPU: a function of an address of words and n_blocks."""
     do_chunk, finish = jobs_of(kind, ops)
 
     @ops.function
@@ -175,7 +142,7 @@ def twin(kind: Kind, ops: SimpleNamespace) -> Callable[[int, int], None]:
 
 
 def _update(kind: Kind, ops: SimpleNamespace, scalars_of: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the update of a chunk, with the scalars of its row."""
+    """Return the function that updates a chunk, with the scalars of its row."""
     find, walk = _find(kind, ops), _walk(ops, kind, _update_unit(kind, ops), has_phases=True)
 
     @ops.function
@@ -189,7 +156,7 @@ def _update(kind: Kind, ops: SimpleNamespace, scalars_of: Callable[..., Any]) ->
 
 
 def _update_unit(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make what makes the update of a vector: this is the formula, each line rounded once."""
+    """Return the function that updates a vector: the formula, each line rounded once."""
     computed = "float64" if kind.param == "float64" else "float32"
     mean = "float64" if kind.average == "float64" else "float32"
     is_wide = SIZES[kind.average] > SIZES[kind.param]
@@ -229,7 +196,7 @@ def _update_unit(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
 
 
 def _exchange(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make the exchange of params with averages, or the copy of grads over params, in bits."""
+    """Return the function that swaps params and averages, or copies grads over params, in bits."""
     size = SIZES[kind.param]
     word, find = ops.word, _find(kind, ops)
 
@@ -273,7 +240,7 @@ def _mover(ops: SimpleNamespace, bits: str, lanes: int, parts: int) -> tuple[Any
 
 
 def _assign(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make the assignment of averages to params that are narrower."""
+    """Return the function that assigns averages to params that are narrower."""
     computed = "float64" if kind.average == "float64" else "float32"
     size, ax_size = SIZES[kind.param], SIZES[kind.average]
     find = _find(kind, ops)
@@ -301,7 +268,7 @@ def _assign(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
 
 
 def _find(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make what finds the chunk of a block: where its row is, addresses, length, and scalars."""
+    """Return the function that finds the chunk of a block: its row, addresses, length, set."""
     word = ops.word
     size, ax_size = SIZES[kind.param], SIZES[kind.average]
     row_size, set_at = row_words(kind.device_scalars), _set_at(kind, ops)
@@ -339,7 +306,7 @@ def _find(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
 
 
 def _set_at(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make what finds the scalars of a row."""
+    """Return the function that finds the set of scalars of a row."""
     word, set_size = ops.word, set_words(kind.device_scalars)
 
     @ops.function
@@ -357,7 +324,7 @@ def _walk(
     *,
     has_phases: bool = False,
 ) -> Callable[..., Any]:
-    """Make what does a unit of work to all of a chunk, most of it by accesses of 16 bytes.
+    """Return the function that does a unit of work to all of a chunk, mostly 16 bytes at a time.
 
     That takes memory which is aligned once some numbers are done singly; else all are.
     """
@@ -406,7 +373,7 @@ def _walk(
 
 
 def _scalars_of_set(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make what reads scalars that came with the launch, rounded already."""
+    """Return the function that reads scalars that came with the launch, rounded already."""
     word = ops.word
     real = ops.real["float64" if kind.param == "float64" else "float32"]
     mean = ops.real["float64" if kind.average == "float64" else "float32"]
@@ -427,7 +394,7 @@ def _scalars_of_set(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
 
 
 def _scalars_in_memory(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make what computes scalars from those in the GPU's memory, as the host does for others."""
+    """Return the function that computes scalars from those in the GPU's memory, as `fill` does."""
     word, double, read_float = ops.word, ops.real["float64"], ops.read_real["float32"]
     sub, mul = ops.sub, ops.mul
     real = types.float64 if kind.param == "float64" else types.float32
@@ -471,8 +438,8 @@ def _scalars_in_memory(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
 
 
 def _advance(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make what advances the scalars of all rows, as `_schedule.scalars_after` does."""
-    word, double, sub = ops.word, ops.real["float64"], ops.sub
+    """Return the function that advances the scalars of all rows, as `fill` does on the host."""
+    word, double, sub, mul = ops.word, ops.real["float64"], ops.sub, ops.mul
     row_size, set_at = row_words(True), _set_at(kind, ops)
     write_float, write_double = ops.write_real["float32"], ops.write_real["float64"]
     stored, plan_of, is_skipped, eta_after = _stored(ops), _plan(ops), _is_skipped(ops), _eta(ops)
@@ -481,14 +448,16 @@ def _advance(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
     def mu_after(words, at, step):
         every, decay = double(word(words, at + EVERY_AT)), double(word(words, at + EMA_DECAY_AT))
         power = double(word(words, at + POWER_AT))
-        if step <= 1.0 or (every == 1.0 and decay == 1.0 and power == 0.0):
+        if every == 1.0 and decay == 1.0 and power == 0.0:
             return 1.0 / max(1.0, step)
         after_first = types.float64(math.floor(step - 1.0))
+        if after_first <= 0.0:
+            return 1.0
         n = types.float64(math.floor(after_first / every))
         if n * every != after_first:
             return 0.0
         if decay != 1.0:
-            return sub(1.0, decay) / sub(1.0, decay ** (n + 1.0))
+            return sub(1.0, decay) / -math.expm1(mul(n + 1.0, math.log(decay)))
         return (1.0 + power) / (n + 1.0 + power)
 
     @ops.function
@@ -522,7 +491,7 @@ def _advance(kind: Kind, ops: SimpleNamespace) -> Callable[..., Any]:
 
 
 def _stored(ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make what reads step, eta and mu of a row."""
+    """Return the function that reads step, eta and mu of a row."""
     word, read_float, read_double = ops.word, ops.read_real["float32"], ops.read_real["float64"]
 
     @ops.function
@@ -540,7 +509,7 @@ def _stored(ops: SimpleNamespace) -> Callable[..., Any]:
 
 
 def _plan(ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make what reads the hyperparameters of a set from which eta follows."""
+    """Return the function that reads the hyperparameters of a set from which eta follows."""
     word, double = ops.word, ops.real["float64"]
     read_float, read_double = ops.read_real["float32"], ops.read_real["float64"]
 
@@ -560,7 +529,7 @@ def _plan(ops: SimpleNamespace) -> Callable[..., Any]:
 
 
 def _is_skipped(ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make what tells whether the gradients were found to be infinite."""
+    """Return the function that tells whether the gradients were found to be infinite."""
     word, read_float = ops.word, ops.read_real["float32"]
 
     @ops.function
@@ -574,7 +543,7 @@ def _is_skipped(ops: SimpleNamespace) -> Callable[..., Any]:
 
 
 def _eta(ops: SimpleNamespace) -> Callable[..., Any]:
-    """Make what computes eta after so many steps."""
+    """Return the function that computes eta after so many steps."""
     add, mul = ops.add, ops.mul
 
     @ops.function

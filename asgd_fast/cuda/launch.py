@@ -221,7 +221,7 @@ def prepared(rows: Rows, job: int, *, capturable: bool = False) -> Launches:
         enough = device.multiprocessors * BLOCKS_PER_MULTIPROCESSOR
         addresses = (0, 0)
         if device_scalars:
-            own = rows.on_device
+            own = rows.device_rows
             assert own is not None
             addresses = _address(own.loss_scale, number), _address(own.found_inf, number)
         for part in _parts(job, param != average):

@@ -125,7 +125,7 @@ def set_words(bint device_scalars):
 
 # What rows must have in common to go into one launch, as one number.
 cdef inline int64_t _key_of(const Row *row) noexcept nogil:
-    cdef int64_t device_scalars = row.on_device != 0
+    cdef int64_t device_scalars = row.device_row != 0
     return row.device | <int64_t>row.kind << 32 | <int64_t>row.ax_size << 36 | device_scalars << 40
 
 
@@ -220,7 +220,7 @@ def pack(
     cdef uint64_t now[_DEVICE_SET]
     cdef uint64_t last[_DEVICE_SET]
     cdef const Row *row
-    cdef DeviceRows device_rows = rows.on_device
+    cdef DeviceRows device_rows = rows.device_rows
     cdef Py_ssize_t i
     for i in range(start, rows.n_rows):
         row = &rows.rows[i]
@@ -228,7 +228,7 @@ def pack(
             continue
         if job == _UPDATE:
             if device_scalars:
-                _set_of_plan(&device_rows.rows[row.on_device - 1], now)
+                _set_of_plan(&device_rows.rows[row.device_row - 1], now)
             else:
                 _set_of(row, now)
         n = (row.n + chunk - 1) >> power
@@ -250,8 +250,8 @@ def pack(
         tail = row.n - (n - 1) * chunk if n != 0 else 0
         row_at[_PLACE_AT] = n_chunks | tail << _FIRST_BITS | (n_sets - 1) << _SET_SHIFT
         if device_scalars:
-            row_at[_SCALARS_AT] = <uint64_t>device_rows.rows[row.on_device - 1].scalars
-            words[_TICKET_AT] = <uint64_t>device_rows.rows[row.on_device - 1].ticket
+            row_at[_SCALARS_AT] = <uint64_t>device_rows.rows[row.device_row - 1].scalars
+            words[_TICKET_AT] = <uint64_t>device_rows.rows[row.device_row - 1].ticket
         row_at += row_size
         room -= row_size
         n_rows += 1

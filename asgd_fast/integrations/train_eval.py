@@ -19,6 +19,7 @@ from asgd_fast._torch import averages
 from asgd_fast._torch.averaging import refuse_flattened
 from asgd_fast._torch.checkpoints import check_memory
 from asgd_fast._torch.internals import forget_copies, is_asked_by_checkpoint, versions_of
+from asgd_fast._torch.settings import Settings
 
 if TYPE_CHECKING:
     from asgd_fast._torch.state import ParamState
@@ -29,6 +30,23 @@ __all__ = ["TrainEvalASGD"]
 # optimizers step on from the averages and save both as they were: then the steps differ.
 _ITERATE = "iterate"
 _STEP = "iterate_step"
+
+
+class _Settings(Settings):
+    """The settings of an optimizer with modes.
+
+    Attributes
+    ----------
+    iterates : dict of Tensor to Tensor
+        What is to be put back into params where averages stand: none in train mode.
+    versions : list of int
+        Those of the params that there were in the last step, after it; empty where not known.
+    """
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.iterates: dict[Tensor, Tensor] = {}
+        self.versions: list[int] = []
 
 
 class TrainEvalASGD(ASGD):
@@ -78,6 +96,9 @@ class TrainEvalASGD(ASGD):
     -3.0
     """
 
+    _settings: _Settings
+    _settings_class = _Settings
+
     def eval(self) -> None:
         """Put the averages into the params; nothing happens if they stand there.
 
@@ -96,14 +117,13 @@ class TrainEvalASGD(ASGD):
             return
         refuse_flattened("eval", self._params())
         self._refuse_replaced("eval")
-        begun = self._begun("eval", stacklevel=4)
+        begun = self._begun("eval")
         if not self._are_of_step():
             self._settings.warn_once(
                 UserWarning,
                 "eval: the params were written since the last step, as best weights are that a "
                 "trainer loads at the end; they are left as they are. To evaluate averages of "
                 "params that you change after steps, use averaged_parameters()",
-                stacklevel=3,
             )
             return
         self._put_averages(
@@ -125,15 +145,16 @@ class TrainEvalASGD(ASGD):
             self._put_back()
 
     @contextmanager
-    def averaged_parameters(
-        self, *, model: torch.nn.Module | None = None, update_bn: Iterable[Any] | None = None
+    def _exchanged(
+        self,
+        begun: list[ParamState],
+        model: torch.nn.Module | None = None,
+        update_bn: Iterable[Any] | None = None,
     ) -> Iterator[None]:
-        """Hold the averages in the params for as long as the context lasts: see `ASGD`."""
-        self._begun("averaged_parameters", stacklevel=5)  # from the block's `with`
         settings = self._settings
         are_of_step = self._are_of_step()
         try:
-            with super().averaged_parameters(model=model, update_bn=update_bn):
+            with super()._exchanged(begun, model, update_bn):
                 yield
         finally:
             if are_of_step:  # the params are what they were before
@@ -144,8 +165,6 @@ class TrainEvalASGD(ASGD):
 
         In eval mode, params that are among these keep their averages in train mode, too.
         """
-        if not self._settings.iterates:
-            self._begun("copy_averages_to", stacklevel=4)
         params = list(self._settings.iterates)
         before = versions_of(params)
         super().copy_averages_to(target)
