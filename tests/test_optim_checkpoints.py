@@ -362,3 +362,20 @@ def test_a_state_loaded_in_inference_mode_is_of_use_outside():
     assert not any(x.is_inference() for entry in target.ours.state.values() for x in entry.values())
     target.theirs.load_state_dict(copy.deepcopy(source.theirs.state_dict()))
     target.run(3)
+
+
+@pytest.mark.parametrize("more", [{}, {"note": 1}], ids=["", "another entry"])
+def test_an_average_that_a_checkpoint_lacks_goes_on_from_the_param(more):
+    twins = Twins(parameters((3,), (2, 4)), **OPTIONS)
+    twins.run(len(STEPS))
+    state = copy.deepcopy(twins.ours.state_dict())
+    for p, q in zip(twins.params, twins.theirs_params, strict=True):
+        twins.theirs.state[q]["ax"] = p.detach().clone()
+    for entry in state["state"].values():
+        del entry["ax"]
+        entry.update(more)
+    twins.ours.load_state_dict(state)
+    twins.step()
+    for p, q in zip(twins.params, twins.theirs_params, strict=True):
+        same(p, q)
+        same(twins.ours.state[p]["ax"], twins.theirs.state[q]["ax"])

@@ -190,7 +190,10 @@ def take(param: Tensor, entry: Mapping[str, Any], group: Group, settings: Settin
     """
     record = _bound(param, entry, settings)
     if not _can_be_sealed(record):
-        return adopt(param, entry, settings)
+        record = adopt(param, entry, settings)
+        if record.has_average and record.ax is None:  # as the next step of a sealed one has it
+            record.ax = record.param_as_average()
+        return record
     dtypes = {scalar_dtype(), *(getattr(record[name], "dtype", None) for name in SCALARS)}
     record.seal(floats(record.scalars()), is_double=torch.float64 in dtypes)
     is_captured = bool(group.get("capturable")) and param.is_cuda

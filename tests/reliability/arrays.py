@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 
 import asgd_fast
@@ -61,6 +62,7 @@ def placed(arena, start, shape, dtype, axes, flaw=None):
         strides[axis] = step
         step *= shape[axis]
     stop = start + max(step, dtype.itemsize)
+    assume(stop <= arena.nbytes)
     if flaw == "repeated":
         strides[axes[-1]] = 0
     if flaw == "byte order":

@@ -1,7 +1,7 @@
 """Lives of `ASGD` beside torch's: edits to params, state, groups, gradients and checkpoints.
 
-After each rule the params and the state have torch's bits. Wide averages, which torch has not, are
-those of tests/oracle.py.
+After each rule the params and the state have torch's bits. Wide averages, and those by other
+weights, which torch has not, are those of tests/oracle.py, by the weights of model.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from runs import saved_and_loaded
 from twins import NAMES, Twins, bits, entries_of, same, twin
 
 import asgd_fast
+from asgd_fast.integrations.train_eval import TrainEvalASGD
+from reliability.model import mu_after
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 SHAPES = [(), (3,), (2, 5), (33,), (0, 2), (4, 3, 2)]
@@ -29,8 +31,35 @@ HYPERPARAMETERS = {
     "weight_decay": [0.0, 0.1],
     "maximize": [False, True],
 }
+# Averages as torch has them most of the time.
+WEIGHTS = [
+    *[{"averaging": "mean", "average_every": 1}] * 5,
+    {"averaging": ("ema", 0.9), "average_every": 1},
+    {"averaging": ("polynomial", 2.5), "average_every": 2},
+    {"averaging": "mean", "average_every": 3},
+]
 groups = st.fixed_dictionaries({name: st.sampled_from(x) for name, x in HYPERPARAMETERS.items()})
 places = st.integers(0, 9)
+
+
+class Model(torch.nn.Module):
+    """Batch normalization of what comes in, multiplied by a number that params give."""
+
+    def __init__(self, params):
+        super().__init__()
+        self.params = torch.nn.ParameterList(params)
+        self.norm = torch.nn.BatchNorm1d(1)
+
+    def factor(self):
+        first = torch.view_as_real(p) if (p := self.params[0].detach()).is_complex() else p
+        return first.sum().nan_to_num().tanh().float()
+
+    def forward(self, x):
+        return self.norm(x * self.factor())
+
+
+BATCHES = [torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[3.0], [-1.0]])]
+MEAN = (7 / 3 + 1) / 2  # of their means
 
 
 class Walk(RuleBasedStateMachine):
@@ -42,17 +71,22 @@ class Walk(RuleBasedStateMachine):
         lazy=st.booleans(),
         wide=st.sampled_from([None, None, torch.float32, torch.float64]),
         only_float32=st.booleans(),
+        kind=st.sampled_from([asgd_fast.ASGD, asgd_fast.ASGD, TrainEvalASGD]),
+        weights=st.sampled_from(WEIGHTS),
     )
-    def construct(self, seed, group, lazy, wide, only_float32):
+    def construct(self, seed, group, lazy, wide, only_float32, kind, weights):
         self.generator = torch.Generator().manual_seed(seed)
         self.dtypes = [torch.float32] if only_float32 else DTYPES
         self.twins = Twins(self.new_params(3), lazy_average=lazy, **group)
-        self.wide = wide
-        if wide is not None:  # of which torch knows nothing
-            self.twins.ours = asgd_fast.ASGD(
-                self.twins.params, lazy_average=lazy, average_dtype=wide, **group
-            )
-        self.axs = [None] * len(self.twins.params)  # the wide averages
+        self.wide, self.weights = wide, weights
+        self.has_own_weights = weights != WEIGHTS[0]
+        self.has_own_averages = wide is not None or self.has_own_weights  # torch knows none of them
+        self.twins.ours = kind(
+            self.twins.params, lazy_average=lazy, average_dtype=wide, **weights, **group
+        )
+        self.axs = [None] * len(self.twins.params)  # our own averages
+        self.mus = [1.0] * len(self.twins.params)  # and their weights, where these are our own
+        self.is_written = False  # since the last step
         self.schedulers = []
         self.has_started = False
 
@@ -89,19 +123,31 @@ class Walk(RuleBasedStateMachine):
         ]
 
     def make_step(self, grads):
-        theirs = self.twins.theirs
-        mus = [theirs.state[q]["mu"].item() if q in theirs.state else 1.0 for _, q in self.pairs()]
+        mus = [self.mu(i) for i in range(len(self.mus))]
         self.twins.step(grads)
-        if self.wide is None:
+        self.is_written = False
+        if not self.has_own_averages:
             return
+        t0s = [own["t0"] for own in self.twins.theirs.param_groups for _ in own["params"]]
         for i, (_, q) in enumerate(self.pairs()):
-            if grads[i] is not None:
-                if self.axs[i] is None:
-                    self.axs[i] = torch.empty_like(q, dtype=self.average_dtype(q)).detach()
+            if grads[i] is None:
+                continue
+            if self.axs[i] is None:
+                self.axs[i] = torch.empty_like(q, dtype=self.average_dtype(q)).detach()
+            if mus[i] != 0:
                 averaged(self.axs[i], q.detach(), torch.tensor(mus[i], dtype=torch.float64))
+            step = self.twins.theirs.state[q]["step"].item()
+            self.mus[i] = torch.tensor(mu_after(step, self.weights, t0s[i])).item()
+
+    def mu(self, i):
+        """The weight of the next iterate of a param in its average."""
+        if self.has_own_weights:
+            return self.mus[i]
+        entry = self.twins.theirs.state.get(self.twins.theirs_params[i])
+        return entry["mu"].item() if entry else 1.0
 
     def average_dtype(self, p):
-        return torch.promote_types(p.dtype, self.wide)
+        return p.dtype if self.wide is None else torch.promote_types(p.dtype, self.wide)
 
     @rule(name=st.sampled_from(sorted(HYPERPARAMETERS)), place=places, data=st.data())
     def change(self, name, place, data):
@@ -119,6 +165,7 @@ class Walk(RuleBasedStateMachine):
             self.twins.params += params
             self.twins.theirs_params += theirs
             self.axs += [None] * len(params)
+            self.mus += [1.0] * len(params)
 
     @rule(place=places, layout=st.booleans())
     def replace_data(self, place, layout):
@@ -126,6 +173,7 @@ class Walk(RuleBasedStateMachine):
         if layout and p.ndim > 1:
             return  # averages of another layout than their params: tests/test_optim_state.py
         p.data, q.data = p.data.clone(), q.data.clone()
+        self.is_written = True
 
     @rule(place=places)
     def edit_param(self, place):
@@ -143,8 +191,10 @@ class Walk(RuleBasedStateMachine):
     def edit_state(self, name, place, replace):
         p, q = self.pairs()[place % len(self.twins.params)]
         theirs = self.twins.theirs.state.get(q)
-        if not theirs or (name == "ax" and (self.wide is not None or theirs["mu"] == 1)):
+        if not theirs or (name == "ax" and (self.has_own_averages or theirs["mu"] == 1)):
             return
+        if name in ("mu", "step") and self.has_own_weights:
+            return  # which torch would compute otherwise
         if name == "mu" and theirs["mu"] == 1:
             return  # an average that has not begun may stand for something else: see averages.md
         for entry in (self.twins.ours.state[p], theirs):
@@ -165,7 +215,9 @@ class Walk(RuleBasedStateMachine):
                 optimizer.state.clear()
             else:
                 optimizer.state.pop(params[i], None)
-        self.axs = [None if everything or k == i else ax for k, ax in enumerate(self.axs)]
+        for k in range(len(self.axs)):
+            if everything or k == i:
+                self.axs[k], self.mus[k] = None, 1.0
 
     def may_cross(self):
         """torch rounds the scalars of a loaded checkpoint to the dtype of their params."""
@@ -177,8 +229,11 @@ class Walk(RuleBasedStateMachine):
     )
     def load(self, way, f):
         ours, theirs = self.twins.ours, self.twins.theirs
+        if way != "each its own" and self.has_own_weights:
+            return
         if way == "theirs to ours" and self.wide is not None:
             return  # it has no wide averages
+        self.is_written = True  # if another optimizer's steps came before
         states = {
             "theirs to ours": (theirs, None), "ours to theirs": (None, ours),
             "each its own": (ours, theirs),
@@ -214,17 +269,43 @@ class Walk(RuleBasedStateMachine):
             for scheduler in self.schedulers:
                 scheduler.step()
 
-    @rule()
-    def evaluate(self):
+    def check_averages(self):
+        """Assert that the params are their averages."""
+        for i, (p, q) in enumerate(self.pairs()):
+            if self.mu(i) == 1:
+                same(p, q)
+            elif self.has_own_averages:
+                same(p, self.axs[i].to(q.dtype))
+            else:
+                same(p, self.twins.theirs.state[q]["ax"])
+
+    @rule(updates=st.booleans())
+    def evaluate(self, updates):
         before = [bits(p.detach()).clone() for p in self.twins.params]
-        with self.twins.ours.averaged_parameters():
-            for i, (p, q) in enumerate(self.pairs()):
-                entry = self.twins.theirs.state.get(q)
-                if entry and entry["mu"] != 1:
-                    ax = entry["ax"] if self.wide is None else self.axs[i].to(q.dtype)
-                    same(p, ax)
-                else:
-                    same(p, q)
+        model = Model(self.twins.params)
+        options = {"model": model, "update_bn": BATCHES} if updates else {}
+        with self.twins.ours.averaged_parameters(**options):
+            self.check_averages()
+            if updates and self.twins.ours.is_averaging:
+                mean = (model.factor() * MEAN).reshape(1)
+                torch.testing.assert_close(model.norm.running_mean, mean)
+        assert model.norm.running_mean.item() == model.norm.num_batches_tracked.item() == 0
+        for p, old in zip(self.twins.params, before, strict=True):
+            assert torch.equal(bits(p.detach()), old)
+
+    @rule(saves=st.booleans())
+    def change_modes(self, saves):
+        """To eval mode and back, through a checkpoint of it if wanted."""
+        ours = self.twins.ours
+        if not isinstance(ours, TrainEvalASGD) or self.is_written:
+            return  # params that somebody has written are left alone
+        before = [bits(p.detach()).clone() for p in self.twins.params]
+        ours.eval()
+        self.check_averages()
+        if saves:
+            ours.load_state_dict(saved_and_loaded(ours.state_dict()))
+            self.check_averages()
+        ours.train()
         for p, old in zip(self.twins.params, before, strict=True):
             assert torch.equal(bits(p.detach()), old)
 
@@ -241,11 +322,14 @@ class Walk(RuleBasedStateMachine):
         group["t0"] = float(states[0]["step"]) - 1
         for entry in states:
             entry["mu"].fill_(1)
+        for k, q in enumerate(self.twins.theirs_params):
+            if any(q is own for own in group["params"]):
+                self.mus[k] = 1.0
         self.make_step(self.new_grads())
 
     @invariant()
     def has_the_bits_of_torch(self):
-        if self.wide is None:
+        if not self.has_own_averages:
             self.twins.check()
             return
         ours, theirs = (entries_of(x) for x, _ in self.twins.sides)
@@ -253,9 +337,10 @@ class Walk(RuleBasedStateMachine):
             same(p, q)
             assert (p in ours) == (q in theirs)
             if q in theirs:
-                for name in ("step", "eta", "mu"):
+                for name in ("step", "eta"):
                     same(ours[p][name], theirs[q][name])
-                if theirs[q]["mu"] != 1:
+                assert ours[p]["mu"].item() == self.mu(i)
+                if self.mu(i) != 1:
                     same(ours[p]["ax"], self.axs[i])
 
 
@@ -301,7 +386,38 @@ def _stale_rate(optimizer):
             entry["eta"].mul_(1 + 2**-23)
 
 
+@contextmanager
+def _replaced(owner, name, value):
+    original = getattr(owner, name)
+    setattr(owner, name, value(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _almost_back(train):
+    @torch.no_grad()
+    def change(self):
+        train(self)
+        p = self.param_groups[0]["params"][0]
+        if p.dtype == torch.float32 and p.numel():
+            p.view(-1)[-1:].nextafter_(torch.zeros(1))
+
+    return change
+
+
+def _without_statistics(averaged_parameters):
+    return lambda self, **_: averaged_parameters(self)
+
+
 CONTROLS = {
+    "iterates that train() does not put back exactly": lambda: _replaced(
+        TrainEvalASGD, "train", _almost_back
+    ),
+    "statistics that are not updated for averages": lambda: _replaced(
+        asgd_fast.ASGD, "averaged_parameters", _without_statistics
+    ),
     "a wrong last bit of params of float64 in step 5": lambda: _stepping(_one_bit),
     "a wrong last bit of eta in step 6": lambda: _stepping(_stale_rate),
 }

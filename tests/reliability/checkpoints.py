@@ -17,10 +17,17 @@ import asgd_fast
 
 try:
     import torch
+
+    from asgd_fast.integrations.train_eval import TrainEvalASGD
 except ImportError:
     torch = None
 
 HYPERPARAMETERS = {"lr": 0.1, "lambd": 0.01, "t0": 1.0, "weight_decay": 0.1}
+WEIGHTS = [
+    *[{}] * 3,
+    {"averaging": ("ema", 0.9)},
+    {"averaging": ("polynomial", 2.0), "average_every": 2},
+]
 
 
 def array_optimizer(seed=0, steps=5, **options):
@@ -57,7 +64,7 @@ def changed_value(random, value):
         [],
         other.astype(random.choice(["f2", "f4", "f8", "i1", "i8", "u8", "c16", "U9", "O", "?"]))
         if other.dtype.kind in "fiub"
-        else other.astype("U9"),
+        else np.full(other.shape, "text"),
         other[..., None],
         other[:0] if other.ndim else np.zeros(3),
         np.asfortranarray(other),
@@ -86,7 +93,8 @@ def check_array_load(optimizer, params, state, errors):
 
 
 def change_array_state(random):
-    source, _ = array_optimizer(random.randrange(99), random.randrange(7))
+    weights = random.choice(WEIGHTS)
+    source, _ = array_optimizer(random.randrange(99), random.randrange(7), **weights)
     state = source.state_dict()
     for _ in range(random.choice([1, 1, 1, 2])):
         name = random.choice(sorted(state))
@@ -148,7 +156,8 @@ def torch_optimizer(seed=0, steps=5, **options):
         for shape, dtype in (((2, 3), torch.float64), ((5,), torch.float32))
     ]
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.2}]
-    optimizer = asgd_fast.ASGD(groups, **{**HYPERPARAMETERS, **options})
+    kind = options.pop("kind", asgd_fast.ASGD)
+    optimizer = kind(groups, **{**HYPERPARAMETERS, **options})
     for k in range(steps):
         torch_step(optimizer, params, seed + k)
     return optimizer, params
@@ -196,6 +205,8 @@ def check_torch_load(optimizer, params, state, errors, in_groups):
         assert torch_facts(optimizer, params) == before, f"a refused one changed something: {error}"
         torch_step(optimizer, params, 0)
         return False
+    if isinstance(optimizer, TrainEvalASGD):
+        optimizer.train()
     values = [p.detach().clone() for p in params]
     try:
         torch_step(optimizer, params, 0)
@@ -211,7 +222,11 @@ def check_torch_load(optimizer, params, state, errors, in_groups):
 
 
 def change_torch_state(random):
-    source, _ = torch_optimizer(random.randrange(99), random.randrange(7))
+    kind = random.choice([asgd_fast.ASGD, TrainEvalASGD])
+    options = {"kind": kind, **random.choice(WEIGHTS)}
+    source, _ = torch_optimizer(random.randrange(99), random.randrange(7), **options)
+    if kind is TrainEvalASGD and random.randrange(2):
+        source.eval()
     state = copy.deepcopy(source.state_dict())
     in_groups = False
     for _ in range(random.choice([1, 1, 1, 2])):
@@ -244,7 +259,7 @@ def change_torch_state(random):
                 entry["more"] = entry[name]
             elif isinstance(entry[name], torch.Tensor):
                 entry[name] = changed_entry(random, entry[name])
-    optimizer, params = torch_optimizer(1, random.randrange(7))
+    optimizer, params = torch_optimizer(1, random.randrange(7), kind=kind)
     errors = (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError)
     return check_torch_load(optimizer, params, state, errors, in_groups)
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -112,3 +113,14 @@ def python(program, *arguments, timeout=600, **environment):
     )
     assert result.returncode == 0, f"exit status {result.returncode}\n{result.stderr[-4000:]}"
     return result.stdout
+
+
+@contextmanager
+def must_report(text):
+    """Let only a finding with this text count, as what was planted is to be found."""
+    try:
+        yield
+    except AssertionError as error:
+        if text not in str(error):
+            raise RuntimeError(f"not what was planted, {text}: {error}") from error
+        raise

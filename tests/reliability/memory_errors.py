@@ -6,6 +6,7 @@ import re
 from contextlib import contextmanager
 
 from reliability import sanitizers
+from reliability.common import must_report
 
 # Those that work on the memory of the CPU; the others run Numba's simulator and compilers.
 TESTS = [
@@ -34,7 +35,9 @@ _planted = None
 def run(campaign):
     sanitizers.imports_the_build("memory")
     if _planted is not None:
-        sanitizers.run_under("memory", ["-c", _planted], 300)
+        program, report = _planted
+        with must_report(report):
+            sanitizers.run_under("memory", ["-c", program], 300)
         return
     fuzz = f"""
 from reliability import arrays, capsules
@@ -56,9 +59,9 @@ for part, scale in (arrays, {0.1 * campaign.scale}), (capsules, {0.2 * campaign.
 
 
 @contextmanager
-def _planting(program):
+def _planting(program, report):
     global _planted
-    _planted = program
+    _planted = program, report
     try:
         yield
     finally:
@@ -66,6 +69,8 @@ def _planting(program):
 
 
 CONTROLS = {
-    "a library whose array is longer than its memory": lambda: _planting(LIE),
-    "an integer that overflows": lambda: _planting(OVERFLOW),
+    "a library whose array is longer than its memory": lambda: _planting(
+        LIE, "heap-buffer-overflow"
+    ),
+    "an integer that overflows": lambda: _planting(OVERFLOW, "signed integer overflow"),
 }
