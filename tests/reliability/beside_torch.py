@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -241,7 +242,9 @@ class Walk(RuleBasedStateMachine):
         for optimizer, source in zip((ours, theirs), states, strict=True):
             if source is not None:
                 state = saved_and_loaded(source.state_dict()) if f else source.state_dict()
-                optimizer.load_state_dict(state)
+                with warnings.catch_warnings():  # where the step or t0 was edited
+                    warnings.filterwarnings("ignore", "load_state_dict: mu is")
+                    optimizer.load_state_dict(state)
                 optimizer.param_groups[0].pop("foreach", None)
                 for group in optimizer.param_groups:
                     group["foreach"] = False

@@ -82,7 +82,7 @@ def mu_after(k, group, t0):
         return 0.0
     kind, number = ("polynomial", 0) if averaging == "mean" else averaging
     if kind == "ema":
-        return (1 - number) / (1 - math.pow(number, place + 1))
+        return (1 - number) / -math.expm1((place + 1) * math.log(number))
     return (1 + number) / (place + 1 + number)
 
 
