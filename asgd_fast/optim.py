@@ -389,7 +389,7 @@ class ASGD(WithAverages, torch.optim.ASGD):
         """Begin a step with what torch's own function and GPUs do of it."""
         work.begin()
         if work.remaining:
-            # Not set_grad_enabled, which sets before the context is entered: see test_interrupts.py.
+            # Not set_grad_enabled: an interrupt between its making and its entering leaves it set.
             with torch.enable_grad() if self.defaults["differentiable"] else torch.no_grad():
                 fallback.step(work.remaining, work.unscale)
         if launches is not None:
