@@ -21,6 +21,7 @@ from asgd_fast._torch.averaging import WithAverages
 from asgd_fast._torch.gather import Work, gather
 from asgd_fast._torch.groups import Group, check_group, drop_usual, make_plain
 from asgd_fast._torch.internals import (
+    call_post_hooks,
     check_graph_capture,
     has_observers,
     increment_versions,
@@ -47,7 +48,7 @@ def _uncompiled(function: F) -> F:
 
 
 def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a step as torch does, with hooks and a profiler range, when there may be any.
+    """Wrap a step as torch does, with hooks and a profiler range, when there are any.
 
     Torch's own wrapper takes 7 us, more than a step of few small params. Observers other than the
     profiler, such as ``ExecutionTraceObserver``, miss the range.
@@ -56,9 +57,12 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(step)
     def wrapper(self: ASGD, *args: Any, **kwargs: Any) -> Any:
-        if has_observers(self) or any(args) or kwargs:  # a closure may register hooks
+        if has_observers(self):
             return in_full(self, *args, **kwargs)
-        return step(self, *args)
+        result = step(self, *args, **kwargs)
+        if args or kwargs:  # a closure may have registered hooks
+            call_post_hooks(self, (self, *args), kwargs)
+        return result
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it again
     return wrapper

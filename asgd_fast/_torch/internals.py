@@ -48,6 +48,15 @@ def has_observers(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def call_post_hooks(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Call what is to be called after the step of an optimizer."""
+    for hooks in (optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks):
+        for hook in hooks.values():
+            hook(optimizer, args, kwargs)
+
+
 def is_watched() -> bool:
     """Whether a mode or transform of torch is to see every operation, so that none is left out."""
     return (
