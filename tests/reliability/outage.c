@@ -23,7 +23,7 @@ static long failed;
 static char *library; /* shared with forked processes */
 
 /* Those that only pass on what others do. */
-static const char *const between[] = {"outage.so", "libc.so",   "libgcc_s",
+static const char *const between[] = {"outage",    "libc.so",   "libgcc_s",
                                       "libstdc++", "libpython", "python"};
 
 static int is_between(const char *path) {
