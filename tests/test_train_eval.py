@@ -265,6 +265,19 @@ def test_an_iterate_that_fits_no_param_is_refused(iterate, error, message, mode)
     sides.check(averaged=False)
 
 
+def test_an_average_that_is_put_into_its_param_has_its_shape():
+    sides = Sides(*parameters((3,)))
+    sides.ours.eval()
+    saved = copy.deepcopy(sides.ours.state_dict())
+    saved["state"][0]["ax"] = saved["state"][0]["ax"][None]  # which a step would broadcast
+    with pytest.raises(ValueError, match=r"^state\[0\]\['ax'\]: expected the shape of its param"):
+        sides.ours.load_state_dict(saved)
+    sides.check(averaged=True)
+    sides.ours.train()
+    sides.step()
+    sides.check(averaged=False)
+
+
 @pytest.mark.parametrize("make", [ASGD, torch.optim.ASGD])
 def test_an_iterate_that_another_optimizer_has_left_behind_is_ignored(make):
     """One goes on from the averages, and saves the entries that it does not know as they were."""

@@ -213,7 +213,7 @@ class TrainEvalASGD(ASGD):
         ------
         KeyError, TypeError, ValueError, RuntimeError
             As `ASGD`; or an iterate is no dense tensor of the shape of its param, or complex where
-            that is real. Nothing is changed.
+            that is real, or its average has another shape. Nothing is changed.
         """
         plain, iterates, made = self._split(state_dict)
         if iterates:
@@ -238,9 +238,15 @@ class TrainEvalASGD(ASGD):
             if isinstance(entry, dict) and _ITERATE in entry:
                 state[key] = {name: x for name, x in entry.items() if name not in (_ITERATE, _STEP)}
                 if key in param_of:
+                    param, ax = param_of[key], entry.get("ax")
+                    if isinstance(ax, Tensor) and ax.shape != param.shape:  # a step would broadcast
+                        raise ValueError(
+                            f"state[{key!r}]['ax']: expected the shape of its param, "
+                            f"{tuple(param.shape)}, got {tuple(ax.shape)}"
+                        )
                     name = f"state[{key!r}]['{_ITERATE}']"
-                    iterates[param_of[key]] = _checked_copy(name, entry[_ITERATE], param_of[key])
-                    made[param_of[key]] = entry.get(_STEP)
+                    iterates[param] = _checked_copy(name, entry[_ITERATE], param)
+                    made[param] = entry.get(_STEP)
         return {**state_dict, "state": state}, iterates, made
 
     def _refuse_redundancy(self, call: str) -> None:
