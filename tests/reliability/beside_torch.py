@@ -242,6 +242,8 @@ class Walk(RuleBasedStateMachine):
         for optimizer, source in zip((ours, theirs), states, strict=True):
             if source is not None:
                 state = saved_and_loaded(source.state_dict()) if f else source.state_dict()
+                if optimizer is theirs:  # which would share its tensors with ours
+                    state = copy.deepcopy(state)
                 with warnings.catch_warnings():  # where the step or t0 was edited
                     warnings.filterwarnings("ignore", "load_state_dict: mu is")
                     optimizer.load_state_dict(state)
