@@ -20,7 +20,7 @@ from torch import nn
 from twins import bits, parameters
 
 import asgd_fast
-from asgd_fast import ArrayASGD
+from asgd_fast import ASGD, ArrayASGD
 from asgd_fast.integrations.train_eval import TrainEvalASGD
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -98,6 +98,21 @@ def test_an_interrupted_step_is_whole_or_not_made(face, steps, options):
             own.step()
             assert own.facts() == after, at
     assert own.facts() == after
+    assert at > 10
+
+
+def test_an_interrupt_of_a_step_by_torch_leaves_no_mode_behind():
+    whole = torch.randn(4)
+    params = [nn.Parameter(whole[:3]), nn.Parameter(whole[1:])]  # which no engine takes
+    optimizer = ASGD(params, **OPTIONS)
+    for p in params:
+        p.grad = torch.ones(3)
+    optimizer.step()  # after the first one all have the same places
+    for at in count():
+        done = not interrupted(optimizer.step, at)
+        assert torch.is_grad_enabled(), at
+        if done:
+            break
     assert at > 10
 
 
