@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 import pytest
+from reliability import __main__ as campaigns
 from reliability.common import Campaign
 
 pytestmark = pytest.mark.filterwarnings("ignore::asgd_fast.AveragingNotBegunWarning")
@@ -32,4 +33,4 @@ def test_nothing_is_found(name):
 )
 def test_a_planted_fault_is_found(name, control):
     with PARTS[name].CONTROLS[control](), pytest.raises(AssertionError):
-        PARTS[name].run(Campaign(seed=1, scale=10 * SCALES[name], is_control=True))
+        PARTS[name].run(Campaign(seed=1, scale=campaigns.PARTS[name], is_control=True))

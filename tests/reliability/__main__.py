@@ -15,19 +15,19 @@ from pathlib import Path
 from reliability import report
 from reliability.common import BUILD, Campaign
 
-# The longest first. Each with the scale of its controls, enough for them to be found.
+# The longest first. Each with the scale of its controls, which end when they have found something.
 PARTS = {
     "memory_errors": 1.0,
     "pythons": 0.02,
     "out_of_memory": 0.1,
     "races": 0.2,
-    "arrays": 0.05,
-    "array_lives": 0.1,
-    "capsules": 0.05,
-    "checkpoints": 0.1,
+    "arrays": 1.0,
+    "array_lives": 1.0,
+    "capsules": 1.0,
+    "checkpoints": 0.3,
     "interrupts": 0.2,
     "leaks": 0.2,
-    "beside_torch": 0.1,
+    "beside_torch": 1.0,
 }
 FOUND, BROKEN = 1, 2  # exit statuses
 

@@ -381,8 +381,8 @@ def _stepping(change):
 @torch.no_grad()
 def _one_bit(optimizer):
     for p, entry in optimizer.state.items():
-        if p.dtype == torch.float64 and entry["step"] == 5 and p.numel():
-            p.view(-1)[-1:].nextafter_(torch.zeros(1, dtype=p.dtype))
+        if p.dtype == torch.float64 and entry["step"] == 5:
+            p.nextafter_(torch.zeros_like(p))
 
 
 def _stale_rate(optimizer):
@@ -405,9 +405,9 @@ def _almost_back(train):
     @torch.no_grad()
     def change(self):
         train(self)
-        p = self.param_groups[0]["params"][0]
-        if p.dtype == torch.float32 and p.numel():
-            p.view(-1)[-1:].nextafter_(torch.zeros(1))
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 + 2**-20)
 
     return change
 
