@@ -10,9 +10,12 @@ from reliability.common import must_report
 
 # Those that work on the memory of the CPU; the others run Numba's simulator and compilers.
 TESTS = [
-    "asgd", "array_asgd", "array_averages_begin", "averages_of_arrays", "average_dtype",
-    "averaged_parameters", "bits", "dlpack", "engine", "interrupts", "optim_bits",
-    "optim_checkpoints", "optim_lazy", "optim_state", "optim_tensors", "start_averaging", "wide",
+    "asgd", "array_asgd", "array_averages_begin", "average_dtype", "average_every",
+    "averaged_models", "averaged_parameters", "averages_asked_early", "averages_copied",
+    "averages_of_arrays", "averaging", "batch_norm", "bits", "dlpack", "engine",
+    "hyperparameter_types", "interrupts", "lr_schedule_current", "optim_bits", "optim_checkpoints",
+    "optim_lazy", "optim_state", "optim_tensors", "own_keywords", "refused_checkpoints",
+    "start_averaging", "train_eval", "wide",
 ]  # fmt: skip
 
 LIE = """
