@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from measure import LAST_CACHE, Times, after_backward, from_memory, in_turn
 from models import resnet50
-from performance_page import OURS, PLAIN, SGD, figures, record, tables
+from performance_page import ENGINE, OURS, PLAIN, SGD, figures, record, tables
 from plain import FLAGS, PlainLoops
 
 import asgd_fast
@@ -121,7 +121,7 @@ def large(plain: PlainLoops) -> dict[str, Times]:
             # What the caches hold is found there, and then the memory does not matter.
             is_cached = 12 * n <= LAST_CACHE
             if is_cached:
-                contenders["asgd_fast, the engine alone"] = engine(
+                contenders[ENGINE] = engine(
                     p, p.grad, None if phase == "lazy" else ax, torch.get_num_threads()
                 )
             measure = in_turn if is_cached else from_memory

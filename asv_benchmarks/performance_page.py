@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from measure import Times
 
-__all__ = ["OURS", "PLAIN", "SGD", "figures", "record", "tables"]
+__all__ = ["ENGINE", "OURS", "PLAIN", "SGD", "figures", "record", "tables"]
 
 OURS = "asgd_fast"
+ENGINE = "asgd_fast, the engine alone"
 PLAIN = "plain loop"
 SGD = "torch.optim.SGD(fused=True)"
 
@@ -179,8 +180,14 @@ def _shares(machines: dict[str, Any]) -> Iterator[str]:
     }
     yield from _head(["share of the plain loop's speed", *machines])
     for case in _all_of(shares):
-        found = [own.get(case, {}).get(PLAIN) for own in shares.values()]
-        yield _row([case, *(f"{x['ratio']:.2f}" if x else "" for x in found)])
+        found = [own.get(case, {}) for own in shares.values()]
+        yield _row([case, *(f"{x[PLAIN]['ratio']:.2f}" if PLAIN in x else "" for x in found)])
+        if any(ENGINE in x for x in found):
+            quotients = [
+                f"{_median(x[PLAIN]) / _median(x[ENGINE]):.2f}" if ENGINE in x else ""
+                for x in found
+            ]
+            yield _row([f"{case}, the engine alone", *quotients])
 
 
 def _all_of(cases: dict[str, dict[str, Case]]) -> dict[str, list[str]]:

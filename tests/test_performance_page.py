@@ -100,6 +100,18 @@ def test_the_share_of_the_plain_loop_is_its_time_divided_by_ours(page, folder):
     times = {"10 float32": {"asgd_fast": [4.0] * 3, "plain loop": [3.0] * 3}}
     page.record(folder, ZEN, "aaa", {"large": page.figures("large", times)})
     assert rows_of(folder)[1] == ["10 float32", "0.75"]
+    assert len(rows_of(folder)) == 3  # with the head of another table
+
+
+def test_the_engine_has_a_share_of_its_own(page, folder):
+    times = {"10 float32": {"asgd_fast": [4.0] * 3, "plain loop": [3.0] * 3}}
+    page.record(folder, XEON, "aaa", {"large": page.figures("large", times)})
+    times["10 float32"]["asgd_fast, the engine alone"] = [3.75] * 3
+    page.record(folder, ZEN, "bbb", {"large": page.figures("large", times)})
+    assert rows_of(folder)[1:3] == [
+        ["10 float32", "0.75", "0.75"],
+        ["10 float32, the engine alone", "", "0.80"],
+    ]
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_figures(page):
