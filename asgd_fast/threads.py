@@ -13,12 +13,12 @@ import sys
 from functools import lru_cache
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from asgd_fast import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from asgd_fast._rows.rows import Rows
 
@@ -58,7 +58,7 @@ def get_num_threads() -> int:
     runtime = _runtime()
     if runtime is None or _is_forked:
         return 1
-    own = _own_number(runtime)
+    own = runtime.number()
     return _told[0] if _told is not None and _told[1] == own else own
 
 
@@ -89,7 +89,7 @@ def set_num_threads(n: SupportsIndex) -> None:
     if number < 1:
         raise ValueError(f"n: got {n}; expected at least 1")
     runtime = _runtime()
-    _told = None if runtime is None else (number, _own_number(runtime))
+    _told = None if runtime is None else (number, runtime.number())
 
 
 def threads_for(rows: Rows) -> int:
@@ -114,7 +114,7 @@ def openmp_runtime() -> str:
     if runtime is None:
         return "not found"
     found = _DlInfo()
-    ctypes.CDLL(None).dladdr(getattr(runtime, FUNCTIONS[0]), ctypes.byref(found))
+    ctypes.CDLL(None).dladdr(getattr(runtime.library, FUNCTIONS[0]), ctypes.byref(found))
     return os.fsdecode(found.file)
 
 
@@ -130,23 +130,33 @@ class _DlInfo(ctypes.Structure):
     )
 
 
-def _runtime() -> ctypes.CDLL | None:
+class _Runtime(NamedTuple):
+    """An OpenMP runtime, and what tells its number of threads."""
+
+    library: ctypes.CDLL
+    number: Callable[[], int]
+
+
+def _runtime() -> _Runtime | None:
     """Return the OpenMP runtime, which the engine then uses."""
     return _found(_torch() is not None)
 
 
 # Looked for once, and once more when torch has come.
 @lru_cache
-def _found(has_torch: bool) -> ctypes.CDLL | None:
-    for name in _candidates(has_torch):
+def _found(has_torch: bool) -> _Runtime | None:
+    torch = _torch() if has_torch else None
+    for name in _candidates(torch):
         try:
-            runtime = _loaded(name)
-            functions = [getattr(runtime, function) for function in FUNCTIONS]
+            library = _loaded(name)
+            functions = [getattr(library, function) for function in FUNCTIONS]
         except (OSError, AttributeError):
             continue
         fork, thread_number = (ctypes.cast(x, ctypes.c_void_p).value or 0 for x in functions)
         _core.use_runtime(fork, thread_number)
-        return runtime
+        # As torch tells it where torch is, whose first answer sets it.
+        number = library.omp_get_max_threads if torch is None else torch.get_num_threads
+        return _Runtime(library, number)
     return None
 
 
@@ -166,11 +176,11 @@ def _loaded(name: str) -> ctypes.CDLL:
         del os.environ[WAITING[0]]
 
 
-def _candidates(has_torch: bool) -> Iterator[str]:
+def _candidates(torch: Any) -> Iterator[str]:
     """Yield the libraries to ask, the best first."""
-    if has_torch:
+    if torch is not None:
         # A library that is asked for a function asks those that it was linked with: torch's own.
-        folder = Path(_torch().__file__).parent / "lib"
+        folder = Path(torch.__file__).parent / "lib"
         if folder.is_absolute():  # never what lies in the current directory
             yield from map(str, sorted(folder.glob("libtorch_cpu.*")))
     # Imported when it is needed: most steps of most programs are too small for threads.
@@ -180,13 +190,6 @@ def _candidates(has_torch: bool) -> Iterator[str]:
         if library["user_api"] == "openmp":
             yield library["filepath"]
     yield from SYSTEM_RUNTIMES
-
-
-def _own_number(runtime: ctypes.CDLL) -> int:
-    """Return the runtime's number of threads, as torch tells it where torch is."""
-    torch = _torch()
-    number: int = runtime.omp_get_max_threads() if torch is None else torch.get_num_threads()
-    return number
 
 
 def _torch() -> Any:
