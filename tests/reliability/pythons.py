@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import subprocess
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 from reliability.common import BUILD, ROOT, copy_sources, must_report
 
@@ -31,27 +32,23 @@ print(json.dumps(counts))
 
 
 def interpreters():
-    """Return the interpreters that are found, by version."""
+    """Return the interpreters that are found, pyenv's too, by version."""
     program = (
         "import sys, sysconfig; t = 't' * bool(sysconfig.get_config_var('Py_GIL_DISABLED'));"
         "print('%d.%d%s' % (*sys.version_info[:2], t), sys.executable)"
     )
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     found = {}
     for version in VERSIONS:
-        environment = {**os.environ, "PYENV_VERSION": version}  # without which pyenv's do not run
-        try:
-            result = subprocess.run(
-                [f"python{version}", "-c", program],
-                capture_output=True,
-                text=True,
-                check=True,
-                env=environment,
-            )
-        except (OSError, subprocess.CalledProcessError):
-            continue
-        name, _, path = result.stdout.strip().partition(" ")
-        if name == version:
-            found[version] = path
+        for candidate in f"python{version}", *pyenv.glob(f"{version.rstrip('t')}.*/bin/python"):
+            # pyenv's shims are there for interpreters which do not run.
+            with suppress(OSError, subprocess.CalledProcessError):
+                printed = subprocess.check_output(
+                    [candidate, "-c", program], text=True, stderr=subprocess.DEVNULL
+                )
+                name, _, path = printed.strip().partition(" ")
+                if name == version:
+                    found.setdefault(version, path)
     return found
 
 
@@ -79,21 +76,23 @@ _planted = ""
 
 
 def run(campaign):
-    for version, path in interpreters().items():
+    found = interpreters()
+    for version, path in found.items():
         own = installed(version, path)
         program = TRIAL.format(
             parts=", ".join(PARTS), seed=campaign.seed, scale=0.03 * campaign.scale
         )
+        is_faulty = bool(_planted) and version == list(found)[-1]
         environment = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"}
         result = subprocess.run(
-            [own, "-X", "faulthandler", "-c", _planted + program],
+            [own, "-X", "faulthandler", "-c", _planted * is_faulty + program],
             cwd=BUILD,
             env={**environment, "PYTHONPATH": str(ROOT / "tests")},
             capture_output=True,
             text=True,
             check=False,
         )
-        with must_report("Segmentation fault") if _planted else nullcontext():
+        with must_report("Segmentation fault") if is_faulty else nullcontext():
             assert result.returncode == 0, f"CPython {version}:\n{result.stderr[-4000:]}"
         counts = json.loads(result.stdout.splitlines()[-1])
         total = sum(
@@ -104,17 +103,13 @@ def run(campaign):
 
 @contextmanager
 def _crashing():
-    """A call that ends one of the interpreters."""
+    """A call that ends the interpreter."""
     global _planted
-    _planted = (
-        "import sys, ctypes, asgd_fast\n"
-        "if sys.version_info[:2] != (3, 11):\n"
-        "    asgd_fast.asgd_ = lambda *arrays, **scalars: ctypes.string_at(0)\n"
-    )
+    _planted = "import ctypes, asgd_fast; asgd_fast.asgd_ = lambda *x, **y: ctypes.string_at(0)\n"
     try:
         yield
     finally:
         _planted = ""
 
 
-CONTROLS = {"a call that crashes all but CPython 3.11": _crashing}
+CONTROLS = {"a call that crashes the last CPython": _crashing}
