@@ -111,7 +111,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the numbers of runs")
     parser.add_argument("--jobs", type=int, default=2, help="parts at a time")
-    parser.add_argument("--save", action="store_true", help="write docs/reliability.md's figures")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help="write the figures of these parts into docs/reliability.md",
+    )
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--control", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
@@ -127,10 +131,10 @@ def main():
             pool.map(lambda x: run_part(x, given.seed, given.scale), given.parts or PARTS)
         )
     minutes = (time.monotonic() - start) / 60
-    text = report.table(outcomes, given.seed, given.scale, minutes)
-    print(text)
+    rows = report.rows(outcomes, given.seed, given.scale)
+    print(*report.HEAD, *rows.values(), f"In {minutes:.0f} minutes.", sep="\n")
     if given.save:
-        report.save(text)
+        report.save(rows)
     return 0 if all(x.is_green for x in outcomes) else 1
 
 

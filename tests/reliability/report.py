@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import platform
 import subprocess
 from dataclasses import dataclass
 
@@ -11,6 +10,10 @@ from reliability.common import ROOT
 
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- figures: written by make reliability -->", "<!-- end of figures -->"
+HEAD = (
+    "| part | runs | planted faults found | result | minutes | day, commit | seed, scale |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+)
 
 
 @dataclass
@@ -28,32 +31,29 @@ class Outcome:
         return self.passed and all(self.controls.values()) and bool(self.counts)
 
 
-def table(outcomes, seed, scale, minutes):
-    """Return the figures in Markdown."""
+def rows(outcomes, seed, scale):
+    """Return the figures in Markdown: the row of a table for each part, by its name."""
     commit = _git("rev-parse", "--short", "HEAD")
     dirty = " with changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
     today = datetime.datetime.now(datetime.timezone.utc).date()
-    python = f"{platform.python_implementation()} {platform.python_version()}"
-    where, how = f"{python} on {platform.machine()}", f"seed {seed}, scale {scale:g}"
-    lines = [
-        f"{today}, commit {commit}{dirty}, {where}, {how}, {minutes:.0f} minutes:",
-        "",
-        "| part | runs | planted faults found | result | minutes |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    result = {}
     for x in outcomes:
         runs = "; ".join(f"{n:,} {name}" for name, n in x.counts.items()) or "none"
         found = f"{sum(x.controls.values())} of {len(x.controls)}"
         verdict = "nothing found" if x.is_green else "**red**"
-        lines.append(f"| `{x.name}` | {runs} | {found} | {verdict} | {x.seconds / 60:.1f} |")
-    return "\n".join(lines)
+        minutes = f"{x.seconds / 60:.1f}"
+        by = f"{today}, {commit}{dirty}", f"{seed}, {scale:g}"
+        result[x.name] = f"| {' | '.join([f'`{x.name}`', runs, found, verdict, minutes, *by])} |"
+    return result
 
 
-def save(text):
-    """Put the figures into the page, between its two marks."""
+def save(new):
+    """Put rows into the page's table, between its two marks, in the place of the same parts'."""
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    old, _, after = rest.partition(END)
+    found = {x.split("`")[1]: x for x in old.splitlines() if x.startswith("| `")}
+    lines = [*HEAD, *(found | new).values()]
+    PAGE.write_text("\n".join([f"{before}{BEGIN}", "", *lines, "", f"{END}{after}"]))
 
 
 def _git(*arguments):
