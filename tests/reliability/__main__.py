@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,9 @@ PARTS = {
     "leaks": 0.2,
     "beside_torch": 1.0,
 }
-FOUND, BROKEN = 1, 2  # exit statuses
+# Exit statuses. Python's own 1 is not among them: what nobody has caught is no finding.
+FOUND, BROKEN = 3, 4
+CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL}
 
 
 def run_here(name, seed, scale, control, out):
@@ -89,7 +92,7 @@ def run_part(name, seed, scale):
     for control in importlib.import_module(f"reliability.{name}").CONTROLS:
         status, _, printed, _ = run_apart(name, seed, PARTS[name], control)
         # A crash is a finding too; an error of the campaign's own is not.
-        controls[control] = status == FOUND or status < 0
+        controls[control] = status in {FOUND, *CRASHES}
         say(name, f"control, {control}: {'found' if controls[control] else 'NOT FOUND'}")
         if not controls[control]:
             say(name, printed[-3000:])
@@ -98,6 +101,8 @@ def run_part(name, seed, scale):
         say(name, f"{what}: {n:,}")
     if status:
         say(name, f"RED, exit status {status}\n{printed[-6000:]}")
+    for what in report.missing(counts):
+        say(name, f"RED, none of {what}")
     return report.Outcome(name, status == 0, counts, controls, seconds)
 
 
@@ -121,13 +126,13 @@ def main():
         parser.error(f"no such parts: {sorted(unknown)}")
     if given.here:
         return run_here(given.parts[0], given.seed, given.scale, given.control, given.out)
-    start = time.monotonic()
+    start, source = time.monotonic(), report.source()
     with ThreadPoolExecutor(given.jobs) as pool:
         outcomes = list(
             pool.map(lambda x: run_part(x, given.seed, given.scale), given.parts or PARTS)
         )
     minutes = (time.monotonic() - start) / 60
-    text = report.table(outcomes, given.seed, given.scale, minutes)
+    text = report.table(outcomes, source, given.seed, given.scale, minutes)
     print(text)
     if given.save:
         report.save(text)

@@ -169,7 +169,8 @@ def go_through(face, seed, scale, is_faulty):
             if fault:
                 raise AssertionError(fault)
             counts[f"{face}.{call}"] += more
-            counts["torch"] += has_crashed
+            if has_crashed:
+                counts["torch"] += 1
             n += stride
     print(json.dumps(counts))
 

@@ -25,18 +25,27 @@ class Outcome:
 
     @property
     def is_green(self):
-        return self.passed and all(self.controls.values()) and bool(self.counts)
+        return self.passed and all(self.controls.values()) and not missing(self.counts)
 
 
-def table(outcomes, seed, scale, minutes):
-    """Return the figures in Markdown."""
+def missing(counts):
+    """Return what a part has not done at all: one that accepts no call has tried nothing."""
+    return [name for name, n in counts.items() if not n] if counts else ["its runs"]
+
+
+def source():
+    """Return which sources are there at the moment: the commit, and whether they differ from it."""
     commit = _git("rev-parse", "--short", "HEAD")
-    dirty = " with changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    return commit + " with changes" * bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def table(outcomes, source, seed, scale, minutes):
+    """Return the figures in Markdown."""
     today = datetime.datetime.now(datetime.timezone.utc).date()
     python = f"{platform.python_implementation()} {platform.python_version()}"
     where, how = f"{python} on {platform.machine()}", f"seed {seed}, scale {scale:g}"
     lines = [
-        f"{today}, commit {commit}{dirty}, {where}, {how}, {minutes:.0f} minutes:",
+        f"{today}, commit {source}, {where}, {how}, {minutes:.0f} minutes:",
         "",
         "| part | runs | planted faults found | result | minutes |",
         "| --- | --- | --- | --- | --- |",
