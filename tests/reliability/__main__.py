@@ -74,8 +74,10 @@ def run_apart(name, seed, scale, control=None):
     command = [sys.executable, "-X", "faulthandler", "-m", "reliability", name, "--here"]
     command += ["--seed", str(seed), "--scale", str(scale), "--out", str(out)]
     command += [] if control is None else ["--control", control]
+    # The order of sets is random otherwise, and with it which allocation is the n-th.
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed % 2**32)}
     start = time.monotonic()
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     counts = json.loads(out.read_text()) if out.exists() else {}
     out.unlink(missing_ok=True)
     return result.returncode, counts, result.stdout + result.stderr, time.monotonic() - start
