@@ -686,7 +686,8 @@ class ArrayASGD:
                 check_scalar(f"state_dict[{name!r}][{i}]", value, low=low, high=high)
         hyperparameters = [
             _checked_hyperparameters(
-                {name: state[name][k].item() for name in {*self.defaults, "averaging"}},
+                # Not [k].item(), in which NumPy crashes where a string finds no memory.
+                {name: state[name].item(k) for name in {*self.defaults, "averaging"}},
                 f"state_dict of param_groups[{k}]: ",
             )
             for k in range(len(self.param_groups))

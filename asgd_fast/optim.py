@@ -319,7 +319,9 @@ class ASGD(WithAverages, torch.optim.ASGD):
             A gradient is sparse; or the averages stand in the params: see `averaged_parameters`; or
             another thread is in a step of this optimizer. Nothing is changed.
         TypeError, ValueError
-            A hyperparameter was changed to what the constructor refuses. Nothing is changed.
+            lambd, alpha, t0, lr_schedule, average_every or averaging was changed to what the
+            constructor refuses; or lr or weight_decay, of which steps take any number as torch's
+            do, to what is none. Nothing is changed.
         """
         if torch.compiler.is_compiling():
             return _step_uncompiled(self, closure)

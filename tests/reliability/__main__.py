@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,9 @@ PARTS = {
     "leaks": 0.2,
     "beside_torch": 1.0,
 }
-FOUND, BROKEN = 1, 2  # exit statuses
+# Exit statuses. Python's own 1 is not among them: what nobody has caught is no finding.
+FOUND, BROKEN = 3, 4
+CRASHES = {-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL}
 
 
 def run_here(name, seed, scale, control, out):
@@ -71,8 +74,10 @@ def run_apart(name, seed, scale, control=None):
     command = [sys.executable, "-X", "faulthandler", "-m", "reliability", name, "--here"]
     command += ["--seed", str(seed), "--scale", str(scale), "--out", str(out)]
     command += [] if control is None else ["--control", control]
+    # The order of sets is random otherwise, and with it which allocation is the n-th.
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed % 2**32)}
     start = time.monotonic()
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     counts = json.loads(out.read_text()) if out.exists() else {}
     out.unlink(missing_ok=True)
     return result.returncode, counts, result.stdout + result.stderr, time.monotonic() - start
@@ -89,7 +94,7 @@ def run_part(name, seed, scale):
     for control in importlib.import_module(f"reliability.{name}").CONTROLS:
         status, _, printed, _ = run_apart(name, seed, PARTS[name], control)
         # A crash is a finding too; an error of the campaign's own is not.
-        controls[control] = status == FOUND or status < 0
+        controls[control] = status in {FOUND, *CRASHES}
         say(name, f"control, {control}: {'found' if controls[control] else 'NOT FOUND'}")
         if not controls[control]:
             say(name, printed[-3000:])
@@ -98,6 +103,8 @@ def run_part(name, seed, scale):
         say(name, f"{what}: {n:,}")
     if status:
         say(name, f"RED, exit status {status}\n{printed[-6000:]}")
+    for what in report.missing(counts):
+        say(name, f"RED, none of {what}")
     return report.Outcome(name, status == 0, counts, controls, seconds)
 
 
@@ -125,13 +132,13 @@ def main():
         parser.error(f"no such parts: {sorted(unknown)}")
     if given.here:
         return run_here(given.parts[0], given.seed, given.scale, given.control, given.out)
-    start = time.monotonic()
+    start, source = time.monotonic(), report.source()
     with ThreadPoolExecutor(given.jobs) as pool:
         outcomes = list(
             pool.map(lambda x: run_part(x, given.seed, given.scale), given.parts or PARTS)
         )
     minutes = (time.monotonic() - start) / 60
-    rows = report.rows(outcomes, given.seed, given.scale)
+    rows = report.rows(outcomes, source, given.seed, given.scale)
     print(*report.HEAD, *rows.values(), f"In {minutes:.0f} minutes.", sep="\n")
     if given.save:
         report.save(rows)

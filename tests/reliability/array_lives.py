@@ -119,6 +119,23 @@ class Walk(RuleBasedStateMachine):
             return
         raise AssertionError("accepted what must be refused")
 
+    @rule(fault=st.sampled_from(["rate", "group", "state"]))
+    def refuse(self, fault):
+        group, state = self.optimizer.param_groups[-1], self.optimizer.state_dict()
+        rate = group["lr"]
+        try:
+            if fault == "rate":
+                group["lr"] = -1.0
+                self.optimizer.step([np.ones_like(x) for x in self.arrays])
+            elif fault == "group":
+                self.optimizer.add_param_group({"params": [np.ones(2)], "alpha": -1.0})
+            else:
+                self.optimizer.load_state_dict({**state, "mu": state["mu"] + 2})
+        except REFUSALS:
+            group["lr"] = rate
+            return
+        raise AssertionError(f"accepted a wrong {fault}")
+
     @rule(name=st.sampled_from(sorted(HYPERPARAMETERS)), data=st.data(), place=st.integers(0, 9))
     def change(self, name, data, place):
         value = data.draw(st.sampled_from(HYPERPARAMETERS[name]))
@@ -186,7 +203,8 @@ class Walk(RuleBasedStateMachine):
 
 
 def same_entry(one, other):
-    return one.dtype == other.dtype and one.tobytes() == other.tobytes()
+    kinds = [(x.dtype, x.shape) for x in (one, other)]
+    return kinds[0] == kinds[1] and one.tobytes() == other.tobytes()
 
 
 def run(campaign):

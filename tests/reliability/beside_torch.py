@@ -188,6 +188,35 @@ class Walk(RuleBasedStateMachine):
     def look(self):
         self.twins.look()
 
+    @rule(fault=st.sampled_from(["power", "gradient", "group", "checkpoint"]), place=places)
+    def refuse(self, fault, place):
+        """Let ours refuse something, which must change nothing."""
+        ours, p = self.twins.ours, self.twins.params[place % len(self.twins.params)]
+        group = ours.param_groups[place % len(ours.param_groups)]
+        power, grads = group["alpha"], [p.grad for p in self.twins.params]
+        for own, grad in zip(self.twins.params, self.new_grads(), strict=True):
+            own.grad = grad
+        state = copy.deepcopy(ours.state_dict())
+        try:
+            if fault == "power":
+                group["alpha"] = -1.0
+                ours.step()
+            elif fault == "gradient":
+                p.grad = torch.zeros(p.shape, dtype=p.dtype).to_sparse()
+                ours.step()
+            elif fault == "group":
+                ours.add_param_group({"params": [torch.nn.Parameter(torch.ones(2)), p]})
+            else:
+                state["param_groups"][-1]["alpha"] = "fast"
+                ours.load_state_dict(state)
+        except (TypeError, ValueError, RuntimeError):
+            pass
+        else:
+            raise AssertionError(f"accepted a wrong {fault}")
+        group["alpha"] = power
+        for own, grad in zip(self.twins.params, grads, strict=True):
+            own.grad = grad
+
     @rule(name=st.sampled_from(NAMES), place=places, replace=st.booleans())
     def edit_state(self, name, place, replace):
         p, q = self.pairs()[place % len(self.twins.params)]

@@ -21,6 +21,8 @@ from reliability.model import same, stepped
 KINDS = {
     kind.__name__: kind for kind in (*exporters.KINDS, exporters.Immutable, exporters.ExchangeFails)
 }
+VERSIONED = tuple(exporters.VERSIONED_KINDS)
+MAY_NOT_BE_WRITTEN = exporters.READ_ONLY | exporters.IS_COPIED
 HUGE = 2**62
 
 
@@ -168,7 +170,8 @@ def _failing_deleter(error):
 @st.composite
 def faults(draw, lies):
     """Options of `array_of`, and whether they must be refused (False), or may be either (None)."""
-    fault = draw(st.sampled_from(["none"] * 6 + ["lie"] * 4 + ["error", "returns", "version"]))
+    seldom = ["error", "returns", "version", "flags"]
+    fault = draw(st.sampled_from([*["none"] * 6, *["lie"] * 4, *seldom]))
     own = {
         "forgets": draw(st.booleans()),
         "fails": draw(st.sampled_from([None, None, None, ValueError, KeyboardInterrupt])),
@@ -189,6 +192,9 @@ def faults(draw, lies):
         own["version"] = draw(st.sampled_from([(0, 8), (2, 0), (2**32 - 1, 0), (1, 99)]))
         own["flags"] = draw(st.sampled_from([0, 1, 2, 3, 4, 2**63]))
         must = None
+    elif fault == "flags":
+        own["flags"] = draw(st.sampled_from([1, 2, 3, 4, 2**63]))
+        must = None  # unless it says what its flags are: see `check_call`
     return own, must
 
 
@@ -224,7 +230,10 @@ def check_call(case):
             if kind == "ExchangeFails" or (kind == "Immutable" and role != "grads"):
                 must = False
             if array.flags or array.version != (1, 3):
-                must = None
+                # Where it is said whether memory may be written, that must be heard.
+                says = issubclass(KINDS[kind], VERSIONED) and role != "grads"
+                forbids = array.version[0] != 1 or array.flags & MAY_NOT_BE_WRITTEN
+                must = False if says and forbids else None
             musts.append(must)
             arrays[role].append(array)
         before[role] = [array.array.copy() for array in arrays[role]]
@@ -306,15 +315,21 @@ def _returns_twice(original, arrays, scalars):
         exporters._delete(loan.address)
 
 
-def _swallows(original, arrays, scalars):
-    try:
-        original(*arrays, **scalars)
-    except ValueError as error:
-        if "negative" not in str(error) and "strides" not in str(error):
-            raise
+def _swallows(*words):
+    def update(original, arrays, scalars):
+        try:
+            original(*arrays, **scalars)
+        except (ValueError, BufferError) as error:
+            if not any(word in str(error) for word in words):
+                raise
+
+    return update
 
 
 CONTROLS = {
     "a loan given back twice": lambda: _wrapped(_returns_twice),
-    "impossible strides accepted": lambda: _wrapped(_swallows),
+    "impossible strides accepted": lambda: _wrapped(_swallows("negative", "strides")),
+    "memory that may not be written accepted": lambda: _wrapped(
+        _swallows("is read-only", "lent a copy")
+    ),
 }

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 
 import asgd_fast
+from reliability.array_lives import same_entry
 
 try:
     import torch
@@ -96,7 +97,8 @@ def change_array_state(random):
     weights = random.choice(WEIGHTS)
     source, _ = array_optimizer(random.randrange(99), random.randrange(7), **weights)
     state = source.state_dict()
-    for _ in range(random.choice([1, 1, 1, 2])):
+    n_changes = random.choice([0, 1, 1, 1, 1, 2])
+    for _ in range(n_changes):
         name = random.choice(sorted(state))
         what = random.randrange(10)
         if what == 0:
@@ -109,9 +111,12 @@ def change_array_state(random):
             state[name] = changed_value(random, state[name])
         if not all(isinstance(x, str) for x in state):
             break
-    optimizer, params = array_optimizer(1, random.randrange(7))
+    wide = random.choice([None, None, "float64"])
+    optimizer, params = array_optimizer(1, random.randrange(7), average_dtype=wide)
     with np.errstate(all="ignore"):
-        return check_array_load(optimizer, params, state, (TypeError, ValueError))
+        accepted = check_array_load(optimizer, params, state, (TypeError, ValueError))
+    assert accepted or n_changes, "a checkpoint without a fault was refused"
+    return accepted
 
 
 def damaged(random, data):
@@ -136,17 +141,30 @@ def damage_npz(random):
     true = source.state_dict()
     file = io.BytesIO()
     np.savez(file, **true)
+    data = damaged(random, file.getvalue())
     optimizer, params = array_optimizer(1)
     before = array_facts(optimizer, params)
     try:
-        state = np.load(io.BytesIO(damaged(random, file.getvalue())), allow_pickle=False)
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(np.load(io.BytesIO(data), allow_pickle=False))
     except Exception:  # NumPy's and zipfile's own are of many kinds
         assert array_facts(optimizer, params) == before, "a refused file changed something"
+        assert not holds(data, true), "a file that has all its values was refused"
         return False
     loaded = optimizer.state_dict()
     assert {k: x.tobytes() for k, x in loaded.items()} == {k: x.tobytes() for k, x in true.items()}
     return True
+
+
+def holds(data, true):
+    """Whether NumPy finds a whole state in a file."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            state = dict(file)
+    except Exception:  # as above
+        return False
+    return state.keys() == true.keys() and all(
+        same_entry(x, true[name]) for name, x in state.items()
+    )
 
 
 def torch_optimizer(seed=0, steps=5, **options):
@@ -196,6 +214,27 @@ def changed_entry(random, value):
     )  # fmt: skip
 
 
+def check_loaded(optimizer, state):
+    """Assert that the optimizer has the values of a checkpoint, in its own dtypes."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    loaded = optimizer.state_dict()["state"]
+    for i, entry in state["state"].items():
+        given = {name: x for name, x in entry.items() if not (isinstance(x, dict) and not x)}
+        if not given:
+            continue  # as torch has a param that has made no step
+        entry = loaded[i]
+        for name in ("step", "eta", "mu"):
+            ours, wanted = entry[name].reshape(()), torch.as_tensor(given[name]).reshape(())
+            if isinstance(given[name], torch.Tensor) and wanted.is_floating_point():
+                assert torch.promote_types(wanted.dtype, ours.dtype) == ours.dtype
+            torch.testing.assert_close(ours, wanted.to(ours), rtol=0, atol=0, equal_nan=True)
+        if entry["mu"] != 1 and "ax" in given:  # else the average is the param
+            ax, dtype = entry["ax"], params[i].dtype
+            assert ax.dtype == torch.promote_types(dtype, optimizer.average_dtype or dtype)
+            pair = torch.broadcast_tensors(ax, given["ax"].to(ax))  # as a step would have it
+            torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True)
+
+
 def check_torch_load(optimizer, params, state, errors, in_groups):
     """Load a checkpoint, and return whether it was accepted."""
     before = torch_facts(optimizer, params)
@@ -205,6 +244,7 @@ def check_torch_load(optimizer, params, state, errors, in_groups):
         assert torch_facts(optimizer, params) == before, f"a refused one changed something: {error}"
         torch_step(optimizer, params, 0)
         return False
+    check_loaded(optimizer, state)
     if isinstance(optimizer, TrainEvalASGD):
         optimizer.train()
     values = [p.detach().clone() for p in params]
@@ -229,7 +269,8 @@ def change_torch_state(random):
         source.eval()
     state = copy.deepcopy(source.state_dict())
     in_groups = False
-    for _ in range(random.choice([1, 1, 1, 2])):
+    n_changes = random.choice([0, 1, 1, 1, 1, 2])
+    for _ in range(n_changes):
         what = random.randrange(12)
         group = random.choice(state["param_groups"] or [{}])
         if what == 0 and group:
@@ -259,9 +300,12 @@ def change_torch_state(random):
                 entry["more"] = entry[name]
             elif isinstance(entry[name], torch.Tensor):
                 entry[name] = changed_entry(random, entry[name])
-    optimizer, params = torch_optimizer(1, random.randrange(7), kind=kind)
+    wide = random.choice([None, None, torch.float64])
+    optimizer, params = torch_optimizer(1, random.randrange(7), kind=kind, average_dtype=wide)
     errors = (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError)
-    return check_torch_load(optimizer, params, state, errors, in_groups)
+    accepted = check_torch_load(optimizer, params, state, errors, in_groups)
+    assert accepted or n_changes, "a checkpoint without a fault was refused"
+    return accepted
 
 
 def damage_torch_file(random):
@@ -287,16 +331,22 @@ def run(campaign):
             "changed states of ASGD": (change_torch_state, 4000),
             "damaged files of torch.save": (damage_torch_file, 1500),
         }
-    for name, (try_one, n) in tried.items():
-        for k in range(campaign.times(n)):
-            seed = random.randrange(2**32)
-            campaign.counts[name] += 1
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of casts, as torch and NumPy have them
-                    campaign.counts[f"{name}, accepted"] += try_one(type(random)(seed))
-            except Exception as error:
-                raise AssertionError(f"{name}, number {k}, Random({seed}): {error!r}") from error
+    for name in tried:  # in this order
+        campaign.counts[name] = campaign.counts[f"{name}, accepted"] = 0
+    # Mixed, as a control ends where it has found something.
+    trials = [name for name, (_, n) in tried.items() for _ in range(campaign.times(n))]
+    random.shuffle(trials)
+    for name in trials:
+        seed = random.randrange(2**32)
+        campaign.counts[name] += 1
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of casts, as torch and NumPy have them
+                campaign.counts[f"{name}, accepted"] += tried[name][0](type(random)(seed))
+        except Exception as error:
+            # What breaks the campaign itself is not to pass for a planted fault.
+            kind = AssertionError if isinstance(error, AssertionError) else RuntimeError
+            raise kind(f"{name}, Random({seed}): {error!r}") from error
 
 
 @contextmanager
@@ -313,8 +363,7 @@ def _sets_the_rate_first(original):
     """Writes one value before it checks all."""
 
     def load_state_dict(self, state):
-        if isinstance(state.get("lr"), np.ndarray) and state["lr"].shape == (2,):
-            self.param_groups[0]["lr"] = state["lr"].tolist()[0]
+        self.param_groups[0]["lr"] = 0.75
         original(self, state)
 
     return load_state_dict
@@ -325,6 +374,15 @@ def _loses_mu(original):
         original(self, state)
         if len(self._scalars):
             self._scalars[0, 2] = 1.0
+
+    return load_state_dict
+
+
+def _loses_eta(original):
+    def load_state_dict(self, state):
+        original(self, state)
+        for entry in self.state.values():
+            entry["eta"].fill_(0.1)
 
     return load_state_dict
 
@@ -346,6 +404,11 @@ CONTROLS = {
     ),
 }
 if torch is not None:
-    CONTROLS["a refused load that empties the state"] = lambda: _replaced(
-        asgd_fast.ASGD, "load_state_dict", _empties_the_state_first
-    )
+    CONTROLS |= {
+        "a load of ASGD that loses a value": lambda: _replaced(
+            asgd_fast.ASGD, "load_state_dict", _loses_eta
+        ),
+        "a refused load that empties the state": lambda: _replaced(
+            asgd_fast.ASGD, "load_state_dict", _empties_the_state_first
+        ),
+    }

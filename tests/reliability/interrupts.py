@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 
 import asgd_fast
+from asgd_fast import threads
+from reliability.arrays import several_threads
 from reliability.subjects import FACES, MOMENTS, prepared
 
 
@@ -101,17 +103,29 @@ def killed_saves(n, random, counts):
             time.sleep(random.random() * 0.05)
             saving.kill()
             saving.communicate()
-            subject = FACES["ArrayASGD"]()
             try:
-                with np.load(path, allow_pickle=False) as state:
-                    subject.optimizer.load_state_dict(state)
+                with np.load(path, allow_pickle=False) as file:
+                    state = dict(file)
+                FACES["ArrayASGD"]().optimizer.load_state_dict(state)
             except Exception as error:
                 raise AssertionError(f"a save that was killed left {error!r}") from error
+            made = prepared("ArrayASGD", int(state["step"][0])).optimizer.state_dict()
+            assert {name: x.tobytes() for name, x in state.items()} == {
+                name: x.tobytes() for name, x in made.items()
+            }, "a save that was killed left what no step had"
             counts["saves killed"] += 1
 
 
-def _go_on(data):
+# One of them large enough for several threads, which a forked process has no more.
+LARGE = [(1 << 18,), (3,), ()]
+LONGEST = 30  # seconds that a step may take in another process
+_trusts_threads = False
+
+
+def _go_on(data, trusts_threads=False):
     """Make a step in whichever process this is; as bytes, tensors are not shared with it."""
+    if trusts_threads:
+        threads._is_forked = False
     subject = pickle.loads(data)
     subject.set_grads(9)
     subject.step()
@@ -123,13 +137,17 @@ def other_processes(n, counts):
         for way in ("fork", "spawn"):
             context = multiprocessing.get_context(way)
             for _ in range(n if way == "fork" else max(1, n // 10)):
-                subject = make()
+                subject = make(LARGE)
                 for k in range(5):
                     subject.set_grads(k)
                     subject.step()
                 data = pickle.dumps(subject)
                 with context.Pool(1) as pool:
-                    found = pool.apply(_go_on, (data,))
+                    going_on = pool.apply_async(_go_on, (data, _trusts_threads))
+                    try:
+                        found = going_on.get(LONGEST)
+                    except multiprocessing.TimeoutError:
+                        raise AssertionError(f"{face}: hangs after {way}") from None
                 assert found == _go_on(data), f"{face}: other bits after {way}"
                 counts[f"steps after {way}"] += 1
 
@@ -140,7 +158,8 @@ def run(campaign):
         for face in FACES:
             interrupted_steps(face, campaign.times(2000), random, campaign.counts)
     killed_saves(campaign.times(60), random, campaign.counts)
-    other_processes(campaign.times(60), campaign.counts)
+    with several_threads(2):
+        other_processes(campaign.times(60), campaign.counts)
 
 
 @contextmanager
@@ -172,4 +191,5 @@ def _counting_first():
 CONTROLS = {
     "a step that counts before it is made": _counting_first,
     "a checkpoint that is written over the last one": lambda: _global("_save", OVER),
+    "a forked process that waits for threads": lambda: _global("_trusts_threads", True),
 }

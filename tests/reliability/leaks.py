@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import os
+import pickle
 from contextlib import contextmanager
 
 import exporters
@@ -59,19 +61,28 @@ def go_through_all(optimizer, step, targets):
 
 
 def array_calls():
-    """Yield what is called over and over, by name."""
-    p, g, ax = (np.ones(40) for _ in range(3))
-    yield "asgd_", lambda: asgd_fast.asgd_(p, g, ax, eta=0.1, mu=0.5)
-    yield "asgd_ refused", lambda: refused(asgd_fast.asgd_, p, g[1:], ax, eta=0.1)
-    yield "asgd_ of overlapping arrays", lambda: refused(asgd_fast.asgd_, p, p, eta=0.1)
-    optimizer = asgd_fast.ArrayASGD([p, np.ones(3)], t0=0)
-    grads = [g, np.ones(3)]
-    yield "ArrayASGD.step", lambda: optimizer.step(grads)
-    yield "ArrayASGD.step refused", lambda: refused(optimizer.step, [g, np.ones(4)])
+    """Yield what is called over and over, by name.
+
+    With new arrays each time: a reference too many to one that is there anyway takes no memory.
+    """
+
+    def new(*sizes):
+        return [np.ones(n) for n in sizes]
+
+    yield "asgd_", lambda: asgd_fast.asgd_(*new(40, 40, 40), eta=0.1, mu=0.5)
+    yield "asgd_ refused", lambda: refused(asgd_fast.asgd_, *new(40, 39, 40), eta=0.1)
+    yield "asgd_ of overlapping arrays", lambda: refused(asgd_fast.asgd_, *new(40) * 2, eta=0.1)
+    optimizer = asgd_fast.ArrayASGD(new(40, 3), t0=0)
+    yield "ArrayASGD.step", lambda: optimizer.step(new(40, 3))
+    yield "ArrayASGD.step refused", lambda: refused(optimizer.step, new(40, 4))
 
     def live():
-        other = asgd_fast.ArrayASGD([p, np.ones(3)], t0=0)
-        go_through_all(other, lambda: other.step(grads), [np.ones(40), np.ones(3)])
+        other = asgd_fast.ArrayASGD(new(40, 3), t0=0)
+        other.add_param_group({"params": new(5)})
+        refused(other.add_param_group, {"params": new(5), "lr": -1})
+        go_through_all(other, lambda: other.step(new(40, 3, 5)), new(40, 3, 5))
+        copy.deepcopy(other)
+        pickle.loads(pickle.dumps(other))
 
     yield "a life of ArrayASGD", live
     state = optimizer.state_dict()
@@ -80,16 +91,11 @@ def array_calls():
 
 
 def borrowed_calls():
-    """Arrays of fake libraries, which are kept here, so that only what we keep grows."""
+    """Arrays of fake libraries, whose own notes are torn up, so that only what we keep grows."""
     for kind in (exporters.Versioned, exporters.Legacy, exporters.ExchangeManagedOnly):
-        param, grad = kind(np.ones(4)), kind(np.ones(4))
 
-        def call(param=param, grad=grad):
-            asgd_fast.asgd_(param, grad, eta=0.1)
-            for x in (param, grad):
-                x.capsules.clear()
-                x.loans.clear()
-                x.asked.clear()
+        def call(kind=kind):
+            asgd_fast.asgd_(kind(np.ones(4)), kind(np.ones(4)), eta=0.1)
             forget_loans()
 
         yield f"asgd_ of {kind.__name__}", call
@@ -107,24 +113,53 @@ def borrowed_calls():
 
 
 def torch_calls():
-    params = [torch.nn.Parameter(torch.ones(n)) for n in (40, 3)]
-    optimizer = asgd_fast.ASGD(params, t0=0)
+    def new():
+        return [torch.nn.Parameter(torch.ones(n)) for n in (40, 3)]
 
-    def step(optimizer=optimizer):
-        for p in params:
+    def step(optimizer):
+        for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.ones_like(p)
         optimizer.step()
 
-    yield "ASGD.step", step
+    optimizer = asgd_fast.ASGD(new(), t0=0)
+    yield "ASGD.step", lambda: step(optimizer)
+
+    def refused_step():
+        optimizer.param_groups[0]["alpha"] = -1.0
+        refused(step, optimizer)
+        optimizer.param_groups[0]["alpha"] = 0.75
+
+    yield "ASGD.step refused", refused_step
 
     def live():
-        other = asgd_fast.ASGD(params, t0=0)
+        other = asgd_fast.ASGD(new(), t0=0)
         go_through_all(other, lambda: step(other), [torch.ones(40), torch.ones(3)])
 
     yield "a life of ASGD", live
+    bad = copy.deepcopy(optimizer.state_dict())
+    bad["param_groups"][0]["alpha"] = -1.0
+    yield "ASGD.load_state_dict refused", lambda: refused(optimizer.load_state_dict, bad)
 
 
-def measure(n, kept):
+def plant(fault):
+    """Let each call keep something."""
+    update, make_step, kept = asgd_fast.asgd_, asgd_fast.ArrayASGD.step, []
+
+    def asgd_(param, *arrays, **scalars):
+        update(param, *arrays, **scalars)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(param))
+
+    def step(self, grads):
+        make_step(self, grads)
+        kept.append(np.ones(1))
+
+    if fault == "a reference":
+        asgd_fast.asgd_ = asgd_
+    elif fault == "an array":
+        asgd_fast.ArrayASGD.step = step
+
+
+def measure(n):
     """Call each n times, and return by how many bytes a call each grew.
 
     Memory that a cache takes once is not a leak: the least growth of several rounds counts.
@@ -139,30 +174,29 @@ def measure(n, kept):
             before = in_use()
             for _ in range(n):
                 call()
-                if kept is not None and name == "ArrayASGD.step":
-                    kept.append(np.ones(1))
             rounds.append((in_use() - before) / n)
         grown[name] = min(rounds)
     return grown
 
 
-def check(n, keeps):
+def check(n, fault):
     """Print the calls made; fail for what grows with them.
 
     A block of the C library has 32 bytes at least; its own bookkeeping varies by less a call.
     """
-    grown = measure(n, [] if keeps else None)
+    plant(fault)
+    grown = measure(n)
     found = {name: round(x, 1) for name, x in grown.items() if x >= 16}
     assert not found, f"bytes a call: {found}"
     print(3 * n * len(grown))
 
 
-_keeps = False
+_fault = None
 
 
 def run(campaign):
     n = max(2_000, campaign.times(5_000))
-    program = f"from reliability import leaks; leaks.check({n}, {_keeps})"
+    program = f"from reliability import leaks; leaks.check({n}, {_fault!r})"
     environment = {"PYTHONMALLOC": "malloc", "MALLOC_ARENA_MAX": "1"}
     path = os.environ.get("PYTHONPATH", "")
     printed = python(program, timeout=1200, PYTHONPATH=path, **environment)
@@ -170,13 +204,16 @@ def run(campaign):
 
 
 @contextmanager
-def _keeping():
-    global _keeps
-    _keeps = True
+def _keeping(fault):
+    global _fault
+    _fault = fault
     try:
         yield
     finally:
-        _keeps = False
+        _fault = None
 
 
-CONTROLS = {"an array that a step keeps": _keeping}
+CONTROLS = {
+    "an array that a step keeps": lambda: _keeping("an array"),
+    "a reference to its param that asgd_ keeps": lambda: _keeping("a reference"),
+}

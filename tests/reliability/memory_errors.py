@@ -30,6 +30,18 @@ class Longer(exporters.Versioned):
         return buffers
 asgd_(Longer(np.ones(1 << 16)), grad, eta=0.1)
 """
+BESIDE = """
+import ctypes
+from reliability import arrays
+from reliability.common import Campaign
+update = arrays.asgd_fast.asgd_
+def reads_beside(params, grads, axs=None, **scalars):
+    update(params, grads, axs, **scalars)
+    if grads[0].flags.c_contiguous:
+        ctypes.string_at(grads[0].ctypes.data + grads[0].nbytes, 16)
+arrays.asgd_fast.asgd_ = reads_beside
+arrays.run(Campaign(scale=0.01, is_control=True))
+"""
 OVERFLOW = "from asgd_fast._schedule import planted_overflow; planted_overflow(2**63 - 1)"
 
 _planted = None
@@ -75,5 +87,6 @@ CONTROLS = {
     "a library whose array is longer than its memory": lambda: _planting(
         LIE, "heap-buffer-overflow"
     ),
+    "a read beside an array of the fuzz": lambda: _planting(BESIDE, "use-after-poison"),
     "an integer that overflows": lambda: _planting(OVERFLOW, "signed integer overflow"),
 }

@@ -53,9 +53,9 @@ def _given(face, call, subject):
     return subject.new_group() if call == "add_param_group" else None
 
 
-def cases():
+def cases(calls):
     """Yield calls, each with the steps made before it and the options of its subject."""
-    for call in CALLS:
+    for call in calls:
         for steps in MOMENTS.values():
             for options in STEPS if call == "step" else STEPS[:1]:
                 yield call, steps, options
@@ -148,20 +148,20 @@ def in_a_process(*arguments):
     return True, f"{what}: {printed}", False
 
 
-def go_through(face, seed, scale, is_faulty):
+def go_through(face, seed, scale, is_faulty=False, calls=tuple(CALLS)):
     """Print how many allocations have failed, by call, as JSON; fail for what is found."""
     warnings.simplefilter("ignore")
     if is_faulty:
         _plant_half_steps(face)
     outage = Outage()
-    for call, steps, options in cases():  # what is made once is made here
+    for call, steps, options in cases(calls):  # what is made once is made here
         subject = prepared(face, steps, shapes=FEW_SHAPES, **options)
         CALLS[call](subject, _given(face, call, subject))
     gc.collect()
     gc.freeze()
     gc.disable()
     counts = Counter()
-    for call, steps, options in cases():
+    for call, steps, options in cases(calls):
         stride = max(1, round((1 if call == "step" else SPARSELY) / scale))
         n, more = seed % stride, True
         while more:
@@ -169,7 +169,8 @@ def go_through(face, seed, scale, is_faulty):
             if fault:
                 raise AssertionError(fault)
             counts[f"{face}.{call}"] += more
-            counts["torch"] += has_crashed
+            if has_crashed:
+                counts["torch"] += 1
             n += stride
     print(json.dumps(counts))
 
@@ -193,30 +194,29 @@ _faulty_face = None
 def run(campaign):
     if sys.platform != "linux" or os.environ.get("LD_PRELOAD"):
         return
+    for face in FACES:
+        arguments = f"{face!r}, {campaign.seed}, {campaign.scale}, {face == _faulty_face}"
+        printed = without_memory(
+            f"from reliability import out_of_memory as part; part.go_through({arguments})"
+        )
+        for name, n in json.loads(printed.splitlines()[-1]).items():
+            if name == "torch":
+                campaign.counts["allocations after which torch crashed"] += n
+            else:
+                campaign.counts[f"allocations in {name} that failed"] += n
+
+
+def without_memory(program):
+    """Run a program whose `Outage` works, and return what it prints."""
     BUILD.mkdir(parents=True, exist_ok=True)
     library = BUILD / f"outage-{os.getpid()}.so"  # which others may be loading meanwhile
     source = ROOT / "tests" / "reliability" / "outage.c"
     flags = ["-O1", "-Wall", "-Werror", "-shared", "-fPIC"]
     subprocess.run(["gcc", *flags, source, "-o", library], check=True)
     try:
-        for face in FACES:
-            _run_face(campaign, face, library)
+        return python(program, timeout=2400, LD_PRELOAD=str(library), PYTHONMALLOC="malloc")
     finally:
         library.unlink()
-
-
-def _run_face(campaign, face, library):
-    program = (
-        "from reliability import out_of_memory as part\n"
-        f"part.go_through({face!r}, {campaign.seed}, {campaign.scale}, {face == _faulty_face})"
-    )
-    environment = {"LD_PRELOAD": str(library), "PYTHONMALLOC": "malloc"}
-    printed = python(program, timeout=2400, **environment)
-    for name, n in json.loads(printed.splitlines()[-1]).items():
-        if name == "torch":
-            campaign.counts["allocations after which torch crashed"] += n
-        else:
-            campaign.counts[f"allocations in {name} that failed"] += n
 
 
 @contextmanager

@@ -83,7 +83,8 @@ def run(campaign):
             parts=", ".join(PARTS), seed=campaign.seed, scale=0.03 * campaign.scale
         )
         is_faulty = bool(_planted) and version == list(found)[-1]
-        environment = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"}
+        not_wanted = ("PYTHONPATH", "PYTHON_GIL")
+        environment = {k: x for k, x in os.environ.items() if k not in not_wanted}
         result = subprocess.run(
             [own, "-X", "faulthandler", "-c", _planted * is_faulty + program],
             cwd=BUILD,

@@ -1,4 +1,6 @@
-"""Several Python threads, each with arrays of its own, whose steps share the engine's threads.
+"""Several Python threads, each with arrays of its own, and all with one optimizer.
+
+Their steps share the engine's threads.
 
 ThreadSanitizer watches. The OpenMP runtime is gomp.c, whose waiting it understands.
 """
@@ -39,13 +41,42 @@ def work(own):
             optimizer.step(own[1])
         asgd_fast.get_num_threads()
 
-running = [threading.Thread(target=work, args=(own,)) for own in owned]
-for thread in running:
-    thread.start()
-for thread in running:
-    thread.join()
+def together(work, arguments):
+    running = [threading.Thread(target=work, args=(x,)) for x in arguments]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+
+together(work, owned)
+
+# One optimizer belongs to one thread at a time: the steps of the others are refused.
+if {unguarded}:
+    asgd_fast.ArrayASGD._is_stepping = property(lambda self: False, lambda self, value: None)
+params, grads, _ = arrays(np.float64)
+optimizer = asgd_fast.ArrayASGD(params, lr=0.1, t0=0)
+made, refused = [], []
+
+def contend(_):
+    for _ in range({n}):
+        try:
+            optimizer.step(grads)
+            made.append(1)
+        except RuntimeError as error:
+            refused.append(str(error))
+
+together(contend, range(4))
+assert len(made) + len(refused) == 4 * {n}
+assert set(refused) <= {{"step: another thread is making a step of this optimizer"}}, refused
+alone = asgd_fast.ArrayASGD([np.ones_like(x) for x in params], lr=0.1, t0=0)
+for _ in made:
+    alone.step(grads)
+ours, wanted = optimizer.state_dict(), alone.state_dict()
+assert all(ours[name].tobytes() == wanted[name].tobytes() for name in wanted)
+assert all((x == y).all() for x, y in zip(params, alone.param_groups[0]["params"]))
+print(len(refused))
 """
-_shared = False
+_shared = _unguarded = False
 
 
 def run(campaign):
@@ -56,21 +87,25 @@ def run(campaign):
     flags = ["-O1", "-g", "-Wall", "-Werror", "-fsanitize=thread", "-shared", "-fPIC"]
     subprocess.run(["gcc", *flags, source, "-o", runtime], check=True)
     path = os.pathsep.join(filter(None, [str(runtime.parent), os.environ.get("LD_LIBRARY_PATH")]))
-    n = campaign.times(10)
-    program = PROGRAM.format(seed=campaign.seed, shared=_shared, n=n)
-    with must_report("data race") if _shared else nullcontext():
-        sanitizers.run_under("threads", ["-c", program], 900, LD_LIBRARY_PATH=path)
+    n = max(5, campaign.times(10))  # of fewer, none might meet
+    program = PROGRAM.format(seed=campaign.seed, shared=_shared, unguarded=_unguarded, n=n)
+    with must_report("data race") if _shared or _unguarded else nullcontext():
+        printed = sanitizers.run_under("threads", ["-c", program], 900, LD_LIBRARY_PATH=path)
     campaign.counts["steps of four Python threads under ThreadSanitizer"] += 4 * n
+    campaign.counts["steps of one optimizer by four Python threads"] += 4 * n
+    campaign.counts["of them refused, as another one was being made"] += int(printed)
 
 
 @contextmanager
-def _sharing():
-    global _shared
-    _shared = True
+def _sharing(what):
+    globals()[what] = True
     try:
         yield
     finally:
-        _shared = False
+        globals()[what] = False
 
 
-CONTROLS = {"two threads that step the same arrays": _sharing}
+CONTROLS = {
+    "two threads that step the same arrays": lambda: _sharing("_shared"),
+    "an optimizer that lets two threads step": lambda: _sharing("_unguarded"),
+}

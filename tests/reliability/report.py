@@ -28,13 +28,22 @@ class Outcome:
 
     @property
     def is_green(self):
-        return self.passed and all(self.controls.values()) and bool(self.counts)
+        return self.passed and all(self.controls.values()) and not missing(self.counts)
 
 
-def rows(outcomes, seed, scale):
-    """Return the figures in Markdown: the row of a table for each part, by its name."""
+def missing(counts):
+    """Return what a part has not done at all: one that accepts no call has tried nothing."""
+    return [name for name, n in counts.items() if not n] if counts else ["its runs"]
+
+
+def source():
+    """Return which sources are there at the moment: the commit, and whether they differ from it."""
     commit = _git("rev-parse", "--short", "HEAD")
-    dirty = " with changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    return commit + " with changes" * bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def rows(outcomes, source, seed, scale):
+    """Return the figures in Markdown: the row of a table for each part, by its name."""
     today = datetime.datetime.now(datetime.timezone.utc).date()
     result = {}
     for x in outcomes:
@@ -42,7 +51,7 @@ def rows(outcomes, seed, scale):
         found = f"{sum(x.controls.values())} of {len(x.controls)}"
         verdict = "nothing found" if x.is_green else "**red**"
         minutes = f"{x.seconds / 60:.1f}"
-        by = f"{today}, {commit}{dirty}", f"{seed}, {scale:g}"
+        by = f"{today}, {source}", f"{seed}, {scale:g}"
         result[x.name] = f"| {' | '.join([f'`{x.name}`', runs, found, verdict, minutes, *by])} |"
     return result
 

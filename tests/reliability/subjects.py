@@ -63,7 +63,8 @@ class Tensors:
 
     def set_grads(self, k):
         for i, p in enumerate(self.params):
-            p.grad = torch.full(p.shape, float(np.cos(k + i)))
+            # By NumPy: torch's own threads are waited for in vain in a forked process.
+            p.grad = torch.from_numpy(np.full(p.shape, np.cos(k + i), np.float32))
 
     def step(self):
         self.optimizer.step()
