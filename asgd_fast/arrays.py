@@ -112,7 +112,8 @@ def asgd_(
         An argument is not an array or not a real number.
     ValueError
         A scalar is out of range; an array's dtype, device, shape or memory layout is not what it
-        must be; two arrays share memory of which one is written; a param is listed twice.
+        must be; two arrays share memory of which one is written, unless the other is a grad that is
+        copied first; a param is listed twice.
     BufferError
         The memory of a param or an average may not be written.
     RuntimeError

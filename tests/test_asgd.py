@@ -466,6 +466,13 @@ def test_one_grad_may_serve_two_params():
     assert one.tolist() == two.tolist() == [0.75] * 3
 
 
+def test_a_grad_that_is_copied_is_read_before_anything_is_written():
+    square, line = np.arange(9.0).reshape(3, 3), np.arange(8.0)
+    asgd_([square, line[:4]], [square.T, line[::-2]], eta=0.5, lambd=0.0)
+    assert square.tolist() == [[0, -0.5, -1], [2.5, 2, 1.5], [5, 4.5, 4]]
+    assert line.tolist() == [-3.5, -1.5, 0.5, 2.5, 4, 5, 6, 7]
+
+
 def test_neighbours_in_one_buffer_do_not_overlap():
     buffer = np.zeros(12)
     param, ax, grad = buffer[:4], buffer[4:8], buffer[8:]
