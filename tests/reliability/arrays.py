@@ -198,16 +198,21 @@ def verdict(call):
                 continue
             if role != "grad" and not array.flags.writeable:
                 return False
-            if role == "grad":
+            if is_sound(array) and same_order(array, param):
+                spans.append((role, bytes_of(array)))
+            elif role == "grad":
                 # It is only read, and a copy does; but NumPy may refuse to lend it.
                 doubtful |= not array.dtype.isnative or not array.flags.aligned
-            elif not (is_sound(array) and same_order(array, param)):
+                spans.append(("copied", bytes_of(array)))
+            else:
                 return False
-            spans.append((role, bytes_of(array)))
     for i, (role, span) in enumerate(spans):
         for other_role, other in spans[:i]:
-            if (role, other_role) != ("grad", "grad") and np.intersect1d(span, other).size:
-                return False
+            roles = {role, other_role}
+            if not roles <= {"grad", "copied"} and np.intersect1d(span, other).size:
+                if "copied" not in roles:
+                    return False
+                doubtful = True  # it may have been copied before anything is written
     return None if doubtful else True
 
 
