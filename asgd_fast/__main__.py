@@ -18,9 +18,12 @@ def main() -> None:
         prog="python -m asgd_fast",
         description="Show the versions, build and processor use of asgd_fast.",
     )
-    parser.add_argument("--version", action="version", version=f"asgd_fast {version('asgd_fast')}")
+    parser.add_argument("--version", action="store_true", help="print the version alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    if parser.parse_args().json:
+    arguments = parser.parse_args()
+    if arguments.version:
+        print(f"asgd_fast {version('asgd_fast')}")
+    elif arguments.json:
         print(json.dumps(show_config("dicts"), indent=2))
     else:
         show_config()

@@ -446,9 +446,15 @@ def browse(published, tmp_path_factory):
         yield lambda part: visit(f"index.html#{part}")
 
 
+def graphs_of(published, name):
+    """The lines of a benchmark: of each machine those of all combinations of params."""
+    graphs = published.glob(f"graphs/arch-*/**/{name}.json")
+    return [json.loads(graph.read_text()) for graph in graphs]
+
+
 def figures_in(graph):
     """The figures of all combinations of params over all commits."""
-    columns = [x if isinstance(x, list) else [x] for _, x in json.loads(graph.read_text())]
+    columns = [x if isinstance(x, list) else [x] for _, x in graph]
     return [x for column in columns for x in column if x is not None]
 
 
@@ -475,8 +481,7 @@ def test_browser_shows_a_graph_with_its_name_and_unit(published, browse, name, t
         assert {value.strip("'") for value in values} <= set(buttons)
 
     # The axis is that of the data: one without any ends at 1.2.
-    (graph,) = (path for path in published.glob(f"graphs/arch-*/**/{name}.json"))
-    largest = scale * max(figures_in(graph))
+    largest = scale * max(x for graph in graphs_of(published, name) for x in figures_in(graph))
     ticks = [float(x) for x in re.findall(r"tickLabel[^>]*>([^<]*)", dom)]
     assert largest / 10 < max(ticks) < 1.5 * largest
 
@@ -485,8 +490,7 @@ def test_each_benchmark_has_a_line(published):
     """But those of a GPU."""
     for name in json.loads((published / "index.json").read_text())["benchmarks"]:
         if not name.startswith("cuda."):
-            (graph,) = (path for path in published.glob(f"graphs/arch-*/**/{name}.json"))
-            assert len(json.loads(graph.read_text())) >= 10, name
+            assert any(len(graph) >= 10 for graph in graphs_of(published, name)), name
 
 
 def test_browser_shows_the_regressions(published, browse):

@@ -61,6 +61,25 @@ def test_the_version_is_that_of_the_installation():
     assert (result.returncode, result.stdout) == (0, f"asgd_fast {version('asgd_fast')}\n")
 
 
+def test_a_build_that_is_not_installed_shows_what_it_is(tmp_path):
+    """As one in place in a clone, which has no metadata."""
+    site_packages = Path(np.__file__).parents[1]
+    package = Path(asgd_fast.__file__).parent
+    others = (site_packages / name for name in ("numpy", "numpy.libs", "threadpoolctl.py"))
+    for path in (package, *filter(Path.exists, others)):
+        (tmp_path / path.name).symlink_to(path)
+    result = subprocess.run(
+        [sys.executable, "-S", "-m", "asgd_fast"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "  asgd_fast: not installed\n" in result.stdout
+
+
 @pytest.mark.parametrize("level", _core.simd_levels())
 def test_the_simd_level_can_be_lowered(level):
     facts = json.loads(run("--json", ASGD_FAST_SIMD=level).stdout)

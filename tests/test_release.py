@@ -33,6 +33,27 @@ def test_the_newest_version_is_the_same_everywhere():
     assert dates == sorted(dates, reverse=True)
 
 
+def git(*arguments):
+    """What git says of this clone; nothing where it is none."""
+    said = subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return said.stdout.strip()
+
+
+def test_each_tag_is_of_the_day_in_the_changelog_and_of_the_history():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    dates = dict(re.findall(r"^## \[(.+)\] - (\S+)$", text, re.MULTILINE))
+    tags = git("tag", "--list", "v*").split()
+    if not tags:
+        pytest.skip("a clone without tags")
+    assert {tag[1:] for tag in tags} <= dates.keys()
+    in_history = git("tag", "--list", "v*", "--merged", "HEAD").split()
+    assert in_history == tags
+    for tag in tags:
+        assert git("log", "-1", "--format=%cs", tag) == dates[tag[1:]], tag
+
+
 def test_a_package_index_shows_the_readme_with_links_to_the_repository():
     """Among them the picture, as a file; a relative link would lead nowhere there."""
     shown = subprocess.run(
@@ -67,6 +88,17 @@ def test_asv_builds_with_the_tools_of_a_release():
         used = found(r'"python -m pip install --quiet (.*)"', file).split()
         assert [pin.partition("==")[0] for pin in used] == ["cython", "setuptools"]
         assert set(used) <= set(pins)
+
+
+def test_the_page_on_frameworks_names_the_versions_that_are_tried():
+    page = (ROOT / "docs/frameworks.md").read_text().lower()
+    (extra,) = re.findall(
+        r"^frameworks = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+    )
+    pins = dict(re.findall(r'"([\w-]+)==([\d.]+)"', extra))
+    pins["fastai"] = found(r"fastai==(\S+)$", "Makefile")
+    for name in ("accelerate", "fastai", "lightning", "pytorch-ignite", "skorch", "transformers"):
+        assert f"{name.removeprefix('pytorch-')} {pins[name]}" in page
 
 
 def test_wheels_are_made_by_pinned_tools():

@@ -112,10 +112,10 @@ def test_skorch():
     torch.testing.assert_close(prediction, averaged(x).detach())
 
 
-def test_fastai():
+def learner(own):
+    """The learner of the example, which it has fitted."""
     basics = pytest.importorskip("fastai.basics")
     dls = basics.DataLoaders(loader(), validation_loader(), device="cpu")
-    own = model()
     names = {
         "Callback": basics.Callback,
         "Learner": partial(basics.Learner, train_bn=False),
@@ -127,11 +127,41 @@ def test_fastai():
         "model": own,
         "loss_func": loss_function,
     }
-    learn = run_recipe("fastai", names)["learn"]
+    return run_recipe("fastai", names)["learn"]
+
+
+def test_fastai():
+    own = model()
+    learn = learner(own)
     losses, averaged = expected()
     assert [row[1] for row in learn.recorder.values] == pytest.approx(losses, rel=1e-6)
     same_params(own, averaged)
     assert learn.validate()[0] == pytest.approx(losses[-1], rel=1e-6)
+
+
+def test_fastai_goes_on_after_a_validation_that_was_interrupted():
+    own = model()
+    learn = learner(own)
+    basics = pytest.importorskip("fastai.basics")
+    iterate = []
+
+    class Interrupts(basics.Callback):
+        def after_train(self):
+            iterate.append(copy.deepcopy(own))
+
+        def before_batch(self):
+            if not self.training:
+                raise KeyboardInterrupt
+
+    class Looks(basics.Callback):
+        def before_train(self):
+            same_params(own, iterate.pop())
+
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, lr=0.1, cbs=Interrupts())
+    learn.fit(1, lr=0.1, cbs=Looks())
+    assert iterate == []
+    learn.validate()
 
 
 def test_ignite(tmp_path):
