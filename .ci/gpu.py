@@ -72,7 +72,8 @@ def all_steps() -> list[Step]:
     # So that what lies beyond a tensor is not another one's.
     uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
     wheels = str(ROOT / "build" / "gpu-wheels")
-    install = [python, "-m", "pip", "install", "--no-index", "--find-links", wheels]
+    install = [python, "-m", "pip", "install", "--no-index", "--no-compile"]
+    install += ["--find-links", wheels]
     build = [python, "setup.py", "-q", "build_ext", "--inplace", f"-j{os.cpu_count()}", "egg_info"]
     measure = ["asv_benchmarks/gpu.py", "--save", "{out}", "--seconds", "{seconds}"]
     sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy")
@@ -80,7 +81,7 @@ def all_steps() -> list[Step]:
     ncu += [x for name in sections for x in ("--section", name)]
     return [
         Step("card", 5, "setup.log", 20, ["nvidia-smi"]),
-        Step("wheels", 40, "setup.log", 3, [*install, "-r", f"{wheels}/requirements.txt"]),
+        Step("wheels", 80, "setup.log", 3, [*install, "-r", f"{wheels}/requirements.txt"]),
         Step("build", 80, "setup.log", 3, build),
         Step("kernels", 60, "setup.log", 3, [python, ".ci/gpu_kernels.py"]),
         Step("config", 30, "setup.log", 30, [python, "-m", "asgd_fast"]),
