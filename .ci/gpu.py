@@ -82,7 +82,7 @@ def all_steps() -> list[Step]:
     return [
         Step("card", 5, "setup.log", 20, ["nvidia-smi"]),
         Step("wheels", 80, "setup.log", 3, [*install, "-r", f"{wheels}/requirements.txt"]),
-        Step("build", 80, "setup.log", 3, build),
+        Step("build", 160, "setup.log", 3, build),
         Step("kernels", 60, "setup.log", 3, [python, ".ci/gpu_kernels.py"]),
         Step("config", 30, "setup.log", 30, [python, "-m", "asgd_fast"]),
         Step("tests", 100, "tests.log", 12, [*pytest, "-v", "-m", "gpu", "tests/test_gpu.py"]),
