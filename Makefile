@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard $(foreach d,. _cpu _rows _torch cuda,asgd_fast/$d/*.p[xy][xdi] asgd_fast/$d/*.pxi asgd_fast/$d/*.h))
 
-.PHONY: demo test test-frameworks test-pythons reliability cuda lint docs dist wheels coverage performance
+.PHONY: demo test test-frameworks test-pythons reliability cuda gpu gpu-wheels lint docs dist wheels coverage performance
 .PHONY: bench bench-smoke bench-check bench-record annotate callgrind kernel clean
 
 demo: $(VENV)/demo
@@ -28,6 +28,14 @@ reliability: $(VENV)/test
 	PYTHONPATH=.:tests $(BIN)/python -m reliability $(RELIABILITY)
 
 cuda: $(VENV)/cuda
+
+# On a machine with a GPU, with or without a network: builds, tests, measures and looks for faults in
+# at most 9 minutes, into build/gpu; PYTHON has torch there. What it may lack comes from gpu-wheels.
+gpu:
+	$(PYTHON) .ci/gpu.py $(GPU)
+
+gpu-wheels:
+	$(PYTHON) .ci/gpu_wheels.py
 
 lint: $(VENV)/test $(VENV)/dev
 	$(BIN)/ruff check .
