@@ -130,8 +130,7 @@ def test_two_numbers_are_rounded_to_bfloat16_in_their_order():
     from numba import cuda, types
 
     ops = intrinsics.make("cuda", (9, 0))
-    word, load = ops.word, ops.load("float32", "float32", 8, 1)
-    store = ops.store("bfloat16", "float32", 8, 1)
+    word, (load, _), (_, store) = ops.word, ops.memory("float32", 8), ops.memory("bfloat16", 8)
 
     def body(words):
         store(word(words, 1), 0, load(word(words, 0), 0))
