@@ -232,6 +232,19 @@ def test_another_version_compiles_anew(compiled, monkeypatch, package):
     assert len(compiled) == 2
 
 
+def test_all_sources_of_a_kernel_count():
+    """When one of them changes, what is on disk is made anew."""
+    code = """
+import sys
+from pathlib import Path
+from asgd_fast.cuda import build, kernels
+ours = [module for name, module in sys.modules.items() if name.startswith("asgd_fast.cuda.")]
+print(*(Path(module.__file__).name for module in ours))
+"""
+    sources = [name for name in _run("-c", code).split() if name.endswith(".py")]
+    assert sorted(sources) == sorted(build.FILES)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
