@@ -34,7 +34,7 @@ for dtype, function in _FMA.items():
 
 _STORED = {"float16": "f2", "bfloat16": "u2", "float32": "f4", "float64": "f8"}
 _STORED |= {"bits16": "u2", "bits32": "u4", "bits64": "u8"}
-_COMPUTED = {name: _STORED[name] for name in _STORED if name not in ("float16", "bfloat16")}
+_COMPUTED = {**_STORED, "float16": "f4", "bfloat16": "f4"}
 
 
 def _memory(address, n, dtype):
@@ -60,25 +60,25 @@ def _narrow(x, stored):
 vectors = []
 
 
-def _load(stored, dtype, lanes, parts):
-    def load(address, stride):
+def _memory_of(dtype, lanes, parts=1, stride=0):
+    size = np.dtype(_STORED[dtype]).itemsize
+
+    def addresses(array, i):
+        return [array + (i + k * stride) * size for k in range(parts)]
+
+    def load(array, i):
         if lanes > 1:
-            vectors.extend(address + k * stride for k in range(parts))
-        memory = [_memory(address + k * stride, lanes, _STORED[stored]) for k in range(parts)]
-        return _widen(np.concatenate(memory), stored, _COMPUTED[dtype])
+            vectors.extend(addresses(array, i))
+        memory = [_memory(address, lanes, _STORED[dtype]) for address in addresses(array, i)]
+        return _widen(np.concatenate(memory), dtype, _COMPUTED[dtype])
 
-    return load
-
-
-def _store(stored, dtype, lanes, parts):
-    def store(address, stride, vector):
+    def store(array, i, vector):
         assert vector.dtype == _COMPUTED[dtype]
-        assert lanes == 1 or address % 16 == stride % 16 == 0
-        for k in range(parts):
-            part = vector[k * lanes : (k + 1) * lanes]
-            _memory(address + k * stride, lanes, _STORED[stored])[:] = _narrow(part, stored)
+        for address, part in zip(addresses(array, i), np.split(vector, parts), strict=True):
+            assert lanes == 1 or address % 16 == 0
+            _memory(address, lanes, _STORED[dtype])[:] = _narrow(part, dtype)
 
-    return store
+    return load, store
 
 
 def _fma(x, y, z):
@@ -112,8 +112,7 @@ OPERATIONS = SimpleNamespace(
         "float32": lambda word: np.int64(word).reshape(1).view("f4")[0],
         "float64": lambda word: np.int64(word).reshape(1).view("f8")[0],
     },
-    load=_load,
-    store=_store,
+    memory=_memory_of,
     add=lambda x, y: x + y,
     sub=lambda x, y: x - y,
     mul=lambda x, y: x * y,

@@ -130,8 +130,7 @@ def test_two_numbers_are_rounded_to_bfloat16_in_their_order():
     from numba import cuda, types
 
     ops = intrinsics.make("cuda", (9, 0))
-    word, load = ops.word, ops.load("float32", "float32", 8, 1)
-    store = ops.store("bfloat16", "float32", 8, 1)
+    word, (load, _), (_, store) = ops.word, ops.memory("float32", 8), ops.memory("bfloat16", 8)
 
     def body(words):
         store(word(words, 1), 0, load(word(words, 0), 0))
@@ -231,6 +230,19 @@ def test_another_version_compiles_anew(compiled, monkeypatch, package):
         monkeypatch.setattr(build, "FILES", (*build.FILES, "launch.py"))
     build.stored(FLOAT32, (9, 0))
     assert len(compiled) == 2
+
+
+def test_all_sources_of_a_kernel_count():
+    """When one of them changes, what is on disk is made anew."""
+    code = """
+import sys
+from pathlib import Path
+from asgd_fast.cuda import build, kernels
+ours = [module for name, module in sys.modules.items() if name.startswith("asgd_fast.cuda.")]
+print(*(Path(module.__file__).name for module in ours))
+"""
+    sources = [name for name in _run("-c", code).split() if name.endswith(".py")]
+    assert sorted(sources) == sorted(build.FILES)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ PACKAGES = (
     "nvidia-nvjitlink-cu12",
     "nvidia-nvvm",
 )
-FILES = ("build.py", "intrinsics.py", "kernels.py")
+FILES = ("build.py", "intrinsics.py", "kernels.py", "recurrence.py")
 
 # How many blocks of 512 threads share a multiprocessor: a thread has 40 or 64 registers then, which
 # are enough to spill none. Half types take more, eight at a time; so do wide averages and scalars

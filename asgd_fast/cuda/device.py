@@ -151,11 +151,12 @@ class Device:
             return checked(call.cuModuleGetFunction(module, binary.entry.encode()))
 
     def event_of(self, stream: int) -> Any:
-        """Return the event by which others wait for a stream.
+        """Return the event by which other streams wait for a stream.
 
-        One serves every wait: a thread that has another one's record of it under its own waits for
-        a later point of the same stream. Of the stream that each thread has of its own, each thread
-        has an event.
+        Threads share the event of a stream. Where one of them records it again before another one
+        has waited for it, the latter waits for a later point of that stream, which is right too.
+        The per-thread default stream has an event for each thread, since it is another stream in
+        each.
 
         Parameters
         ----------

@@ -10,6 +10,7 @@ are operated on one by one: LLVM has no vectors of operations that nothing may c
 
 from __future__ import annotations
 
+from functools import wraps
 from threading import Lock
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -21,25 +22,14 @@ from numba import types
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["SIZES", "Words", "make"]
+__all__ = ["ACCESS", "SIZES", "Vector", "Words", "computed", "make"]
 
 Target: TypeAlias = Literal["cuda", "cpu"]
 
 _I16, _I32, _I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 _FLOAT, _DOUBLE = ir.FloatType(), ir.DoubleType()
 
-# The size of a number in memory, in bytes.
-SIZES = {
-    "float16": 2,
-    "bfloat16": 2,
-    "float32": 4,
-    "float64": 8,
-    "bits16": 2,
-    "bits32": 4,
-    "bits64": 8,
-}
-
-# As LLVM loads and stores it. NVVM knows no bfloat16, which goes as integers.
+# Each number as LLVM loads and stores it. NVVM knows no bfloat16, which goes as integers.
 _STORED = {
     "float16": ir.HalfType(),
     "bfloat16": _I16,
@@ -50,8 +40,16 @@ _STORED = {
     "bits64": _I64,
 }
 
+# The size of a number in memory, in bytes.
+SIZES = {dtype: int(dtype[-2:]) // 8 for dtype in _STORED}
+
 # The largest access of one thread, in bytes.
 ACCESS = 16
+
+
+def computed(dtype: str) -> str:
+    """Return the dtype of the lanes that numbers in memory become."""
+    return "float32" if dtype in ("float16", "bfloat16") else dtype
 
 
 class Vector(types.Type):
@@ -97,17 +95,16 @@ def make(target: Target, compute_capability: tuple[int, int] = (7, 5)) -> Simple
         Decorator: ``function``, for the functions that use the rest.
 
         Words, all int64: ``word(words, i)`` of the kernel's parameter (for the CPU: of its
-        address), ``read(address)``; ``real[dtype](word)`` has the bits of the word, or of its lower
-        half.
+        address); ``real[dtype](word)`` has the bits of the word, or of its lower half.
 
-        Memory, of a dtype in memory and one of the lanes: ``load(stored, dtype, lanes, parts)``
-        makes a function of (address, stride), ``store`` one of (address, stride, vector). Each part
-        is of `lanes` numbers that follow each other, which are aligned to 16 bytes if there are
-        more than one; parts are `stride` bytes apart.
+        Memory: ``memory(dtype, lanes, parts, stride)`` makes two functions: ``load(array, i)`` and
+        ``store(array, i, vector)``, of the address of an array and a number's place there. Each
+        part is of `lanes` numbers that follow each other, which are aligned to 16 bytes if there
+        are more than one; parts are `stride` numbers apart. The lanes are of the dtype `computed`.
 
         Arithmetic on vectors, on a vector and numbers, or on two numbers of one type: ``add``,
         ``sub``, ``mul``, each rounded once; ``fma`` with a vector last; ``select(condition, x,
-        y)``; ``convert(dtype)`` and ``rounded(stored)`` make functions of a vector.
+        y)``; ``convert(dtype)`` and ``rounded(dtype)`` make functions of a vector.
 
         Scalars in memory: ``read_real[dtype](address)``, ``write_real[dtype](address, x)``, and for
         the GPU ``ticket(address, last)``, which counts its calls up to `last` and begins anew.
@@ -125,66 +122,33 @@ def make(target: Target, compute_capability: tuple[int, int] = (7, 5)) -> Simple
         from numba.core.extending import intrinsic, register_model
 
         function = njit(error_model="numpy")  # as on the GPU, a division by 0 raises nothing
-    _register(models, register_model)
-    machine = _Machine(target, compute_capability)
-    floats = {"float32": types.float32, "float64": types.float64}
-    return SimpleNamespace(
-        function=function,
-        word=_word(machine, intrinsic),
-        read=_read(machine, intrinsic, types.int64, _I64),
-        real={dtype: _real(intrinsic, floats[dtype]) for dtype in floats},
-        load=lambda *form: _load(machine, intrinsic, *form),
-        store=lambda *form: _store(machine, intrinsic, *form),
-        add=_arithmetic(machine, intrinsic, "add"),
-        sub=_arithmetic(machine, intrinsic, "sub"),
-        mul=_arithmetic(machine, intrinsic, "mul"),
-        fma=_fma(intrinsic),
-        select=_select(intrinsic),
-        convert=lambda dtype: _convert(intrinsic, dtype),
-        rounded=lambda stored: _rounded(machine, intrinsic, stored),
-        read_real={
-            dtype: _read(machine, intrinsic, floats[dtype], _STORED[dtype]) for dtype in floats
-        },
-        write_real={dtype: _write_real(machine, intrinsic, floats[dtype]) for dtype in floats},
-        ticket=_ticket(intrinsic),
-    )
-
-
-class _Machine:
-    """What differs between the targets."""
-
-    def __init__(self, target: Target, compute_capability: tuple[int, int]) -> None:
-        self.is_gpu = target == "cuda"
-        self.names_type = compute_capability >= (10, 0)
-        # One instruction rounds two numbers to bfloat16.
-        self.packs_bfloat16 = self.is_gpu and compute_capability >= (8, 0)
-
-    def pointer(self, builder: Any, address: Any, llvm_type: Any) -> Any:
-        return builder.inttoptr(address, llvm_type.as_pointer(1 if self.is_gpu else 0))
-
-    def rounded_once(self, builder: Any, name: str, x: Any, y: Any) -> Any:
-        """Add, subtract or multiply so that nothing contracts it with another operation."""
-        if not self.is_gpu:
-            return {"add": builder.fadd, "sub": builder.fsub, "mul": builder.fmul}[name](x, y)
-        if name == "sub":
-            name, y = "add", builder.fsub(ir.Constant(y.type, -0.0), y)  # its negative
-        suffix = "f" if x.type == _FLOAT else "d"
-        function = builder.module.declare_intrinsic(
-            f"llvm.nvvm.{name}.rn.{suffix}", fnty=ir.FunctionType(x.type, [x.type, x.type])
-        )
-        return builder.call(function, [x, y])
-
-
-# The data managers that know the types of this module; each target has its own.
-_registered: list[Any] = []
-_registering = Lock()
-
-
-def _register(models: Any, register_model: Any) -> None:
     with _registering:
-        if models not in _registered:
+        if target not in _registered:
             _register_models(models, register_model)
-            _registered.append(models)
+            _registered.add(target)
+    machine = _Machine(target, compute_capability)
+
+    def operation(typed: Callable[..., Any], emit: Callable[..., Any]) -> Any:
+        """Return an operation of the signature `typed`, which `emit` makes of LLVM's values."""
+
+        @intrinsic
+        @wraps(typed)
+        def typed_and_emitted(*kinds: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                result = emit(builder, *args)
+                is_void = signature.return_type == types.void
+                return context.get_dummy_value() if is_void else result
+
+            return typed(*kinds), codegen
+
+        return typed_and_emitted
+
+    return SimpleNamespace(function=function, **_operations(machine, operation))
+
+
+# The targets whose types Numba knows.
+_registered: set[Target] = set()
+_registering = Lock()
 
 
 def _register_models(models: Any, register_model: Any) -> None:
@@ -199,154 +163,150 @@ def _register_models(models: Any, register_model: Any) -> None:
             super().__init__(manager, words, ir.ArrayType(_I64, words.n).as_pointer())
 
 
-def _word(machine: _Machine, intrinsic: Any) -> Any:
-    if not machine.is_gpu:
+class _Machine:
+    """What differs between the targets."""
 
-        @intrinsic
-        def word_at(typing_context: Any, words: Any, i: Any) -> Any:
-            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                address = builder.add(args[0], builder.shl(args[1], _I64(3)))
-                return builder.load(machine.pointer(builder, address, _I64))
+    def __init__(self, target: Target, compute_capability: tuple[int, int]) -> None:
+        self.is_gpu = target == "cuda"
+        self.names_type = compute_capability >= (10, 0)
+        # One instruction rounds two numbers to bfloat16.
+        self.packs_bfloat16 = self.is_gpu and compute_capability >= (8, 0)
 
-            return types.int64(types.int64, types.int64), codegen
+    def pointer(self, builder: Any, address: Any, llvm_type: Any) -> Any:
+        return builder.inttoptr(address, llvm_type.as_pointer(1 if self.is_gpu else 0))
 
-        return word_at
+    def word(self, builder: Any, words: Any, i: Any) -> Any:
+        if not self.is_gpu:
+            address = builder.add(words, builder.shl(i, _I64(3)))
+            return builder.load(self.pointer(builder, address, _I64))
+        for argument in builder.function.args:
+            if argument.type == words.type:
+                argument.attributes = _ByValue(self.names_type)
+        return builder.load(builder.gep(words, [_I32(0), i], inbounds=True))
 
-    @intrinsic
-    def word(typing_context: Any, words: Any, i: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            block, place = args
-            for argument in builder.function.args:
-                if argument.type == block.type:
-                    argument.attributes = _ByValue(machine.names_type)
-            return builder.load(builder.gep(block, [_I32(0), place], inbounds=True))
-
-        return types.int64(words, types.int64), codegen
-
-    return word
-
-
-def _read(machine: _Machine, intrinsic: Any, kind: Any, llvm_type: Any) -> Any:
-    @intrinsic
-    def read(typing_context: Any, address: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.load(machine.pointer(builder, args[0], llvm_type))
-
-        return kind(types.int64), codegen
-
-    return read
+    def rounded_once(self, builder: Any, name: str, x: Any, y: Any) -> Any:
+        """Add, subtract or multiply so that nothing contracts it with another operation."""
+        if not self.is_gpu:
+            return {"add": builder.fadd, "sub": builder.fsub, "mul": builder.fmul}[name](x, y)
+        if name == "sub":
+            name, y = "add", builder.fsub(ir.Constant(y.type, -0.0), y)  # its negative
+        suffix = "f" if x.type == _FLOAT else "d"
+        function = builder.module.declare_intrinsic(
+            f"llvm.nvvm.{name}.rn.{suffix}", fnty=ir.FunctionType(x.type, [x.type, x.type])
+        )
+        return builder.call(function, [x, y])
 
 
-def _write_real(machine: _Machine, intrinsic: Any, kind: Any) -> Any:
-    @intrinsic
-    def write(typing_context: Any, address: Any, x: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            builder.store(args[1], machine.pointer(builder, args[0], args[1].type))
-            return context.get_dummy_value()
+def _operations(machine: _Machine, operation: Callable[..., Any]) -> dict[str, Any]:
+    """Return the operations of `make`, by their names."""
+    int64 = types.int64
+    reals = {"float32": types.float32, "float64": types.float64}
 
-        return types.void(types.int64, kind), codegen
+    def real(dtype: str) -> Any:
+        def emit(builder: Any, word: Any) -> Any:
+            bits = word if dtype == "float64" else builder.trunc(word, _I32)
+            return builder.bitcast(bits, _STORED[dtype])
 
-    return write
+        return operation(lambda _, word: reals[dtype](int64), emit)
 
+    def read_real(dtype: str) -> Any:
+        def emit(builder: Any, address: Any) -> Any:
+            return builder.load(machine.pointer(builder, address, _STORED[dtype]))
 
-def _real(intrinsic: Any, kind: Any) -> Any:
-    @intrinsic
-    def real(typing_context: Any, word: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            if kind == types.float64:
-                return builder.bitcast(args[0], _DOUBLE)
-            return builder.bitcast(builder.trunc(args[0], _I32), _FLOAT)
+        return operation(lambda _, address: reals[dtype](int64), emit)
 
-        return kind(types.int64), codegen
+    def write_real(dtype: str) -> Any:
+        def emit(builder: Any, address: Any, x: Any) -> None:
+            builder.store(x, machine.pointer(builder, address, x.type))
 
-    return real
+        return operation(lambda _, address, x: types.void(int64, reals[dtype]), emit)
 
+    def ticket(builder: Any, address: Any, last: Any) -> Any:
+        kind = ir.FunctionType(_I32, [_I64, _I32])
+        instruction = "atom.global.acq_rel.gpu.inc.u32 $0, [$1], $2;"
+        assembly = ir.InlineAsm(kind, instruction, "=r,l,r,~{memory}", side_effect=True)
+        return builder.call(assembly, [address, builder.trunc(last, _I32)])
 
-def _ticket(intrinsic: Any) -> Any:
-    @intrinsic
-    def ticket(typing_context: Any, address: Any, last: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            kind = ir.FunctionType(_I32, [_I64, _I32])
-            instruction = "atom.global.acq_rel.gpu.inc.u32 $0, [$1], $2;"
-            assembly = ir.InlineAsm(kind, instruction, "=r,l,r,~{memory}", side_effect=True)
-            return builder.call(assembly, [args[0], builder.trunc(args[1], _I32)])
+    def memory(dtype: str, lanes: int, parts: int = 1, stride: int = 0) -> tuple[Any, Any]:
+        vector, lane = Vector(computed(dtype), lanes * parts), _STORED[computed(dtype)]
 
-        return types.int32(types.int64, types.int64), codegen
+        def addresses(builder: Any, array: Any, i: Any) -> list[Any]:
+            first = builder.add(array, builder.mul(i, _I64(SIZES[dtype])))
+            return [builder.add(first, _I64(k * stride * SIZES[dtype])) for k in range(parts)]
 
-    return ticket
+        def load(builder: Any, array: Any, i: Any) -> Any:
+            numbers = [
+                _widen(builder, x, dtype, lane)
+                for address in addresses(builder, array, i)
+                for x in _read_numbers(machine, builder, address, dtype, lanes)
+            ]
+            return _vector(builder, numbers)
 
+        def store(builder: Any, array: Any, i: Any, x: Any) -> None:
+            numbers = _lanes(builder, x)
+            for k, address in enumerate(addresses(builder, array, i)):
+                part = numbers[k * lanes : (k + 1) * lanes]
+                _write_numbers(machine, builder, address, dtype, part)
 
-def _is_vector(kind: Any) -> bool:
-    return isinstance(kind, Vector)
+        return (
+            operation(lambda _, array, i: vector(int64, int64), load),
+            operation(lambda _, array, i, x: types.void(int64, int64, vector), store),
+        )
 
-
-def _by_lane(
-    builder: Any, signature: Any, args: Sequence[Any], operation: Callable[..., Any]
-) -> Any:
-    """Operate on each lane, with numbers that stand for vectors of them."""
-    n = signature.return_type.n
-    lanes = [
-        _lanes(builder, x) if _is_vector(kind) else [x] * n
-        for kind, x in zip(signature.args, args, strict=True)
-    ]
-    return _vector(builder, [operation(*of_one) for of_one in zip(*lanes, strict=True)])
-
-
-def _arithmetic(machine: _Machine, intrinsic: Any, name: str) -> Any:
-    @intrinsic
-    def operation(typing_context: Any, x: Any, y: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            def of_one(x: Any, y: Any) -> Any:
+    def arithmetic(name: str) -> Any:
+        def emit(builder: Any, x: Any, y: Any) -> Any:
+            def rounded_once(x: Any, y: Any) -> Any:
                 return machine.rounded_once(builder, name, x, y)
 
-            if not _is_vector(signature.return_type):
-                return of_one(*args)
-            return _by_lane(builder, signature, args, of_one)
+            return _by_lane(builder, rounded_once, x, y)
 
-        return (x if _is_vector(x) else y)(x, y), codegen
+        return operation(lambda _, x, y: (x if isinstance(x, Vector) else y)(x, y), emit)
 
-    return operation
+    def convert(dtype: str) -> Any:
+        def emit(builder: Any, x: Any) -> Any:
+            return _by_lane(builder, lambda x: _cast(builder, x, _STORED[dtype]), x)
 
+        return operation(lambda _, x: Vector(dtype, x.n)(x), emit)
 
-def _fma(intrinsic: Any) -> Any:
-    @intrinsic
-    def fma(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return _by_lane(builder, signature, args, builder.fma)
+    def rounded(dtype: str) -> Any:
+        def emit(builder: Any, x: Any) -> Any:
+            numbers = [_narrow(machine, builder, lane, dtype) for lane in _lanes(builder, x)]
+            return _vector(builder, [_widen(builder, n, dtype, x.type.element) for n in numbers])
 
-        return z(x, y, z), codegen
+        return operation(lambda _, x: x(x), emit)
 
-    return fma
-
-
-def _select(intrinsic: Any) -> Any:
-    @intrinsic
-    def select(typing_context: Any, condition: Any, x: Any, y: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.select(*args)
-
-        return x(types.boolean, x, x), codegen
-
-    return select
-
-
-def _convert(intrinsic: Any, dtype: str) -> Any:
-    @intrinsic
-    def convert(typing_context: Any, vector: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return _by_lane(builder, signature, args, lambda x: _cast(builder, x, _STORED[dtype]))
-
-        return Vector(dtype, vector.n)(vector), codegen
-
-    return convert
+    return {
+        "word": operation(lambda _, words, i: int64(words, int64), machine.word),
+        "real": {dtype: real(dtype) for dtype in reals},
+        "memory": memory,
+        "add": arithmetic("add"),
+        "sub": arithmetic("sub"),
+        "mul": arithmetic("mul"),
+        "fma": operation(
+            lambda _, x, y, z: z(x, y, z),
+            lambda builder, *args: _by_lane(builder, builder.fma, *args),
+        ),
+        "select": operation(
+            lambda _, condition, x, y: x(types.boolean, x, x),
+            lambda builder, *args: builder.select(*args),
+        ),
+        "convert": convert,
+        "rounded": rounded,
+        "read_real": {dtype: read_real(dtype) for dtype in reals},
+        "write_real": {dtype: write_real(dtype) for dtype in reals},
+        "ticket": operation(lambda _, address, last: types.int32(int64, int64), ticket),
+    }
 
 
-def _cast(builder: Any, x: Any, to: Any) -> Any:
-    """Convert a number to another float type, rounded once."""
-    sizes = {ir.HalfType(): 2, _FLOAT: 4, _DOUBLE: 8}
-    if x.type == to:
-        return x
-    return (builder.fpext if sizes[x.type] < sizes[to] else builder.fptrunc)(x, to)
+def _by_lane(builder: Any, operate: Callable[..., Any], *args: Any) -> Any:
+    """Operate on each lane, with numbers that stand for vectors of them; or on numbers alone."""
+    counts = [x.type.count for x in args if isinstance(x.type, ir.VectorType)]
+    if not counts:
+        return operate(*args)
+    lanes = [
+        _lanes(builder, x) if isinstance(x.type, ir.VectorType) else [x] * counts[0] for x in args
+    ]
+    return _vector(builder, [operate(*of_one) for of_one in zip(*lanes, strict=True)])
 
 
 def _vector(builder: Any, lanes: Sequence[Any]) -> Any:
@@ -360,78 +320,30 @@ def _lanes(builder: Any, vector: Any) -> list[Any]:
     return [builder.extract_element(vector, _I32(k)) for k in range(vector.type.count)]
 
 
-def _rounded(machine: _Machine, intrinsic: Any, stored: str) -> Any:
-    @intrinsic
-    def rounded(typing_context: Any, vector: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            lane = _STORED[vector.dtype]
-            numbers = [_narrow(machine, builder, x, stored) for x in _lanes(builder, args[0])]
-            return _vector(builder, [_widen(builder, x, stored, lane) for x in numbers])
-
-        return vector(vector), codegen
-
-    return rounded
+def _cast(builder: Any, x: Any, to: Any) -> Any:
+    """Convert a number to another float type, rounded once."""
+    sizes = {ir.HalfType(): 2, _FLOAT: 4, _DOUBLE: 8}
+    if x.type == to:
+        return x
+    return (builder.fpext if sizes[x.type] < sizes[to] else builder.fptrunc)(x, to)
 
 
-def _load(
-    machine: _Machine, intrinsic: Any, stored: str, dtype: str, lanes: int, parts: int
-) -> Any:
-    @intrinsic
-    def load(typing_context: Any, address: Any, stride: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            numbers = []
-            for part in _parts(builder, args[0], args[1], parts):
-                numbers += _read_numbers(machine, builder, part, stored, lanes)
-            lane = _STORED[dtype]
-            return _vector(builder, [_widen(builder, x, stored, lane) for x in numbers])
-
-        return Vector(dtype, lanes * parts)(types.int64, types.int64), codegen
-
-    return load
-
-
-def _store(
-    machine: _Machine, intrinsic: Any, stored: str, dtype: str, lanes: int, parts: int
-) -> Any:
-    @intrinsic
-    def store(typing_context: Any, address: Any, stride: Any, vector: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            address, stride, vector = args
-            numbers = _lanes(builder, vector)
-            for i, part in enumerate(_parts(builder, address, stride, parts)):
-                _write_numbers(machine, builder, part, stored, numbers[i * lanes : (i + 1) * lanes])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, Vector(dtype, lanes * parts)), codegen
-
-    return store
-
-
-def _parts(builder: Any, address: Any, stride: Any, parts: int) -> list[Any]:
-    addresses = [address]
-    for _ in range(parts - 1):
-        addresses.append(builder.add(addresses[-1], stride))
-    return addresses
-
-
-def _access(kind: Any) -> Any:
+def _access(dtype: str) -> Any:
     """Return the type of an access. Integers of 16 bits go in pairs: NVVM splits longer vectors."""
-    lane = _I32 if kind == _I16 else kind
-    size = {_FLOAT: 4, _DOUBLE: 8, ir.HalfType(): 2}.get(lane) or lane.width // 8
-    return ir.VectorType(lane, ACCESS // size)
+    if _STORED[dtype] == _I16:
+        return ir.VectorType(_I32, ACCESS // 4)
+    return ir.VectorType(_STORED[dtype], ACCESS // SIZES[dtype])
 
 
-def _read_numbers(machine: _Machine, builder: Any, address: Any, stored: str, n: int) -> list[Any]:
+def _read_numbers(machine: _Machine, builder: Any, address: Any, dtype: str, n: int) -> list[Any]:
     """Load one number as it is in memory, or so many as fill whole accesses."""
-    kind = _STORED[stored]
+    kind, access = _STORED[dtype], _access(dtype)
     if n == 1:
         return [builder.load(machine.pointer(builder, address, kind))]
     numbers = []
-    for offset in range(0, n * SIZES[stored], ACCESS):
-        at = builder.add(address, _I64(offset))
-        for x in _lanes(
-            builder, builder.load(machine.pointer(builder, at, _access(kind)), align=ACCESS)
-        ):
+    for offset in range(0, n * SIZES[dtype], ACCESS):
+        at = machine.pointer(builder, builder.add(address, _I64(offset)), access)
+        for x in _lanes(builder, builder.load(at, align=ACCESS)):
             if kind == _I16:
                 numbers += [builder.trunc(x, _I16), builder.trunc(builder.lshr(x, _I32(16)), _I16)]
             else:
@@ -440,38 +352,36 @@ def _read_numbers(machine: _Machine, builder: Any, address: Any, stored: str, n:
 
 
 def _write_numbers(
-    machine: _Machine, builder: Any, address: Any, stored: str, lanes: Sequence[Any]
+    machine: _Machine, builder: Any, address: Any, dtype: str, lanes: Sequence[Any]
 ) -> None:
     """Round numbers and store them: one, or so many as fill whole accesses."""
-    kind = _STORED[stored]
+    kind, access = _STORED[dtype], _access(dtype)
     if len(lanes) == 1:
-        number = _narrow(machine, builder, lanes[0], stored)
+        number = _narrow(machine, builder, lanes[0], dtype)
         builder.store(number, machine.pointer(builder, address, kind))
         return
     if kind == _I16:
         pairs = zip(lanes[::2], lanes[1::2], strict=True)
-        units = [_narrow_pair(machine, builder, low, high, stored) for low, high in pairs]
+        units = [_narrow_pair(machine, builder, low, high, dtype) for low, high in pairs]
     else:
-        units = [_narrow(machine, builder, x, stored) for x in lanes]
-    access = _access(kind)
+        units = [_narrow(machine, builder, x, dtype) for x in lanes]
     for i in range(0, len(units), access.count):
         at = builder.add(address, _I64(i // access.count * ACCESS))
         vector = _vector(builder, units[i : i + access.count])
         builder.store(vector, machine.pointer(builder, at, access), align=ACCESS)
 
 
-def _widen(builder: Any, x: Any, stored: str, lane: Any) -> Any:
+def _widen(builder: Any, x: Any, dtype: str, lane: Any) -> Any:
     """Convert a number from what it is in memory."""
-    if stored == "bfloat16":
+    if dtype == "bfloat16":
         x = builder.bitcast(builder.shl(builder.zext(x, _I32), _I32(16)), _FLOAT)
-    return x if x.type == lane else _cast(builder, x, lane)
+    return _cast(builder, x, lane)
 
 
-def _narrow(machine: _Machine, builder: Any, x: Any, stored: str) -> Any:
+def _narrow(machine: _Machine, builder: Any, x: Any, dtype: str) -> Any:
     """Round a number to what it is in memory."""
-    if stored != "bfloat16":
-        return x if x.type == _STORED[stored] else _cast(builder, x, _STORED[stored])
-    x = _cast(builder, x, _FLOAT)
+    if dtype != "bfloat16":
+        return _cast(builder, x, _STORED[dtype])
     if machine.packs_bfloat16:
         kind = ir.FunctionType(_I16, [_FLOAT])
         return builder.call(ir.InlineAsm(kind, "cvt.rn.bf16.f32 $0, $1;", "=h,f"), [x])
@@ -482,11 +392,11 @@ def _narrow(machine: _Machine, builder: Any, x: Any, stored: str) -> Any:
     return builder.select(builder.fcmp_unordered("uno", x, x), _I16(0x7FFF), rounded)
 
 
-def _narrow_pair(machine: _Machine, builder: Any, low: Any, high: Any, stored: str) -> Any:
+def _narrow_pair(machine: _Machine, builder: Any, low: Any, high: Any, dtype: str) -> Any:
     """Round two numbers to 16 bits each, in one word."""
-    if stored == "bfloat16" and machine.packs_bfloat16 and low.type == _FLOAT:
+    if dtype == "bfloat16" and machine.packs_bfloat16:
         kind = ir.FunctionType(_I32, [_FLOAT, _FLOAT])
         pack = ir.InlineAsm(kind, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f")
         return builder.call(pack, [high, low])
-    low, high = (_narrow(machine, builder, x, stored) for x in (low, high))
+    low, high = (_narrow(machine, builder, x, dtype) for x in (low, high))
     return builder.or_(builder.zext(low, _I32), builder.shl(builder.zext(high, _I32), _I32(16)))

@@ -18,14 +18,19 @@ FOUND_INF_AT: int
 HEADER: int
 PLACE_AT: int
 SCALARS_AT: int
+ROW: int
+DEVICE_ROW: int
 FIRST_BITS: int
 TAIL_BITS: int
+SET_SHIFT: int
+MOST_SETS: int
 NEG_ETA_AT: int
 DECAY_AT: int
 WEIGHT_DECAY_AT: int
 FACTOR_AT: int
 MU_AT: int
 HOW_AT: int
+SET: int
 NO_AVERAGE: int
 COPY: int
 AVERAGE: int
@@ -42,6 +47,7 @@ POWER_AT: int
 L2_AT: int
 SIGN_AT: int
 FLAGS_AT: int
+DEVICE_SET: int
 SCALARS_ARE_DOUBLE: int
 LR_IS_FLOAT: int
 LR_IS_DOUBLE: int

@@ -14,113 +14,105 @@ from libc.string cimport memcpy, memmove
 from asgd_fast._rows.rows cimport BFLOAT16, CPU, FLOAT16, FLOAT32, FLOAT64, Row, Rows
 from asgd_fast.cuda.scalars cimport DeviceRows, DeviceRow
 
-# The threads of a block.
-THREADS = 512
+# The kernel's parameters are one block of 64-bit words: a header, the rows, and the sets of scalars
+# from the last one to the first.
+#
+#     0        HEADER    HEADER + row_words                       SETS_AT
+#     +--------+---------+---------+-----+-----------+-----+-------+-------+
+#     | header | row 0   | row 1   | ... | row n - 1 | ... | set 1 | set 0 |
+#     +--------+---------+---------+-----+-----------+-----+-------+-------+
+#
+#     header    N_ROWS  N_CHUNKS  CHUNK  SETS  JOB  TICKET  LOSS_SCALE  FOUND_INF
+#     row       param  grad  ax  PLACE  [SCALARS]
+#     PLACE     | 63: 0 | 62 ... 48: set | 47 ... 31: tail | 30 ... 0: first chunk |
+#     set       NEG_ETA  DECAY  WEIGHT_DECAY  FACTOR  MU  HOW
+#       or      [LR  LAMBD  ALPHA  T0  EVERY  EMA_DECAY  POWER  L2  SIGN  FLAGS]
+#
+# What stands in brackets is there if the scalars are on the device. Row i has the chunks, and the
+# blocks of threads, from its first one up to that of row i + 1; its last one has `tail` numbers.
+cpdef enum:  # the header
+    N_ROWS_AT = 0
+    N_CHUNKS_AT = 1
+    CHUNK_AT = 2         # the numbers of a chunk, but for the last one of each row
+    SETS_AT = 3          # where set 0 is
+    JOB_AT = 4
+    TICKET_AT = 5        # addresses, for scalars on the device: where blocks draw tickets,
+    LOSS_SCALE_AT = 6    # the loss scale, and whether gradients are infinite; the last two or 0
+    FOUND_INF_AT = 7
+    HEADER = 8
 
-# The header.
-cdef enum:
-    _N_ROWS_AT = 0
-    _N_CHUNKS_AT = 1
-    _CHUNK_AT = 2        # the numbers of a chunk, but for the last one of each row
-    _SETS_AT = 3         # where the first set is; the others come before it
-    _JOB_AT = 4
-    _TICKET_AT = 5       # addresses, for scalars on the device: where blocks draw tickets,
-    _LOSS_SCALE_AT = 6   # the loss scale, and whether gradients are infinite; the last two or 0
-    _FOUND_INF_AT = 7
-    _HEADER = 8
+cpdef enum:  # a row, which begins with the addresses of param, grad and average (0: none is kept)
+    PLACE_AT = 3
+    SCALARS_AT = 4       # the address of step, eta and mu
+    ROW = 4
+    DEVICE_ROW = 5
+    FIRST_BITS = 31      # as many blocks as CUDA has at most
+    TAIL_BITS = 17
+    SET_SHIFT = 48
+    MOST_SETS = 1 << 15  # so that a place is never negative
 
-# A row: the addresses of param, grad and average (0: none is kept); its place; and the address of
-# its scalars, if they are on the device. The place has, from the lowest bits, the number of the
-# row's first chunk in the launch, the size of its last chunk, and its set.
-cdef enum:
-    _PLACE_AT = 3
-    _SCALARS_AT = 4
-    _ROW = 4
-    _DEVICE_ROW = 5
-    _FIRST_BITS = 31     # as many blocks as CUDA has at most
-    _TAIL_BITS = 17
-    _SET_SHIFT = 48
-    _MOST_SETS = 1 << 15  # so that a place is never negative
+cpdef enum:  # a set that the host knows, in the dtype that is computed in (mu: of the average)
+    NEG_ETA_AT = 0
+    DECAY_AT = 1
+    WEIGHT_DECAY_AT = 2
+    FACTOR_AT = 3        # of the gradient
+    MU_AT = 4
+    HOW_AT = 5           # one of the next three, and whether there is weight decay
+    SET = 6
+    NO_AVERAGE = 0
+    COPY = 1
+    AVERAGE = 2
+    SKIP = 3             # do nothing; only on the device
+    PHASES = 3
+    HAS_WEIGHT_DECAY = 4
 
-# A set of scalars that the host knows, in the dtype that is computed in (mu: of the average).
-cdef enum:
-    _NEG_ETA_AT = 0
-    _DECAY_AT = 1
-    _WEIGHT_DECAY_AT = 2
-    _FACTOR_AT = 3       # of the gradient
-    _MU_AT = 4
-    _HOW_AT = 5          # one of the next three, and whether there is weight decay
-    _SET = 6
-    _NO_AVERAGE = 0
-    _COPY = 1
-    _AVERAGE = 2
-    _SKIP = 3            # do nothing; only on the device
-    _PHASES = 3
-    _HAS_WEIGHT_DECAY = 4
+cpdef enum:  # a set that scalars on the device follow from, double
+    LR_AT = 0            # or its address
+    LAMBD_AT = 1
+    ALPHA_AT = 2
+    T0_AT = 3
+    EVERY_AT = 4
+    EMA_DECAY_AT = 5
+    POWER_AT = 6
+    L2_AT = 7            # weight decay
+    SIGN_AT = 8          # of the gradient
+    FLAGS_AT = 9
+    DEVICE_SET = 10
+    SCALARS_ARE_DOUBLE = 1
+    LR_IS_FLOAT = 2
+    LR_IS_DOUBLE = 4
+    IS_CURRENT = 8
 
-# A set of what scalars on the device follow from, double.
-cdef enum:
-    _LR_AT = 0           # or its address
-    _LAMBD_AT = 1
-    _ALPHA_AT = 2
-    _T0_AT = 3
-    _EVERY_AT = 4
-    _EMA_DECAY_AT = 5
-    _POWER_AT = 6
-    _L2_AT = 7           # weight decay
-    _SIGN_AT = 8         # of the gradient
-    _FLAGS_AT = 9
-    _DEVICE_SET = 10
-    _SCALARS_ARE_DOUBLE = 1
-    _LR_IS_FLOAT = 2
-    _LR_IS_DOUBLE = 4
-    _IS_CURRENT = 8
+cpdef enum:  # the jobs
+    UPDATE = 0
+    SWAP = 1
+    COPY_GRAD = 2        # over the param
+    KEEP = 3             # the param in the grad
+    ASSIGN = 4           # the average to the param
+    PUT_AVERAGE = 5      # exchange param and average; or keep the param and assign a wide average
+    PUT_BACK = 6
 
-cdef enum:  # the jobs
-    _UPDATE = 0
-    _SWAP = 1
-    _COPY_GRAD = 2       # over the param
-    _KEEP = 3            # the param in the grad
-    _ASSIGN = 4          # the average to the param
-    _PUT_AVERAGE = 5     # exchange param and average; or keep the param and assign a wide average
-    _PUT_BACK = 6
+cpdef enum:
+    THREADS = 512        # of a block
 
 # A chunk has so many numbers that a launch has enough blocks, in these bounds. In the smallest one
 # each thread still has two accesses of 16 bytes to make; the largest one is still done in some 50
 # us, so that the blocks end almost together. These are powers of two.
 cdef enum:
     SMALLEST_CHUNK = 13
-    LARGEST_CHUNK = 15   # less than _TAIL_BITS
-
-# What kernels and tests know the above by.
-N_ROWS_AT, N_CHUNKS_AT, CHUNK_AT, SETS_AT, JOB_AT = (
-    _N_ROWS_AT, _N_CHUNKS_AT, _CHUNK_AT, _SETS_AT, _JOB_AT)
-TICKET_AT, LOSS_SCALE_AT, FOUND_INF_AT, HEADER = (
-    _TICKET_AT, _LOSS_SCALE_AT, _FOUND_INF_AT, _HEADER)
-PLACE_AT, SCALARS_AT, FIRST_BITS, TAIL_BITS = _PLACE_AT, _SCALARS_AT, _FIRST_BITS, _TAIL_BITS
-NEG_ETA_AT, DECAY_AT, WEIGHT_DECAY_AT, FACTOR_AT, MU_AT, HOW_AT = (
-    _NEG_ETA_AT, _DECAY_AT, _WEIGHT_DECAY_AT, _FACTOR_AT, _MU_AT, _HOW_AT)
-NO_AVERAGE, COPY, AVERAGE, SKIP, PHASES, HAS_WEIGHT_DECAY = (
-    _NO_AVERAGE, _COPY, _AVERAGE, _SKIP, _PHASES, _HAS_WEIGHT_DECAY)
-LR_AT, LAMBD_AT, ALPHA_AT, T0_AT, EVERY_AT, EMA_DECAY_AT, POWER_AT = (
-    _LR_AT, _LAMBD_AT, _ALPHA_AT, _T0_AT, _EVERY_AT, _EMA_DECAY_AT, _POWER_AT)
-L2_AT, SIGN_AT, FLAGS_AT = _L2_AT, _SIGN_AT, _FLAGS_AT
-SCALARS_ARE_DOUBLE, LR_IS_FLOAT, LR_IS_DOUBLE, IS_CURRENT = (
-    _SCALARS_ARE_DOUBLE, _LR_IS_FLOAT, _LR_IS_DOUBLE, _IS_CURRENT)
-UPDATE, SWAP, COPY_GRAD, KEEP, ASSIGN, PUT_AVERAGE, PUT_BACK = (
-    _UPDATE, _SWAP, _COPY_GRAD, _KEEP, _ASSIGN, _PUT_AVERAGE, _PUT_BACK)
+    LARGEST_CHUNK = 15   # less than TAIL_BITS
 
 _DTYPES = {FLOAT16: "float16", BFLOAT16: "bfloat16", FLOAT32: "float32", FLOAT64: "float64"}
 
 
 def row_words(bint device_scalars):
     """How many words a row has, with scalars on the device or not."""
-    return _DEVICE_ROW if device_scalars else _ROW
+    return DEVICE_ROW if device_scalars else ROW
 
 
 def set_words(bint device_scalars):
     """How many words a set of scalars has."""
-    return _DEVICE_SET if device_scalars else _SET
+    return DEVICE_SET if device_scalars else SET
 
 
 # What rows must have in common to go into one launch, as one number.
@@ -209,16 +201,16 @@ def pack(
         How many words are used.
     """
     cdef bint device_scalars = key >> 40
-    cdef int row_size = _DEVICE_ROW if device_scalars else _ROW
-    cdef int set_size = _DEVICE_SET if device_scalars else _SET
+    cdef int row_size = DEVICE_ROW if device_scalars else ROW
+    cdef int set_size = DEVICE_SET if device_scalars else SET
     cdef int power = _chunk_for(rows, key, n_blocks)
     cdef int64_t chunk = <int64_t>1 << power, n_chunks = 0, n_rows = 0, n_sets = 0, n
-    words[_TICKET_AT] = 0
-    cdef int64_t room = words.shape[0] - _HEADER, tail
+    words[TICKET_AT] = 0
+    cdef int64_t room = words.shape[0] - HEADER, tail
     cdef bint is_new
-    cdef uint64_t *row_at = &words[_HEADER]
-    cdef uint64_t now[_DEVICE_SET]
-    cdef uint64_t last[_DEVICE_SET]
+    cdef uint64_t *row_at = &words[HEADER]
+    cdef uint64_t now[DEVICE_SET]
+    cdef uint64_t last[DEVICE_SET]
     cdef const Row *row
     cdef DeviceRows device_rows = rows.device_rows
     cdef Py_ssize_t i
@@ -226,17 +218,17 @@ def pack(
         row = &rows.rows[i]
         if row.device == CPU or _key_of(row) != key or (row.n == 0 and not device_scalars):
             continue
-        if job == _UPDATE:
+        if job == UPDATE:
             if device_scalars:
                 _set_of_plan(&device_rows.rows[row.device_row - 1], now)
             else:
                 _set_of(row, now)
         n = (row.n + chunk - 1) >> power
-        is_new = n_sets == 0 or (job == _UPDATE and not _are_same(now, last, set_size))
+        is_new = n_sets == 0 or (job == UPDATE and not _are_same(now, last, set_size))
         if (
             room < row_size + (set_size if is_new else 0)
-            or n_chunks + n >= <int64_t>1 << _FIRST_BITS
-            or (is_new and n_sets == _MOST_SETS)
+            or n_chunks + n >= <int64_t>1 << FIRST_BITS
+            or (is_new and n_sets == MOST_SETS)
         ):
             break
         if is_new:
@@ -248,10 +240,10 @@ def pack(
                    set_size * sizeof(uint64_t))
         _set_addresses(row, row_at, job)
         tail = row.n - (n - 1) * chunk if n != 0 else 0
-        row_at[_PLACE_AT] = n_chunks | tail << _FIRST_BITS | (n_sets - 1) << _SET_SHIFT
+        row_at[PLACE_AT] = n_chunks | tail << FIRST_BITS | (n_sets - 1) << SET_SHIFT
         if device_scalars:
-            row_at[_SCALARS_AT] = <uint64_t>device_rows.rows[row.device_row - 1].scalars
-            words[_TICKET_AT] = <uint64_t>device_rows.rows[row.device_row - 1].ticket
+            row_at[SCALARS_AT] = <uint64_t>device_rows.rows[row.device_row - 1].scalars
+            words[TICKET_AT] = <uint64_t>device_rows.rows[row.device_row - 1].ticket
         row_at += row_size
         room -= row_size
         n_rows += 1
@@ -260,16 +252,16 @@ def pack(
         i = rows.n_rows
     memmove(row_at, &words[0] + words.shape[0] - n_sets * set_size,
             n_sets * set_size * sizeof(uint64_t))
-    words[_N_ROWS_AT] = n_rows
-    words[_N_CHUNKS_AT] = n_chunks
-    words[_CHUNK_AT] = chunk
-    words[_SETS_AT] = _HEADER + n_rows * row_size + (n_sets - 1) * set_size
-    words[_JOB_AT] = job
-    words[_LOSS_SCALE_AT] = loss_scale
-    words[_FOUND_INF_AT] = found_inf
+    words[N_ROWS_AT] = n_rows
+    words[N_CHUNKS_AT] = n_chunks
+    words[CHUNK_AT] = chunk
+    words[SETS_AT] = HEADER + n_rows * row_size + (n_sets - 1) * set_size
+    words[JOB_AT] = job
+    words[LOSS_SCALE_AT] = loss_scale
+    words[FOUND_INF_AT] = found_inf
     # Rows without elements too have scalars that are to be advanced.
     n_blocks = max(n_chunks, <int64_t>1) if n_rows != 0 else 0
-    return i, n_blocks, _HEADER + n_rows * row_size + n_sets * set_size
+    return i, n_blocks, HEADER + n_rows * row_size + n_sets * set_size
 
 
 def run(list groups, success):
@@ -331,9 +323,9 @@ cdef int _chunk_for(Rows rows, int64_t key, int64_t n_blocks) noexcept:
 
 
 cdef void _set_addresses(const Row *row, uint64_t *at, int job) noexcept:
-    cdef bint keeps = job == _KEEP
+    cdef bint keeps = job == KEEP
     at[0] = <uint64_t>row.grad if keeps else <uint64_t>row.param
-    if job == _ASSIGN:
+    if job == ASSIGN:
         at[1] = <uint64_t>row.ax
     else:
         at[1] = <uint64_t>row.param if keeps else <uint64_t>row.grad
@@ -342,35 +334,35 @@ cdef void _set_addresses(const Row *row, uint64_t *at, int job) noexcept:
 
 cdef void _set_of(const Row *row, uint64_t *now) noexcept:
     cdef bint is_double = row.kind == FLOAT64
-    now[_NEG_ETA_AT] = _bits(-row.step.eta, is_double)
-    now[_DECAY_AT] = _bits(row.step.decay, is_double)
-    now[_WEIGHT_DECAY_AT] = _bits(row.step.weight_decay, is_double)
-    now[_FACTOR_AT] = _bits(row.step.grad_scale, is_double)
-    now[_MU_AT] = _bits(row.step.mu, row.ax_size == 8)
-    now[_HOW_AT] = _NO_AVERAGE if row.ax == NULL else _COPY if row.step.mu == 1 else _AVERAGE
+    now[NEG_ETA_AT] = _bits(-row.step.eta, is_double)
+    now[DECAY_AT] = _bits(row.step.decay, is_double)
+    now[WEIGHT_DECAY_AT] = _bits(row.step.weight_decay, is_double)
+    now[FACTOR_AT] = _bits(row.step.grad_scale, is_double)
+    now[MU_AT] = _bits(row.step.mu, row.ax_size == 8)
+    now[HOW_AT] = NO_AVERAGE if row.ax == NULL else COPY if row.step.mu == 1 else AVERAGE
     # As given: the rounded one may be 0, and fma(0, p, g) is not always g.
     if row.step.weight_decay != 0:
-        now[_HOW_AT] |= _HAS_WEIGHT_DECAY
+        now[HOW_AT] |= HAS_WEIGHT_DECAY
 
 
 cdef void _set_of_plan(const DeviceRow *own, uint64_t *now) noexcept:
-    now[_LR_AT] = _bits(own.plan.lr, True)
-    now[_LAMBD_AT] = _bits(own.plan.lambd, True)
-    now[_ALPHA_AT] = _bits(own.plan.alpha, True)
-    now[_T0_AT] = _bits(own.plan.t0, True)
-    now[_EVERY_AT] = _bits(own.plan.average_every, True)
-    now[_EMA_DECAY_AT] = _bits(own.plan.ema_decay, True)
-    now[_POWER_AT] = _bits(own.plan.power, True)
-    now[_L2_AT] = _bits(own.plan.weight_decay, True)
-    now[_SIGN_AT] = _bits(own.plan.grad_scale, True)
-    now[_FLAGS_AT] = 0
+    now[LR_AT] = _bits(own.plan.lr, True)
+    now[LAMBD_AT] = _bits(own.plan.lambd, True)
+    now[ALPHA_AT] = _bits(own.plan.alpha, True)
+    now[T0_AT] = _bits(own.plan.t0, True)
+    now[EVERY_AT] = _bits(own.plan.average_every, True)
+    now[EMA_DECAY_AT] = _bits(own.plan.ema_decay, True)
+    now[POWER_AT] = _bits(own.plan.power, True)
+    now[L2_AT] = _bits(own.plan.weight_decay, True)
+    now[SIGN_AT] = _bits(own.plan.grad_scale, True)
+    now[FLAGS_AT] = 0
     if own.double_scalars:
-        now[_FLAGS_AT] |= _SCALARS_ARE_DOUBLE
+        now[FLAGS_AT] |= SCALARS_ARE_DOUBLE
     if own.plan.current:
-        now[_FLAGS_AT] |= _IS_CURRENT
+        now[FLAGS_AT] |= IS_CURRENT
     if own.lr != NULL:
-        now[_LR_AT] = <uint64_t>own.lr
-        now[_FLAGS_AT] |= _LR_IS_DOUBLE if own.double_lr else _LR_IS_FLOAT
+        now[LR_AT] = <uint64_t>own.lr
+        now[FLAGS_AT] |= LR_IS_DOUBLE if own.double_lr else LR_IS_FLOAT
 
 
 cdef inline uint64_t _bits(double x, bint is_double) noexcept:
