@@ -220,8 +220,8 @@ def check_loaded(optimizer, state):
     loaded = optimizer.state_dict()["state"]
     for i, entry in state["state"].items():
         given = {name: x for name, x in entry.items() if not (isinstance(x, dict) and not x)}
-        if not given:
-            continue  # as torch has a param that has made no step
+        if not given or i not in range(len(params)):
+            continue  # as torch has a param that has made no step, and an entry of no param
         entry = loaded[i]
         for name in ("step", "eta", "mu"):
             ours, wanted = entry[name].reshape(()), torch.as_tensor(given[name]).reshape(())
