@@ -157,6 +157,10 @@ def _environment(folder: Path) -> dict[str, str]:
     (site / "outer.pth").write_text(
         "".join(f"import site; site.addsitedir({x!r})\n" for x in outer)
     )
+    for libraries in (Path(x, "nvidia") for x in outer):
+        if libraries.is_dir():  # of CUDA, which are sought in this folder alone
+            (site / "nvidia").symlink_to(libraries)
+            break
     found = dict(os.environ)
     nvcc = Path(shutil.which("nvcc") or "/").resolve()  # of the toolkit, or a script elsewhere
     for toolkit in (Path(found.get("CUDA_HOME") or "/usr/local/cuda"), nvcc.parent.parent):

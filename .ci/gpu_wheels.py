@@ -3,8 +3,8 @@
     python .ci/gpu_wheels.py
 
 These are the wheels of the package's dependencies and of the extra "cuda", for Python 3.12 on
-Linux, without NumPy and the compiler of CUDA's toolkit, which are there. They are packed more
-tightly, so that they are easier to carry.
+Linux, without the bindings and the compiler of CUDA's toolkit, which torch and Numba bring there.
+They are packed more tightly, and without their tests, so that they are easier to carry.
 """
 
 import re
@@ -22,14 +22,14 @@ except ModuleNotFoundError:  # before Python 3.11
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = ROOT / "build" / "gpu-wheels"
 PLATFORMS = [f"--platform=manylinux_2_{n}_x86_64" for n in (28, 27, 24, 17)]
-ALREADY_THERE = ("numpy", "packaging")
+ALREADY_THERE = ("cuda_bindings", "packaging")
 
 
 def packed(path: Path) -> Path:
     """Compress the members of a wheel again, by LZMA."""
     smaller = path.with_suffix(".packed")
     with ZipFile(path) as old, ZipFile(smaller, "w") as new:
-        for member in old.infolist():
+        for member in (x for x in old.infolist() if "/tests/" not in x.filename):
             content = old.read(member)
             member.compress_type = ZIP_LZMA
             new.writestr(member, content)

@@ -190,7 +190,8 @@ def _not_made(tool: str, compute_capability: tuple[int, int], reason: object) ->
     major, minor = compute_capability
     return RuntimeError(
         f"{tool} made no kernel for compute capability {major}.{minor}: {reason}; the compiler and "
-        "its linker come with 'numba-cuda[cu13]', or cu12, in versions that go together"
+        "its linker come with 'numba-cuda[cu13]', or cu12, and need a Numba and a NumPy that go "
+        "together with it, as those of the extra 'cuda' do"
     )
 
 
