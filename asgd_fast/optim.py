@@ -59,9 +59,10 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: ASGD, *args: Any, **kwargs: Any) -> Any:
         if has_observers(self):
             return in_full(self, *args, **kwargs)
+        if not (args or kwargs):
+            return step(self)
         result = step(self, *args, **kwargs)
-        if args or kwargs:  # a closure may have registered hooks
-            call_post_hooks(self, (self, *args), kwargs)
+        call_post_hooks(self, (self, *args), kwargs)  # which a closure may have registered
         return result
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it again
@@ -373,21 +374,21 @@ class ASGD(WithAverages, torch.optim.ASGD):
     def _run(self, work: Work) -> None:
         """Do what a step has to do, all of it checked before anything changes."""
         try:
-            launches = None
-            if work.remaining:
+            rows, remaining, launches = work.rows, work.remaining, None
+            if remaining:
                 check_graph_capture(self)
-            if work.rows.has_gpu_rows:
+            if rows.has_gpu_rows:
                 capturable = all(group["capturable"] for group in self.param_groups)
-                launches = launches_for(work.rows, capturable=capturable)
-            if work.remaining:
-                fallback.prepare(work.remaining)
-            n_threads = threads_for(work.rows)
+                launches = launches_for(rows, capturable=capturable)
+            if remaining:
+                fallback.prepare(remaining)
+            n_threads = threads_for(rows)
             increment_versions(work.written)
             # One call, as an interrupt may come wherever Python code runs.
-            if work.remaining or launches is not None:
-                _core.update(work.rows, n_threads, partial(self._begin, work, launches))
+            if remaining or launches is not None:
+                _core.update(rows, n_threads, partial(self._begin, work, launches))
             else:
-                _core.update(work.rows, n_threads, work.begin)
+                _core.update(rows, n_threads, work.begin)
         finally:
             work.end()
 
