@@ -332,6 +332,27 @@ def test_groups_and_states_may_be_other_mappings():
     twins.run(3)
 
 
+class Doubled(dict):
+    """A group that answers twice its weight decay, and minimizes though it does not say so."""
+
+    def __getitem__(self, name):
+        value = super().__getitem__(name)
+        return 2 * value if name == "weight_decay" else value
+
+    def __missing__(self, name):
+        return {"maximize": False}[name]
+
+
+def test_groups_are_read_by_their_own_methods():
+    gapped = torch.ones(8)[::2].detach().requires_grad_()  # which torch's own function updates
+    twins = Twins(
+        [*parameters((3,)), gapped], lambda own: [Doubled(params=own, weight_decay=0.1)], t0=1
+    )
+    for optimizer, _ in twins.sides:
+        del optimizer.param_groups[0]["maximize"]
+    twins.run(4)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_that_lacks_an_entry_is_named_and_nothing_is_changed(name):
     p, q = params = parameters((3,), (4,))

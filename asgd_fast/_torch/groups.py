@@ -63,6 +63,13 @@ def check_group(group: Group) -> None:
         )
 
 
+def read_by_steps(group: Group) -> Group:
+    """Return what steps read of a group, as its own methods answer if it is a subclass of dict."""
+    names = ("params", *NUMBERS, "maximize", "differentiable", "capturable")
+    own = {name: group.get(name, usual) for name, usual in OWN_HYPERPARAMETERS.items()}
+    return {name: group[name] for name in names} | own
+
+
 def is_of_floats(group: Group) -> bool:
     """Whether a group's scalars are Python's own numbers, whose arithmetic is that of doubles."""
     return all(type(group[name]) in (float, int) for name in ("lr", "lambd", "alpha", "t0"))
