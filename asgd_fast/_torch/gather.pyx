@@ -164,7 +164,8 @@ cdef class Work:
         self._read_group(values, &common)
         by_torch = (
             by_torch or values["differentiable"]
-            or common.in_types and isinstance(values["lambd"], TENSOR))  # by which params are scaled
+            # A tensor, by which torch scales params in its own dtype.
+            or common.in_types and isinstance(values["lambd"], TENSOR))
         # A copy: another thread may change the list, and room is made for these alone.
         params = list(values["params"])
         self.rows.begin_group(len(params))
