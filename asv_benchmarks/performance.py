@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import subprocess
 import time
 from functools import partial
@@ -24,7 +25,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from measure import LAST_CACHE, Times, after_backward, from_memory, in_turn
 from models import resnet50
-from performance_page import ENGINE, OURS, PLAIN, SGD, figures, record, tables
+from performance_page import (
+    ENGINE,
+    FAMILY,
+    OURS,
+    PLAIN,
+    SGD,
+    UNKNOWN,
+    figures,
+    known,
+    record,
+    tables,
+)
 from plain import FLAGS, PlainLoops
 
 import asgd_fast
@@ -412,10 +424,11 @@ def main() -> None:
         parser.error(f"unknown sections {sorted(unknown)}; expected any of {', '.join(SECTIONS)}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    sections = arguments.sections or list(SECTIONS)
 
     facts = asgd_fast.show_config("dicts")
     machine = {
-        "processor": _processor(),
+        **_processor(),
         "cores": torch.multiprocessing.cpu_count(),
         "threads": torch.get_num_threads(),
         "last cache": f"{LAST_CACHE / 2**20:.0f} MiB",
@@ -425,17 +438,30 @@ def main() -> None:
         "torch": torch.__version__,
         "plain loops": " ".join(FLAGS),
     }
+    if arguments.save:
+        # All that would be refused after the campaign is refused before it.
+        best = _core.simd_levels()[0]
+        if machine["simd"] != best:
+            parser.error(
+                f"--save: {machine['simd']} is in use, and this processor has {best}; "
+                "unset ASGD_FAST_SIMD"
+            )
+        try:
+            known(arguments.save, machine, sections)
+        except ValueError as e:
+            parser.error(f"--save: {e}")
+        arguments.save.mkdir(exist_ok=True)
+    commit = _commit() if arguments.save else ""
     for name, value in machine.items():
         print(f"- {name}: {value}")
     plain = PlainLoops()
     measured = {}
-    for name in arguments.sections or SECTIONS:
+    for name in sections:
         measured[name] = figures(name, SECTIONS[name](plain))
         here = {"sections": {name: {"cases": measured[name]}}}
         print(f"\n### {name}\n", *tables(name, {machine["simd"]: here}), sep="\n", flush=True)
     if arguments.save:
-        arguments.save.mkdir(exist_ok=True)
-        record(arguments.save, machine, _commit(), measured)
+        record(arguments.save, machine, commit, measured)
 
 
 def _commit() -> str:
@@ -446,13 +472,19 @@ def _commit() -> str:
     ).stdout.strip()
 
 
-def _processor() -> str:
-    """Return the name of the processor, as far as the system tells it."""
+def _processor() -> dict[str, str]:
+    """Return what the system tells of the processor: its name, and what tells it from others."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return platform.processor()
-    return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "unknown")
+        return {"processor": platform.processor(), FAMILY: UNKNOWN}
+    # The last core's, as that of all.
+    found = dict(re.findall(r"^(.*?)\t*: (.*)$", text, re.MULTILINE))
+    family = [found.get(name, UNKNOWN) for name in ("cpu family", "model", "stepping")]
+    return {
+        "processor": found.get("model name", UNKNOWN),
+        FAMILY: UNKNOWN if UNKNOWN in family else "/".join(family),
+    }
 
 
 if __name__ == "__main__":
