@@ -302,7 +302,7 @@ def classifier(_: PlainLoops) -> dict[str, Times]:
     import numpy as np
     from sklearn import config_context
     from sklearn.linear_model import SGDClassifier
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     def empty() -> None:
         pass
