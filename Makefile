@@ -98,8 +98,9 @@ bench-check: $(VENV)/bin/python
 
 # What this kind of machine has no results of yet, on the commits of history.txt.
 bench-record: $(VENV)/bench
-	cut -d' ' -f1 asv_benchmarks/history.txt | $(BIN)/asv run --skip-existing $(BENCH) \
-	  --machine "$$($(BIN)/python asv_benchmarks/asv_machine.py)" HASHFILE:-
+	machine=$$($(BIN)/python asv_benchmarks/asv_machine.py) && \
+	  cut -d' ' -f1 asv_benchmarks/history.txt | $(BIN)/asv run --skip-existing $(BENCH) \
+	  --machine "$$machine" HASHFILE:-
 
 # What Cython made of each line, as pages in build/annotate; with the directives of setup.py.
 annotate: $(VENV)/dev

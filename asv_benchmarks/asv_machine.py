@@ -44,7 +44,9 @@ def remember(name: str) -> None:
 
 
 def processor() -> str:
-    """Return the processor's name and SIMD level: some virtual machines tell no more of the first.
+    """Return the processor's name, family, model, stepping and SIMD level, as far as they are told.
+
+    On virtual machines very different processors are called "AMD EPYC".
 
     Returns
     -------
@@ -52,10 +54,15 @@ def processor() -> str:
     """
     name: str = Machine.get_defaults()["cpu"]
     try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii").split()
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii")
     except OSError:
         return name
+    found = dict(re.findall(r"^(.*?)\t*: (.*)$", text, re.MULTILINE))
+    family = [found[fact] for fact in ("cpu family", "model", "stepping") if fact in found]
+    if family:
+        name = f"{name} {'/'.join(family)}"
     levels = {"avx512f": "avx512", "avx2": "avx2"}
+    flags = text.split()
     return ", ".join([name, *[level for flag, level in levels.items() if flag in flags][:1]])
 
 

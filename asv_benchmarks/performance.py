@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import subprocess
 import time
 from functools import partial
@@ -24,7 +25,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from measure import LAST_CACHE, Times, after_backward, from_memory, in_turn
 from models import resnet50
-from performance_page import ENGINE, OURS, PLAIN, SGD, figures, record, tables
+from performance_page import (
+    ENGINE,
+    FAMILY,
+    OURS,
+    PLAIN,
+    SGD,
+    UNKNOWN,
+    figures,
+    known,
+    record,
+    tables,
+)
 from plain import FLAGS, PlainLoops
 
 import asgd_fast
@@ -282,12 +294,18 @@ def arrays(_: PlainLoops) -> dict[str, Times]:
 
 
 def classifier(_: PlainLoops) -> dict[str, Times]:
-    """Logistic regression, a step for each sample, beside scikit-learn's averaged SGD.
+    """Logistic regression, a step for each sample, beside scikit-learn's averaged SGD; one thread.
 
-    Ours computes the gradient in NumPy and pays for the calls; theirs is compiled whole.
+    Ours computes the gradient in NumPy and pays for the calls; theirs is compiled whole. The scale
+    is the calls alone: of the step, of a ufunc on an array of the same size, of an empty function.
     """
     import numpy as np
+    from sklearn import config_context
     from sklearn.linear_model import SGDClassifier
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    def empty() -> None:
+        pass
 
     results = {}
     rng = np.random.default_rng(0)
@@ -295,12 +313,24 @@ def classifier(_: PlainLoops) -> dict[str, Times]:
         n_samples = max(20, min(1000, 10**6 // n_features))
         xs = rng.normal(size=(n_samples, n_features))
         ys = np.where(xs[:, 0] > 0, 1.0, -1.0)
-        theirs = SGDClassifier(
-            loss="log_loss", penalty=None, learning_rate="constant", eta0=0.01, average=True
+        # With this rate no step enlarges a difference between two weights: that would take
+        # lr * |x|^2 > 8, and it is about 1, at most 3.
+        lr = 1 / n_features
+        weights, scratch = np.zeros(n_features), np.zeros(n_features)
+        # From t0 = -1 on, ours averages all iterates, as theirs does; t0 = 0 leaves the first out.
+        ours, alone = (ArrayASGD(w, lr=lr, lambd=0.0, alpha=0.0, t0=-1) for w in (weights, scratch))
+        theirs, theirs_plain = (
+            SGDClassifier(
+                loss="log_loss",
+                penalty=None,
+                learning_rate="constant",
+                eta0=lr,
+                average=average,
+                shuffle=False,
+                fit_intercept=False,
+            )
+            for average in (True, False)
         )
-        theirs.partial_fit(xs, ys, classes=[-1, 1])
-        weights = np.zeros(n_features)
-        ours = ArrayASGD(weights, lr=0.01, lambd=0.0, alpha=0.0, t0=0)
 
         def epoch(
             optimizer: ArrayASGD = ours,
@@ -311,13 +341,28 @@ def classifier(_: PlainLoops) -> dict[str, Times]:
             for x, y in zip(xs, ys, strict=True):
                 optimizer.step((0.5 * y * (np.tanh(0.5 * y * (x @ weights)) - 1)) * x)
 
-        times = in_turn(
-            {
-                "ArrayASGD": epoch,
-                "SGDClassifier(average=True)": partial(theirs.partial_fit, xs, ys),
-            },
-            15,
-        )
+        step = partial(alone.step, xs[0])
+        add = partial(np.add, xs[0], xs[0], scratch)
+        # The limit is that of BLAS and of the engine. scikit-learn need not look for NaN.
+        with threadpool_limits(1), config_context(assume_finite=True):
+            assert asgd_fast.get_num_threads() == 1
+            epoch()
+            for model in (theirs, theirs_plain):
+                model.partial_fit(xs, ys, classes=[-1, 1])
+            # The same problem: without averages, coef_ has the iterate. The products of all samples
+            # make at most 2 million roundings, each of 1.1e-16 of the largest weight: 2e-10.
+            for own, other in ((weights, theirs_plain), (ours.averages[0], theirs)):
+                assert abs(own - other.coef_[0]).max() <= 1e-9 * abs(own).max()
+            times = in_turn(
+                {
+                    "ArrayASGD": epoch,
+                    "SGDClassifier(average=True)": partial(theirs.partial_fit, xs, ys),
+                    "ArrayASGD.step alone": partial(repeated, step, n_samples),
+                    "np.add": partial(repeated, add, n_samples),
+                    "a Python call": partial(repeated, empty, n_samples),
+                },
+                15,
+            )
         results[f"{n_features:,} features"] = _divided(times, n_samples)
     return results
 
@@ -412,10 +457,11 @@ def main() -> None:
         parser.error(f"unknown sections {sorted(unknown)}; expected any of {', '.join(SECTIONS)}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    sections = arguments.sections or list(SECTIONS)
 
     facts = asgd_fast.show_config("dicts")
     machine = {
-        "processor": _processor(),
+        **_processor(),
         "cores": torch.multiprocessing.cpu_count(),
         "threads": torch.get_num_threads(),
         "last cache": f"{LAST_CACHE / 2**20:.0f} MiB",
@@ -425,17 +471,30 @@ def main() -> None:
         "torch": torch.__version__,
         "plain loops": " ".join(FLAGS),
     }
+    if arguments.save:
+        # All that would be refused after the campaign is refused before it.
+        best = _core.simd_levels()[0]
+        if machine["simd"] != best:
+            parser.error(
+                f"--save: {machine['simd']} is in use, and this processor has {best}; "
+                "unset ASGD_FAST_SIMD"
+            )
+        try:
+            known(arguments.save, machine, sections)
+        except ValueError as e:
+            parser.error(f"--save: {e}")
+        arguments.save.mkdir(exist_ok=True)
+    commit = _commit() if arguments.save else ""
     for name, value in machine.items():
         print(f"- {name}: {value}")
     plain = PlainLoops()
     measured = {}
-    for name in arguments.sections or SECTIONS:
+    for name in sections:
         measured[name] = figures(name, SECTIONS[name](plain))
         here = {"sections": {name: {"cases": measured[name]}}}
         print(f"\n### {name}\n", *tables(name, {machine["simd"]: here}), sep="\n", flush=True)
     if arguments.save:
-        arguments.save.mkdir(exist_ok=True)
-        record(arguments.save, machine, _commit(), measured)
+        record(arguments.save, machine, commit, measured)
 
 
 def _commit() -> str:
@@ -446,13 +505,19 @@ def _commit() -> str:
     ).stdout.strip()
 
 
-def _processor() -> str:
-    """Return the name of the processor, as far as the system tells it."""
+def _processor() -> dict[str, str]:
+    """Return what the system tells of the processor: its name, and what tells it from others."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return platform.processor()
-    return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "unknown")
+        return {"processor": platform.processor(), FAMILY: UNKNOWN}
+    # The last core's, as that of all.
+    found = dict(re.findall(r"^(.*?)\t*: (.*)$", text, re.MULTILINE))
+    family = [found.get(name, UNKNOWN) for name in ("cpu family", "model", "stepping")]
+    return {
+        "processor": found.get("model name", UNKNOWN),
+        FAMILY: UNKNOWN if UNKNOWN in family else "/".join(family),
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The figures of performance.py by machine: performance.json, performance.md's tables, the plot.
 
 What is measured anew takes the place of the same machine's figures only; the tables show all
-machines side by side. This module measures nothing.
+machines side by side. A column has figures of one machine and of one set of versions. This module
+measures nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from measure import ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from measure import Times
 
-__all__ = ["ENGINE", "OURS", "PLAIN", "SGD", "figures", "record", "tables"]
+__all__ = ["ENGINE", "OURS", "PLAIN", "SGD", "figures", "known", "record", "tables"]
 
 OURS = "asgd_fast"
 ENGINE = "asgd_fast, the engine alone"
@@ -48,6 +49,13 @@ SECTIONS = {
     "threads": Section("us", 1e3, is_grid=True),
 }
 
+# These facts of a machine may change; a machine with other values of the rest is another machine.
+VERSIONS = ("compiler", "python", "torch", "plain loops")
+
+# The fact by which processors of the same name are told apart, and its value where nobody knows it.
+FAMILY = "family/model/stepping"
+UNKNOWN = "unknown"
+
 # Of a case: the quartiles of the nanoseconds of each contender, the median in the middle, and how
 # many times as long as the reference it takes, the median of the rounds.
 Case: TypeAlias = "dict[str, dict[str, Any]]"
@@ -67,6 +75,66 @@ def figures(section: str, cases: dict[str, Times]) -> dict[str, Case]:
     return result
 
 
+def known(folder: Path, machine: dict[str, Any], sections: Iterable[str]) -> dict[str, Any]:
+    """Return the figures in performance.json, where those of a machine may be put beside them.
+
+    Parameters
+    ----------
+    folder : Path
+    machine : dict
+        The facts of the machine.
+    sections : iterable of str
+        What is measured on it.
+
+    Returns
+    -------
+    dict
+        The facts and sections of each machine.
+
+    Raises
+    ------
+    ValueError
+        The file is malformed, or the column of this machine's name is of another machine, or it
+        would keep figures of other versions than it says.
+    """
+    path = folder / "performance.json"
+    if not path.exists():
+        return {}
+    try:
+        machines: dict[str, Any] = json.loads(path.read_text())
+        for table in ("machines", "shares", *SECTIONS):
+            list(tables(table, machines))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is malformed: {e!r}") from e
+    name = _name(machine)
+    if name not in machines:
+        return machines
+    recorded = machines[name]["machine"]
+    differences = {
+        fact: f"{fact} is {recorded.get(fact, UNKNOWN)} there and {value} here"
+        for fact, value in machine.items()
+        if recorded.get(fact, UNKNOWN) != value or value == UNKNOWN
+    }
+    lasting = [text for fact, text in differences.items() if fact not in VERSIONS]
+    if lasting:
+        raise ValueError(
+            f"{path} has {name!r} of another machine, or otherwise measured: {'; '.join(lasting)}; "
+            "save into another folder"
+        )
+    kept = machines[name]["sections"].keys() - set(sections)
+    if differences and kept:
+        raise ValueError(
+            f"{path} has {name!r} of other versions: {'; '.join(differences.values())}; measure "
+            f"{', '.join(sorted(kept))} as well, since a column has one set of versions"
+        )
+    return machines
+
+
+def _name(machine: dict[str, Any]) -> str:
+    """Return the name of a machine's column: many virtual machines have a processor "AMD EPYC"."""
+    return f"{machine['processor']} {machine[FAMILY]}, {machine['simd']}"
+
+
 def record(folder: Path, machine: dict[str, Any], commit: str, measured: dict[str, Any]) -> None:
     """Write the figures of a machine into performance.json and performance.md, and draw them.
 
@@ -74,18 +142,17 @@ def record(folder: Path, machine: dict[str, Any], commit: str, measured: dict[st
     ----------
     folder : Path
     machine : dict
-        Its "processor" and "simd" make its name; figures of the same name, but of other facts, go.
+        As of `known`, which must not refuse it.
     commit : str
         That was measured.
     measured : dict
         Of sections, what `figures` returned.
     """
     path = folder / "performance.json"
-    machines = json.loads(path.read_text()) if path.exists() else {}
-    name = f"{machine['processor']}, {machine['simd']}"
-    own = machines.get(name, {})
-    if own.get("machine") != machine:
-        own = machines[name] = {"machine": machine, "sections": {}}
+    machines = known(folder, machine, measured)
+    name = _name(machine)
+    own = machines.setdefault(name, {"machine": machine, "sections": {}})
+    own["machine"] = machine  # with newer versions, if all sections are measured with them
     for section, cases in measured.items():
         own["sections"][section] = {"commit": commit, "cases": cases}
     path.write_text(json.dumps(machines, indent=1) + "\n")

@@ -414,6 +414,38 @@ def test_the_name_of_a_machine_is_that_of_its_processor(tmp_path):
     name = printed.stdout.strip()
     assert re.fullmatch(rf"[a-z0-9-]+-{os.cpu_count()}-cores", name)
     assert ("avx" in name) == (_core.simd_levels()[0] != "baseline")
+    # Many virtual machines have an "AMD EPYC", so its name does not tell it from others.
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    family = re.findall(r"^(?:cpu family|model|stepping)\s*: (\d+)$", text, re.MULTILINE)[:3]
+    assert "-".join(family) in name
+
+
+@pytest.mark.parametrize("name", ["zen-2-cores", None])
+def test_results_are_recorded_under_a_name_or_not_at_all(tmp_path, name):
+    """asv would otherwise take no name for that of a machine."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    named = f"echo {name}" if name else "exit 1"
+    for program, text in (("python", named), ("asv", 'echo "$@" > measured')):
+        path = tmp_path / ".venv" / "bin" / program
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    (tmp_path / "asv_benchmarks").mkdir()
+    (tmp_path / "asv_benchmarks" / "history.txt").write_text("d083d367 first\n")
+    makefile = str(ROOT / "Makefile")
+    made = subprocess.run(
+        ["make", "-f", makefile, "-o", ".venv/bench", "bench-record"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    measured = tmp_path / "measured"
+    assert (made.returncode == 0) == measured.exists() == (name is not None), made.stderr
+    if name:
+        assert f"--machine {name} HASHFILE:-" in measured.read_text()
 
 
 # What the page loads from elsewhere, as Debian has it: libjs-jquery, libjs-jquery-flot and so on.
