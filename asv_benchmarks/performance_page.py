@@ -113,7 +113,7 @@ def known(folder: Path, machine: dict[str, Any], sections: Iterable[str]) -> dic
     differences = {
         fact: f"{fact} is {recorded.get(fact, UNKNOWN)} there and {value} here"
         for fact, value in machine.items()
-        if recorded.get(fact, UNKNOWN) != value or value == UNKNOWN
+        if recorded.get(fact, UNKNOWN) != value
     }
     lasting = [text for fact, text in differences.items() if fact not in VERSIONS]
     if lasting:
