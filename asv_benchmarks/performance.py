@@ -3,7 +3,7 @@
     OMP_PROC_BIND=true python asv_benchmarks/performance.py [section ...] [--save docs]
 
 Bound threads stay apart; else some virtual machines let two of them share a processor. Sections:
-large, halves, averages, backward, hot, arrays, classifier, scaling, threads; all by default.
+large, dtypes, averages, backward, hot, arrays, classifier, scaling, threads; all by default.
 
 The contenders are timed in turn in one process, every round each of them once, and the medians over
 the rounds are printed, as tables in Markdown; ratios are the medians of those of each round.
@@ -143,11 +143,11 @@ def large(plain: PlainLoops) -> dict[str, Times]:
     return results
 
 
-def halves(plain: PlainLoops) -> dict[str, Times]:
-    """One tensor of 10 million elements of each half type, in each phase."""
+def dtypes(plain: PlainLoops) -> dict[str, Times]:
+    """One tensor of 10 million elements of each other dtype, in each phase."""
     results = {}
     n = 10**7
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
         for phase, (options, width, floor) in PHASES.items():
             (p,) = params_of(n, dtype=dtype)
             assert p.grad is not None
@@ -159,7 +159,7 @@ def halves(plain: PlainLoops) -> dict[str, Times]:
                 "torch.optim.ASGD(foreach=True)": torchs([p], phase, ax, foreach=True),
             }
             name = str(dtype).removeprefix("torch.")
-            results[f"{n:,} {name}, {phase}, {width // 2} B"] = from_memory(contenders, 30)
+            results[f"{n:,} {name}, {phase}, {width * p.itemsize // 4} B"] = from_memory(contenders, 30)
     return results
 
 
@@ -439,7 +439,7 @@ def _divided(times: Times, n: int) -> Times:
     return {name: [x / n for x in rounds] for name, rounds in times.items()}
 
 
-_SECTIONS = (large, halves, averages, backward, hot, arrays, classifier, scaling, threads)
+_SECTIONS = (large, dtypes, averages, backward, hot, arrays, classifier, scaling, threads)
 SECTIONS = {section.__name__: section for section in _SECTIONS}
 
 

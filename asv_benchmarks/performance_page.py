@@ -39,7 +39,7 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "large": Section("ms", 1e6, OURS),
-    "halves": Section("ms", 1e6, OURS),
+    "dtypes": Section("ms", 1e6, OURS),
     "averages": Section("ms", 1e6, OURS),
     "backward": Section("us", 1e3, SGD),
     "hot": Section("us", 1e3, OURS),
@@ -240,7 +240,7 @@ def _shares(machines: dict[str, Any]) -> Iterator[str]:
     shares = {
         machine: {
             case: contenders
-            for section in ("large", "halves", "averages")
+            for section in ("large", "dtypes", "averages")
             for case, contenders in own["sections"].get(section, {"cases": {}})["cases"].items()
         }
         for machine, own in machines.items()
