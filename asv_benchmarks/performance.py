@@ -159,7 +159,9 @@ def dtypes(plain: PlainLoops) -> dict[str, Times]:
                 "torch.optim.ASGD(foreach=True)": torchs([p], phase, ax, foreach=True),
             }
             name = str(dtype).removeprefix("torch.")
-            results[f"{n:,} {name}, {phase}, {width * p.itemsize // 4} B"] = from_memory(contenders, 30)
+            results[f"{n:,} {name}, {phase}, {width * p.itemsize // 4} B"] = from_memory(
+                contenders, 30
+            )
     return results
 
 
