@@ -69,13 +69,13 @@ static inline asgd_float16 asgd_fast_narrow_float16(float value) {
 
 /* Vectors are the compiler's own, so that one is loaded, computed and stored as a number is: nothing is
    an array between the load and the store, and nothing moves by memcpy, which compilers may cut into
-   16 bytes for which a load of 32 then waits. AVX2 stands for F16C too, which every processor with AVX2
-   has; setup.py asks for both. */
-#if defined(__GNUC__) && (defined(__AVX512F__) || defined(__AVX2__))
+   16 bytes for which a load of 32 then waits. Vectors need all that setup.py asks for at their level;
+   CFLAGS may ask for a part of it. */
+#if defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #include <immintrin.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
 #define ASGD_FAST_VECTOR 64
 #define ASGD_FAST_MM(name) _mm512_##name
 typedef __m512i asgd_integers;
