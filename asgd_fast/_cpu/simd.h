@@ -167,8 +167,8 @@ static inline asgd_unit asgd_fast_load_bfloat16(const asgd_bfloat16 *from) {
     return (asgd_unit){(asgd_floats)(bits << 16), (asgd_floats)(bits & 0xFFFF0000)};
 }
 
-/* As for a number, but that nans need no care: one that comes of bfloat16 numbers and of scalars is
-   quiet and has no digits to round. */
+/* As for a number, but that nans need no care: one with digits to round might become another number,
+   but those of bfloat16 numbers and of operations have none, and loops.pxi makes scalars so. */
 static inline asgd_words asgd_fast_rounded_bfloat16(asgd_floats values) {
     asgd_words bits = (asgd_words)values;
     return bits + 0x7FFF + ((bits >> 16) & 1);
