@@ -108,6 +108,13 @@ def test_a_sanitizer_leaves_out_no_simd_level(tmp_path):
     assert None not in build(tmp_path, *names, CFLAGS="-fsanitize=address", CC=fast)
 
 
+@pytest.mark.skipif("avx2" not in _core.simd_levels(), reason="AVX2 is not of this machine")
+def test_a_part_of_a_levels_instructions_may_be_in_cflags(tmp_path):
+    """As a distribution may ask for AVX2, which does not stand for FMA and F16C."""
+    fast = compiler(tmp_path, 'exec cc "$@" -O0')  # the code is not run
+    assert None not in build(tmp_path, "asgd_fast._cpu.baseline", CFLAGS="-mavx2", CC=fast)
+
+
 @pytest.mark.parametrize("flag", ["-ffp-contract=off", "-fno-fast-math"])
 def test_without_a_flag_for_exactness_there_is_no_build(tmp_path, flag):
     refuses = compiler(tmp_path, f'case "$*" in *{flag}*) exit 1;; esac; exec cc "$@"')

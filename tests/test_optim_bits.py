@@ -370,6 +370,33 @@ def test_half_types_round_as_torch_rounds(simd_level, dtype):
     assert param.detach()[~number].isnan().all()
 
 
+@pytest.mark.parametrize("name", ["eta", "mu", "weight_decay"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_scalars_that_are_nan_make_nans_of_half_types(simd_level, dtype, name):
+    """With any payload: the largest ones would carry into the sign if they were rounded."""
+    generator = torch.Generator().manual_seed(0)
+    payloads = torch.randint(2**51, 2**52, (20,), generator=generator)
+    largest = torch.randint(2**52 - 2**44, 2**52, (20,), generator=generator)
+    bits = torch.cat([payloads, largest, torch.tensor([2**52 - 1])]) + (0x7FF << 52)
+    nans = bits.view(torch.float64)
+    nans = torch.cat([nans, -nans])
+    start, grad = torch.randn(2, 70, generator=generator).to(dtype)
+    for nan in nans.tolist():
+        half, precise = nn.Parameter(start.clone()), nn.Parameter(start.float())
+        ours = ASGD([half], lazy_average=False)
+        theirs = torch.optim.ASGD([precise], foreach=False)
+        for optimizer, param in ((ours, half), (theirs, precise)):
+            param.grad = grad.to(param.dtype)
+            optimizer.step()
+            if name == "weight_decay":
+                optimizer.param_groups[0][name] = nan
+            else:
+                optimizer.state[param][name].fill_(nan)
+            optimizer.step()
+        for one, other in ((half, precise), (ours.state[half]["ax"], theirs.state[precise]["ax"])):
+            assert torch.equal(one.isnan(), other.to(dtype).isnan())
+
+
 @pytest.mark.parametrize(
     "lrs",
     [

@@ -6,12 +6,13 @@
 # Each operation rounds once, and a product is fused with a sum only where fma is written.
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport fma, fmaf
+from libc.math cimport NAN, fma, fmaf
 from libc.stdint cimport int64_t, uint16_t
 from libc.string cimport memcpy, memset
 
 from asgd_fast._cpu.loops cimport Loops
 from asgd_fast._rows.rows cimport BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Row
+from asgd_fast._schedule cimport Step
 
 cdef extern from *:
     """
@@ -162,7 +163,7 @@ cdef inline void _narrow_reals(
 
 
 cdef inline void _update_halves(
-    const Row *row, half *param, const half *grad, average *ax, int64_t n,
+    const Step *step, half *param, const half *grad, average *ax, int64_t n,
 ) noexcept nogil:
     """Update n elements; without an average if ax is NULL."""
     cdef half p[UNIT]
@@ -170,7 +171,7 @@ cdef inline void _update_halves(
     cdef average a[UNIT]
     cdef int64_t whole = n - n % UNIT
     cdef size_t rest = n - whole
-    _update_units(row, param, grad, ax, whole)
+    _update_units(step, param, grad, ax, whole)
     if rest > 0:
         param, grad, ax = param + whole, grad + whole, NULL if ax == NULL else ax + whole
         memset(p, 0, sizeof(p))
@@ -180,25 +181,25 @@ cdef inline void _update_halves(
         memcpy(g, grad, rest * sizeof(half))
         if ax != NULL:
             memcpy(a, ax, rest * sizeof(average))
-        _update_units(row, p, g, a, UNIT)
+        _update_units(step, p, g, a, UNIT)
         memcpy(param, p, rest * sizeof(half))
         if ax != NULL:
             memcpy(ax, a, rest * sizeof(average))
 
 
 cdef inline void _update_units(
-    const Row *row, half *param, const half *grad, average *ax, int64_t n,
+    const Step *step, half *param, const half *grad, average *ax, int64_t n,
 ) noexcept nogil:
     """Update n elements, a multiple of UNIT."""
-    cdef floats neg_eta = _all(<float>-row.step.eta)
-    cdef floats decay = _all(<float>row.step.decay)
-    cdef floats weight_decay = _all(<float>row.step.weight_decay)
-    cdef floats grad_scale = _all(<float>row.step.grad_scale)
-    cdef bint has_weight_decay = row.step.weight_decay != 0
+    cdef floats neg_eta = _all(<float>-step.eta)
+    cdef floats decay = _all(<float>step.decay)
+    cdef floats weight_decay = _all(<float>step.weight_decay)
+    cdef floats grad_scale = _all(<float>step.grad_scale)
+    cdef bint has_weight_decay = step.weight_decay != 0
     # Read once: for all that a compiler knows, a store might change the step.
-    cdef floats mu = _all(<float>row.step.mu)
-    cdef doubles wide_mu = _all_doubles(row.step.mu)
-    cdef bint averages = row.step.mu != 1
+    cdef floats mu = _all(<float>step.mu)
+    cdef doubles wide_mu = _all_doubles(step.mu)
+    cdef bint averages = step.mu != 1
     cdef Unit p
     cdef Unit g
     cdef int64_t _i
@@ -305,18 +306,18 @@ cdef void _update_float64(const Row *row, int64_t start, int64_t stop) noexcept 
 
 
 cdef inline void _update_any_halves(
-    const Row *row, half *param, const half *grad, int64_t start, int64_t stop,
+    const Row *row, const Step *step, half *param, const half *grad, int64_t start, int64_t stop,
 ) noexcept nogil:
     cdef int64_t n = stop - start
     param, grad = param + start, grad + start
     if row.ax == NULL:
-        _update_halves(row, param, grad, <half *>NULL, n)
+        _update_halves(step, param, grad, <half *>NULL, n)
     elif row.ax_size == sizeof(half):
-        _update_halves(row, param, grad, <half *>row.ax + start, n)
+        _update_halves(step, param, grad, <half *>row.ax + start, n)
     elif row.ax_size == sizeof(float):
-        _update_halves(row, param, grad, <float *>row.ax + start, n)
+        _update_halves(step, param, grad, <float *>row.ax + start, n)
     else:
-        _update_halves(row, param, grad, <double *>row.ax + start, n)
+        _update_halves(step, param, grad, <double *>row.ax + start, n)
 
 
 cdef inline void _narrow_any_halves(
@@ -329,11 +330,24 @@ cdef inline void _narrow_any_halves(
 
 
 cdef void _update_float16(const Row *row, int64_t start, int64_t stop) noexcept nogil:
-    _update_any_halves(row, <float16 *>row.param, <const float16 *>row.grad, start, stop)
+    _update_any_halves(
+        row, row.step, <float16 *>row.param, <const float16 *>row.grad, start, stop)
 
 
 cdef void _update_bfloat16(const Row *row, int64_t start, int64_t stop) noexcept nogil:
-    _update_any_halves(row, <bfloat16 *>row.param, <const bfloat16 *>row.grad, start, stop)
+    cdef Step step = row.step[0]
+    step.eta = _plain(step.eta)
+    step.mu = _plain(step.mu)
+    step.decay = _plain(step.decay)
+    step.weight_decay = _plain(step.weight_decay)
+    step.grad_scale = _plain(step.grad_scale)
+    _update_any_halves(
+        row, &step, <bfloat16 *>row.param, <const bfloat16 *>row.grad, start, stop)
+
+
+cdef inline double _plain(double scalar) noexcept nogil:
+    """The scalar; a nan loses its payload, as asgd_fast_rounded_bfloat16 needs it."""
+    return scalar if scalar == scalar else NAN
 
 
 cdef void _narrow_to_float32(const Row *row, int64_t start, int64_t stop) noexcept nogil:

@@ -69,13 +69,13 @@ static inline asgd_float16 asgd_fast_narrow_float16(float value) {
 
 /* Vectors are the compiler's own, so that one is loaded, computed and stored as a number is: nothing is
    an array between the load and the store, and nothing moves by memcpy, which compilers may cut into
-   16 bytes for which a load of 32 then waits. AVX2 stands for F16C too, which every processor with AVX2
-   has; setup.py asks for both. */
-#if defined(__GNUC__) && (defined(__AVX512F__) || defined(__AVX2__))
+   16 bytes for which a load of 32 then waits. Vectors need all that setup.py asks for at their level;
+   CFLAGS may ask for a part of it. */
+#if defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #include <immintrin.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
 #define ASGD_FAST_VECTOR 64
 #define ASGD_FAST_MM(name) _mm512_##name
 typedef __m512i asgd_integers;
@@ -167,8 +167,8 @@ static inline asgd_unit asgd_fast_load_bfloat16(const asgd_bfloat16 *from) {
     return (asgd_unit){(asgd_floats)(bits << 16), (asgd_floats)(bits & 0xFFFF0000)};
 }
 
-/* As for a number, but that nans need no care: one that comes of bfloat16 numbers and of scalars is
-   quiet and has no digits to round. */
+/* As for a number, but that nans need no care: one with digits to round might become another number,
+   but those of bfloat16 numbers and of operations have none, and loops.pxi makes scalars so. */
 static inline asgd_words asgd_fast_rounded_bfloat16(asgd_floats values) {
     asgd_words bits = (asgd_words)values;
     return bits + 0x7FFF + ((bits >> 16) & 1);
