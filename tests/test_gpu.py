@@ -1,8 +1,8 @@
 """What only a CUDA device can show: its bits, streams, graphs, scalers and large arrays.
 
-``python -m pytest -m gpu``; under NVIDIA's checker of memory and races:
+``python -m pytest -m gpu``; under NVIDIA's checker of memory and barriers:
 ``compute-sanitizer --tool memcheck python -m pytest -m gpu -k "bits or misaligned"``, and the same
-with ``--tool racecheck`` and ``--tool initcheck``.
+with ``--tool synccheck`` and ``--tool initcheck``.
 """
 
 from __future__ import annotations

@@ -175,6 +175,21 @@ def test_wrong_bits_are_found(gpu, devices, monkeypatch):
     ]
 
 
+def test_a_kernel_that_fails_leaves_the_others_to_be_compared(gpu, devices, monkeypatch):
+    step = gpu.asgd_
+
+    def broken(param, *others, **scalars):
+        if param.dtype == torch.float64:
+            raise RuntimeError("no kernel")
+        step(param, *others, **scalars)
+
+    monkeypatch.setattr(gpu, "asgd_", broken)
+    assert gpu.wrong_bits(1000) == [
+        f"RuntimeError: no kernel of torch.float64, torch.float64, offsets {offsets}"
+        for offsets in ((0, 0, 0), (1, 1, 1), (1, 2, 3))
+    ]
+
+
 def test_the_steps_of_each_case_can_be_made(gpu, devices, monkeypatch):
     """Each contender changes the params, but the copy; compiled and captured ones take a GPU."""
     monkeypatch.setattr(gpu, "SIZES", {name: [5, 1000] for name in gpu.SIZES})
@@ -233,6 +248,28 @@ def test_a_step_that_fails_or_takes_too_long_does_not_stop_the_next(command, tmp
     assert sorted(logs) == ["a.log", "e.log", "f.log", "s.log"]
     assert logs["f.log"].endswith("first\n")
     assert not logs["e.log"].splitlines()[-1].startswith(sys.prefix)  # an environment of its own
+
+
+def test_without_what_is_needed_nothing_else_is_tried(command, tmp_path, capfd):
+    steps = [
+        command.Step("build", 1, "b.log", 9, ["false"], is_needed=True),
+        command.Step("tests", 1, "t.log", 9, ["true"]),
+    ]
+    assert not command.run_all(steps, tmp_path, 60)
+    said = capfd.readouterr().out
+    assert "build: failed (1)" in said
+    assert said.endswith("without build nothing else is tried\ndid not pass: build\n")
+    assert "tests" not in said
+    assert [step.name for step in command.all_steps() if step.is_needed] == ["build", "a kernel"]
+
+
+def test_the_compiler_is_found_wherever_a_toolkit_has_it(command, tmp_path):
+    for i, place in enumerate(("nvvm/lib64", "lib", "targets/x86_64-linux/lib")):
+        folder = tmp_path / str(i) / place
+        folder.mkdir(parents=True)
+        (folder / "libnvvm.so.4").write_text(place)
+        command._show_compiler(tmp_path / str(i), tmp_path / f"shown{i}")
+        assert (tmp_path / f"shown{i}" / "libnvvm.so.4").read_text() == place
 
 
 def test_the_steps_write_no_more_files_than_are_brought_back(command):
