@@ -104,7 +104,7 @@ def all_steps() -> list[Step]:
         Step("machine", 5, "setup.log", 0, ["sh", "-c", MACHINE]),
         Step("wheels", 80, "setup.log", 3, [*install, "-r", f"{wheels}/requirements.txt"]),
         Step("build", 160, "setup.log", 3, build, is_needed=True),
-        Step("a kernel", 30, "setup.log", 5, [python, ".ci/gpu_kernels.py", "1"], is_needed=True),
+        Step("a kernel", 60, "setup.log", 5, [python, ".ci/gpu_kernels.py", "1"], is_needed=True),
         Step("kernels", 60, "setup.log", 5, [python, ".ci/gpu_kernels.py"]),
         Step("config", 30, "setup.log", 30, [python, "-m", "asgd_fast"]),
         Step("bits", 60, "tests.log", 12, [*tests, BITS]),

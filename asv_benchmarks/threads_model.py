@@ -17,9 +17,17 @@ SIZES = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 614
 # Microseconds, of one thread, for a KiB of params in its caches: of docs/performance.md.
 WORK = 0.13
 
-# Microseconds until a thread that sleeps has come, in three machines, and what it costs the first
-# thread to wake each of them.
-WAKING = {"it wakes in 30 us": (30.0, 2.0), "in 70 us": (70.0, 5.0), "in 150 us": (150.0, 5.0)}
+# The KiB of params that a thread more may stand for.
+KIBS = (96, 192, 384, 768, 1536)
+
+# Microseconds until another thread has come, in four states and machines, and what it costs the
+# first thread to call each of them.
+CASES = {
+    "the others are awake": (1.0, 0.1),
+    "they wake in 30 us": (30.0, 2.0),
+    "in 70 us": (70.0, 5.0),
+    "in 150 us": (150.0, 5.0),
+}
 
 
 def step(size: int, n: int, latency: float, waking: float) -> float:
@@ -55,10 +63,9 @@ def loss(kib: int, latency: float, waking: float) -> tuple[float, int]:
 
 def main() -> None:
     """Print the table."""
-    cases = {"the others are awake": (1.0, 0.1), **WAKING}
-    print(f"us lost at most, of {CORES} threads | " + " | ".join(cases))
-    for kib in (96, 192, 384, 768, 1536):
-        cells = ("{:.0f} at {:,} KiB".format(*loss(kib, *case)) for case in cases.values())
+    print(f"us lost at most, of {CORES} threads | " + " | ".join(CASES))
+    for kib in KIBS:
+        cells = ("{:.0f} at {:,} KiB".format(*loss(kib, *case)) for case in CASES.values())
         print(f"a thread for {kib} KiB | " + " | ".join(cells))
 
 

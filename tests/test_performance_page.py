@@ -1,4 +1,7 @@
-"""The figures of docs/performance.md: whose they are, and that performance.json has the same."""
+"""The figures of docs/performance.md: whose they are, and that performance.json has the same.
+
+Those that were not measured come of a simulation, threads_model.py.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from asgd_fast import _core
+from asgd_fast.threads import BYTES_PER_THREAD
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "asv_benchmarks"
@@ -247,3 +251,32 @@ def test_the_picture_is_drawn_anew_after_any_section(page, folder):
     (folder / "performance.json").write_text(json.dumps(machines))
     page.record(folder, own["machine"], "aaa", {"large": own["sections"]["large"]["cases"]})
     assert (folder / "performance.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def model(page):
+    return import_module("threads_model")
+
+
+def test_simulated_steps_of_few_threads_take_what_can_be_said_by_hand(model):
+    alone = 512 * model.WORK
+    assert model.step(512, 1, 70.0, 5.0) == alone
+    assert model.step(512, 2, 0.0, 0.0) == pytest.approx(alone / 2)
+    # The second comes when the first has done the shares of both; with 10 us to wake it.
+    assert model.step(512, 2, 1000.0, 0.0) == 1000
+    assert model.step(512, 2, 1000.0, 10.0) == 1010
+    # Two chunks for each: the second does one, while the first does three.
+    chunk = 2048 / 4 * model.WORK
+    assert model.step(2048, 2, 2.5 * chunk, 0.0) == pytest.approx(3.5 * chunk)
+
+
+def test_a_thread_stands_for_what_loses_least_at_most(model):
+    worst = {kib: max(model.loss(kib, *x)[0] for x in model.CASES.values()) for kib in model.KIBS}
+    assert min(worst, key=worst.get) << 10 == BYTES_PER_THREAD
+    text = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    said = re.search(
+        r"384 loses least where it loses most: (\d+) us .* 192 loses (\d+), .* 768 loses (\d+)",
+        text,
+    )
+    assert said is not None
+    assert list(map(int, said.groups())) == [round(worst[kib]) for kib in (384, 192, 768)]
